@@ -1,0 +1,381 @@
+"""Envoy's bootstrap: the one static file that Envoy starts from; everything about models comes later by xDS.
+
+Owns each setting of the listener, of the ext_proc filter and of the answers that Envoy makes itself; envoy/README.md
+says why for each that is not a default. The demo, docker-compose and bare metal use the same bootstrap but for
+addresses. Leaves out models' clusters and routes (wire/resources.py).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+import yaml
+
+from .core import refusal
+from .core.refusal import Refusal
+from .wire.extproc import DETAILS_PREFIX, RESPONSE_ATTRIBUTES
+from .wire.resources import MODEL_HEADER, NOWHERE, ROUTE_CONFIGURATION, TARGET_HEADER, split_address
+
+_T: Final = "type.googleapis.com/envoy."
+#: The request metadata in which Envoy tells the gateway who it is.
+NODE_METADATA: Final = "x-gateway-node"
+#: Request headers that the gateway reads. Others, among them cookies, never leave Envoy.
+FORWARDED: Final = (
+    ":method", ":path", "authorization", "content-encoding", "content-length", "content-type", "model", "routing-strategy",
+    "target-pod", "upgrade", "user", "x-api-key", "x-request-id", "x-session-id", ":status",
+)  # fmt: skip
+#: Seconds for which Envoy holds a request while the gateway restarts: it asks again in between.
+RESTART_WAIT: Final = 15.0
+
+
+class Bootstrap(msgspec.Struct, frozen=True, kw_only=True):
+    """What differs between installations. Addresses are ``host:port`` or ``unix:/path``; times are seconds, sizes
+    bytes; files are as Envoy sees them."""
+
+    listen: str
+    admin: str
+    gateway: str
+    node: str = "envoy"
+    message_timeout: float = 30.0
+    max_body_bytes: int = 32 * 1024 * 1024
+    max_heap: int = 2 * 1024**3
+    trusted_hops: int = 0
+    cors: bool = False
+    cert_file: str = ""
+    key_file: str = ""
+    gateway_ca_file: str = ""
+    gateway_cert_file: str = ""
+    gateway_key_file: str = ""
+
+
+def build(settings: Bootstrap) -> dict[str, Any]:
+    """The bootstrap as plain data."""
+    return {
+        "node": {"id": settings.node, "cluster": "gateway"},
+        "admin": {"address": _address(settings.admin)},
+        "dynamic_resources": {
+            "ads_config": {
+                "api_type": "DELTA_GRPC",
+                "transport_api_version": "V3",
+                "set_node_on_first_message_only": True,
+                "grpc_services": [
+                    {
+                        "envoy_grpc": {
+                            "cluster_name": "gateway",
+                            "retry_policy": {"retry_back_off": {"base_interval": "0.1s", "max_interval": "1s"}},
+                        }
+                    }
+                ],
+            },
+            "cds_config": {"ads": {}, "resource_api_version": "V3"},
+        },
+        "static_resources": {
+            "listeners": [_listener(settings)],
+            "clusters": [_gateway(settings), {"name": NOWHERE, "type": "STATIC"}],
+        },
+        "overload_manager": _overload(settings.max_heap),
+        "layered_runtime": {
+            "layers": [
+                {
+                    "name": "static",
+                    "static_layer": {
+                        # Envoy's own guard against too many connections, off by default and warned about.
+                        "overload.global_downstream_max_connections": 50_000
+                    },
+                }
+            ]
+        },
+    }
+
+
+def to_yaml(settings: Bootstrap, comment: str = "") -> str:
+    """The bootstrap as a file."""
+    head = "".join(f"# {line}".rstrip() + "\n" for line in comment.splitlines())
+    text: str = yaml.safe_dump(build(settings), sort_keys=False, width=120, allow_unicode=True)
+    return head + text
+
+
+def _address(address: str) -> dict[str, Any]:
+    if address.startswith("unix:"):
+        return {"pipe": {"path": address.removeprefix("unix:")}}
+    host, port = split_address(address)
+    return {"socket_address": {"address": host, "port_value": port}}
+
+
+def _listener(settings: Bootstrap) -> dict[str, Any]:
+    chain: dict[str, Any] = {
+        "filters": [{"name": "envoy.filters.network.http_connection_manager", "typed_config": _http(settings)}]
+    }
+    if settings.cert_file:
+        chain["transport_socket"] = {
+            "name": "envoy.transport_sockets.tls",
+            "typed_config": {
+                "@type": _T + "extensions.transport_sockets.tls.v3.DownstreamTlsContext",
+                "common_tls_context": {
+                    "alpn_protocols": ["h2", "http/1.1"],
+                    "tls_certificates": [
+                        {
+                            "certificate_chain": {"filename": settings.cert_file},
+                            "private_key": {"filename": settings.key_file},
+                        }
+                    ],
+                },
+            },
+        }
+    return {"name": "clients", "address": _address(settings.listen), "filter_chains": [chain]}
+
+
+def _http(settings: Bootstrap) -> dict[str, Any]:
+    filters = [_ext_proc(settings), _filter("router", "extensions.filters.http.router.v3.Router")]
+    if settings.cors:
+        filters.insert(0, _filter("cors", "extensions.filters.http.cors.v3.Cors"))
+    return {
+        "@type": _T + "extensions.filters.network.http_connection_manager.v3.HttpConnectionManager",
+        "stat_prefix": "clients",
+        "rds": {
+            "route_config_name": ROUTE_CONFIGURATION,
+            "config_source": {"ads": {}, "resource_api_version": "V3", "initial_fetch_timeout": "0s"},
+        },
+        "use_remote_address": True,
+        "xff_num_trusted_hops": settings.trusted_hops,
+        "preserve_external_request_id": True,
+        "always_set_request_id_in_response": True,
+        "normalize_path": True,
+        "path_with_escaped_slashes_action": "KEEP_UNCHANGED",
+        "merge_slashes": False,
+        "server_header_transformation": "PASS_THROUGH",
+        "stream_idle_timeout": "300s",
+        "request_headers_timeout": "10s",
+        "early_header_mutation_extensions": [
+            {
+                "name": "envoy.http.early_header_mutation.header_mutation",
+                "typed_config": {
+                    "@type": _T + "extensions.http.early_header_mutation.header_mutation.v3.HeaderMutation",
+                    "mutations": [
+                        {"remove": MODEL_HEADER},
+                        {"remove": TARGET_HEADER},
+                        {"remove_on_match": {"key_matcher": {"prefix": "x-gateway-", "ignore_case": True}}},
+                    ],
+                },
+            }
+        ],
+        "http_filters": filters,
+        "local_reply_config": {"mappers": [mapper for mapper in _local_replies(settings)]},
+    }
+
+
+def _filter(name: str, kind: str) -> dict[str, Any]:
+    return {"name": f"envoy.filters.http.{name}", "typed_config": {"@type": _T + kind}}
+
+
+def _ext_proc(settings: Bootstrap) -> dict[str, Any]:
+    return {
+        "name": "envoy.filters.http.ext_proc",
+        "typed_config": {
+            "@type": _T + "extensions.filters.http.ext_proc.v3.ExternalProcessor",
+            "grpc_service": {
+                "envoy_grpc": {"cluster_name": "gateway"},
+                "initial_metadata": [{"key": NODE_METADATA, "value": settings.node}],
+                # While the gateway restarts its streams are opened again, so that requests wait rather than fail.
+                "retry_policy": {
+                    "retry_on": "connect-failure,refused-stream,reset-before-request",
+                    "num_retries": 1000,
+                    "retry_back_off": {"base_interval": "0.05s", "max_interval": "0.25s"},
+                },
+            },
+            # An answer in flight outlives the gateway; a request without its headers reaches no pod.
+            "failure_mode_allow": True,
+            "message_timeout": f"{settings.message_timeout:g}s",
+            "allow_mode_override": True,
+            "processing_mode": {
+                "request_header_mode": "SEND",
+                "request_body_mode": "BUFFERED",
+                "request_trailer_mode": "SKIP",
+                "response_header_mode": "SEND",
+                "response_body_mode": "NONE",
+                # The stream stays open until the answer ends, trailers or not.
+                "response_trailer_mode": "SEND",
+            },
+            "mutation_rules": {"allow_all_routing": True},
+            "response_attributes": list(RESPONSE_ATTRIBUTES),
+            "forward_rules": {
+                "allowed_headers": {"patterns": [*({"exact": h} for h in FORWARDED), {"prefix": "x-gateway-"}]}
+            },
+        },
+    }
+
+
+def _gateway(settings: Bootstrap) -> dict[str, Any]:
+    cluster: dict[str, Any] = {
+        "name": "gateway",
+        "type": "STATIC" if _is_static(settings.gateway) else "STRICT_DNS",
+        "connect_timeout": "1s",
+        "typed_extension_protocol_options": {
+            "envoy.extensions.upstreams.http.v3.HttpProtocolOptions": {
+                "@type": _T + "extensions.upstreams.http.v3.HttpProtocolOptions",
+                "explicit_http_config": {
+                    "http2_protocol_options": {
+                        # A gateway that hangs is noticed, not waited for.
+                        "connection_keepalive": {"interval": "10s", "timeout": "5s"}
+                    }
+                },
+            }
+        },
+        "circuit_breakers": {
+            "thresholds": [
+                {"max_connections": 10**6, "max_pending_requests": 10**6, "max_requests": 10**6, "max_retries": 10**6}
+            ]
+        },
+        "load_assignment": {
+            "cluster_name": "gateway",
+            "endpoints": [{"lb_endpoints": [{"endpoint": {"address": _address(settings.gateway)}}]}],
+        },
+    }
+    if settings.gateway_ca_file:
+        validation = {"trusted_ca": {"filename": settings.gateway_ca_file}}
+        tls: dict[str, Any] = {"alpn_protocols": ["h2"], "validation_context": validation}
+        if settings.gateway_cert_file:
+            tls["tls_certificates"] = [
+                {
+                    "certificate_chain": {"filename": settings.gateway_cert_file},
+                    "private_key": {"filename": settings.gateway_key_file},
+                }
+            ]
+        cluster["transport_socket"] = {
+            "name": "envoy.transport_sockets.tls",
+            "typed_config": {
+                "@type": _T + "extensions.transport_sockets.tls.v3.UpstreamTlsContext",
+                "common_tls_context": tls,
+            },
+        }
+    return cluster
+
+
+def _is_static(address: str) -> bool:
+    if address.startswith("unix:"):
+        return True
+    host, _ = split_address(address)
+    return all(c.isdigit() or c in ".:abcdefABCDEF" for c in host) and ("." in host or ":" in host)
+
+
+def _overload(max_heap: int) -> dict[str, Any]:
+    """Bounds Envoy's memory: buffered bodies are the only thing in it that clients can grow."""
+
+    def trigger(value: float) -> dict[str, Any]:
+        return {"name": "envoy.resource_monitors.fixed_heap", "threshold": {"value": value}}
+
+    return {
+        "refresh_interval": "0.1s",
+        "resource_monitors": [
+            {
+                "name": "envoy.resource_monitors.fixed_heap",
+                "typed_config": {
+                    "@type": _T + "extensions.resource_monitors.fixed_heap.v3.FixedHeapConfig",
+                    "max_heap_size_bytes": max_heap,
+                },
+            }
+        ],
+        "actions": [
+            {"name": "envoy.overload_actions.shrink_heap", "triggers": [trigger(0.85)]},
+            {"name": "envoy.overload_actions.stop_accepting_requests", "triggers": [trigger(0.92)]},
+        ],
+    }
+
+
+# --- answers that Envoy makes itself -------------------------------------------------------------------------------
+
+
+def _local_replies(settings: Bootstrap) -> list[dict[str, Any]]:
+    """The first mapper that matches writes the answer. Ours come first and stay as they are."""
+    chosen = _header(MODEL_HEADER)
+    too_large = refusal.request_too_large(settings.max_body_bytes)
+    away = Refusal(
+        status=503, type="api_error", code="internal_error", message="The gateway cannot be reached right now.",
+        retry_after=1.0,
+    )  # fmt: skip
+    busy = refusal.overloaded("The gateway is busy.")
+    bad = Refusal(status=400, type="invalid_request_error", code="invalid_value", message="The HTTP request is not valid.")
+    url = Refusal(status=404, type="invalid_request_error", code="unknown_url", message="Unknown request URL.")
+    table: list[tuple[Mapping[str, Any], Refusal]] = [
+        (_details(f"response.code_details.contains('{DETAILS_PREFIX}')"), None),  # type: ignore[list-item]
+        (_code(413), too_large),
+        (_details("response.code_details.startsWith('overload')"), busy),
+        (_flags("SI", "UT", "DT", "UMSDR"), refusal.upstream_timeout()),
+        (_both(chosen, _status_from(500)), refusal.upstream_unavailable()),
+        (_code(503), away),
+        (_status_from(500), refusal.internal_error()),
+        (_header("upgrade"), url),
+        (_code(404), url),
+        (_status_from(400), bad),
+    ]
+    mappers: list[dict[str, Any]] = []
+    for condition, refused in table:
+        if refused is None:
+            mappers.append({"filter": condition})
+            continue
+        for anthropic in (True, False):
+            found = _both(condition, _header(":path", "/v1/messages")) if anthropic else condition
+            mappers.append(_mapper(found, refused, anthropic=anthropic))
+    return mappers
+
+
+def _mapper(condition: Mapping[str, Any], refused: Refusal, *, anthropic: bool) -> dict[str, Any]:
+    body = json.loads(refused.body(anthropic=anthropic))
+    return {
+        "filter": condition,
+        "status_code": refused.status,
+        "body_format_override": {"json_format": body, "content_type": "application/json"},
+        "headers_to_add": [
+            {"header": {"key": name, "value": value}, "append_action": "OVERWRITE_IF_EXISTS_OR_ADD"}
+            for name, value in refused.headers().items()
+        ],
+    }
+
+
+def _status_filter(op: str, code: int) -> dict[str, Any]:
+    return {
+        "status_code_filter": {
+            "comparison": {"op": op, "value": {"default_value": code, "runtime_key": "gateway.unused"}}
+        }
+    }
+
+
+def _code(code: int) -> dict[str, Any]:
+    return _status_filter("EQ", code)
+
+
+def _status_from(code: int) -> dict[str, Any]:
+    return _status_filter("GE", code)
+
+
+def _flags(*flags: str) -> dict[str, Any]:
+    return {"response_flag_filter": {"flags": list(flags)}}
+
+
+def _header(name: str, prefix: str = "") -> dict[str, Any]:
+    how: dict[str, Any] = {"string_match": {"prefix": prefix}} if prefix else {"present_match": True}
+    return {"header_filter": {"header": {"name": name, **how}}}
+
+
+def _details(expression: str) -> dict[str, Any]:
+    return {
+        "extension_filter": {
+            "name": "envoy.access_loggers.extension_filters.cel",
+            "typed_config": {
+                "@type": _T + "extensions.access_loggers.filters.cel.v3.ExpressionFilter",
+                "expression": expression,
+            },
+        }
+    }
+
+
+def _both(*conditions: Mapping[str, Any]) -> dict[str, Any]:
+    return {"and_filter": {"filters": list(conditions)}}
+
+
+def write(settings: Bootstrap, path: Path) -> None:
+    path.write_text(to_yaml(settings))

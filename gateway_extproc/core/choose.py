@@ -1,0 +1,86 @@
+"""Choosing a pod: strategies in one table, and the lease that a choice takes.
+
+A strategy is a function from candidates to the ``wanted`` best of them, best first; equals come in random order. It
+reads loads and changes nothing. ``choose`` turns the order into a lease, and that takes: deciding and counting are
+one step, so that a burst that arrives between two polls spreads. Leaves out which pods are candidates
+(core/fleet.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from heapq import nsmallest
+from random import Random
+from typing import Final
+
+from .fleet import Pod
+
+Strategy = Callable[[Sequence[Pod], int, float, Random], list[Pod]]
+
+
+def _random(candidates: Sequence[Pod], wanted: int, now: float, rng: Random) -> list[Pod]:
+    return rng.sample(candidates, min(wanted, len(candidates)))
+
+
+def _least(cost: Callable[[Pod, float], float]) -> Strategy:
+    def order(candidates: Sequence[Pod], wanted: int, now: float, rng: Random) -> list[Pod]:
+        ranked = [(cost(pod, now), rng.random(), i) for i, pod in enumerate(candidates)]
+        return [candidates[i] for _, _, i in nsmallest(wanted, ranked)]
+
+    return order
+
+
+#: Every strategy by the name that clients and configuration use (contract section 4).
+STRATEGIES: Final[Mapping[str, Strategy]] = {
+    "random": _random,
+    "least-request": _least(lambda pod, now: pod.load.in_flight),
+    "throughput": _least(lambda pod, now: pod.load.tokens(now)),
+}
+
+
+class Lease:
+    """What a request holds of a pod from the choice to its end: one in flight, and its tokens.
+
+    ``pods`` are the choices in the order in which Envoy tries them; the first is counted until ``moved`` says that
+    another one answered. ``release`` gives back, once, however often it is called."""
+
+    __slots__ = ("_pod", "_released", "_tokens", "pods")
+
+    def __init__(self, pods: Sequence[Pod], tokens: int, now: float) -> None:
+        self.pods = tuple(pods)
+        self._tokens = tokens
+        self._released = False
+        self._pod = self.pods[0]
+        self._pod.load.in_flight += 1
+        self._pod.load.add_tokens(tokens, now)
+
+    @property
+    def pod(self) -> Pod:
+        return self._pod
+
+    def moved(self, pod: Pod, now: float) -> None:
+        """A retry went to ``pod``: count there from now on."""
+        if pod is self._pod or self._released:
+            return
+        self._pod.load.in_flight -= 1
+        self._pod.load.add_tokens(-self._tokens, now)
+        self._pod = pod
+        pod.load.in_flight += 1
+        pod.load.add_tokens(self._tokens, now)
+
+    def release(self, tokens: int, now: float) -> None:
+        """The request has ended, having used ``tokens``."""
+        if self._released:
+            return
+        self._released = True
+        self._pod.load.in_flight -= 1
+        self._pod.load.add_tokens(tokens - self._tokens, now)
+
+
+def choose(strategy: str, candidates: Sequence[Pod], choices: int, tokens: int, now: float, rng: Random) -> Lease:
+    """Pick from ``candidates`` (at least one): the strategy's best pod, and up to ``choices - 1`` that can stand in
+    for it. ``tokens`` is what the request is expected to process."""
+    wanted = len(candidates) if any(not p.stands_in_for(candidates[0]) for p in candidates) else choices
+    order = STRATEGIES[strategy](candidates, wanted, now, rng)
+    first = order[0]
+    return Lease([pod for pod in order if pod.stands_in_for(first)][:choices], tokens, now)

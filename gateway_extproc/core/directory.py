@@ -1,0 +1,88 @@
+"""Who may use what, and how much: users, teams and models as the configuration names them.
+
+Owns the records and the question "which windows apply to this user and this model?". A directory is an immutable
+snapshot; a changed configuration makes a new one. Leaves out how records are read (config.py) and how windows are
+counted (core/store.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
+
+import msgspec
+
+from .store import Window
+
+
+class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Requests and tokens (prompt + completion) in any 60 seconds; None is no limit."""
+
+    rpm: int | None = None
+    tpm: int | None = None
+
+
+class User(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """One user's record. It replaces ``limits.default`` entirely: a limit left out is no limit.
+
+    ``models`` are shell-style patterns of the models this user may use; None is all. ``per_model`` adds limits for
+    single models (by real name), on top of the user's own."""
+
+    name: str
+    rpm: int | None = None
+    tpm: int | None = None
+    team: str | None = None
+    models: tuple[str, ...] | None = None
+    per_model: dict[str, Limits] = {}
+
+
+class Team(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Limits that a team's members share."""
+
+    name: str
+    rpm: int | None = None
+    tpm: int | None = None
+
+
+class Directory(msgspec.Struct, frozen=True):
+    """All records by name, and what holds for a named user without one."""
+
+    users: Mapping[str, User] = {}
+    teams: Mapping[str, Team] = {}
+    default: Limits | None = None
+
+    @classmethod
+    def of(cls, users: Iterable[User], teams: Iterable[Team] = (), default: Limits | None = None) -> Directory:
+        return cls({user.name: user for user in users}, {team.name: team for team in teams}, default)
+
+    def may_use(self, user: str | None, model: str) -> bool:
+        record = self.users.get(user) if user is not None else None
+        if record is None or record.models is None:
+            return True
+        return any(fnmatchcase(model, pattern) for pattern in record.models)
+
+    def windows(self, user: str | None, model: str) -> tuple[Window, ...]:
+        """The windows a request must fit in, each with at least one limit. No user: none."""
+        if user is None:
+            return ()
+        record = self.users.get(user)
+        if record is None:
+            if self.default is None:
+                return ()
+            record = User(name=user, rpm=self.default.rpm, tpm=self.default.tpm)
+        found = []
+        tag = f"{{user:{_tagged(user)}}}"
+        if record.rpm is not None or record.tpm is not None:
+            found.append(Window(f"{tag}:*", f"user '{user}'", record.rpm, record.tpm))
+        own = record.per_model.get(model)
+        if own is not None and (own.rpm is not None or own.tpm is not None):
+            found.append(Window(f"{tag}:m:{model}", f"user '{user}' and model '{model}'", own.rpm, own.tpm))
+        team = self.teams.get(record.team) if record.team is not None else None
+        if team is not None and (team.rpm is not None or team.tpm is not None):
+            found.append(Window(f"{{team:{_tagged(team.name)}}}:*", f"team '{team.name}'", team.rpm, team.tpm))
+        return tuple(found)
+
+
+def _tagged(name: str) -> str:
+    """A name inside a Redis hash tag, which ends at the first closing brace."""
+    return name.replace("%", "%25").replace("{", "%7B").replace("}", "%7D")

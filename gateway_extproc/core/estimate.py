@@ -1,0 +1,58 @@
+"""What a request will cost before it has run: tokens of the prompt and of the answer, learned for each model.
+
+Owns the two averages and their priors. Both are exponential moving averages over finished requests, so they follow
+a model's traffic and need no tokenizer. Leaves out how the estimate is charged (core/session.py).
+"""
+
+from __future__ import annotations
+
+from typing import Final, Literal
+
+#: Tokens per byte of prompt before anything was learned: about four bytes of English a token, the rule of thumb that
+#: OpenAI gives for its tokenizers.
+PRIOR_TOKENS_PER_BYTE: Final = 0.25
+#: Tokens of an answer before anything was learned.
+PRIOR_OUTPUT: Final = 128.0
+#: Weight of the newest request in both averages: the last 20 or so requests decide.
+GAIN: Final = 0.1
+#: Most models remembered; the one learned least recently is dropped.
+MODELS: Final = 4096
+
+Reserve = Literal["expected", "max"]
+
+
+class Estimates:
+    """Learned averages by model. Called from the event loop only."""
+
+    __slots__ = ("_output", "_ratio")
+
+    def __init__(self) -> None:
+        self._ratio: dict[str, float] = {}
+        self._output: dict[str, float] = {}
+
+    def prompt(self, model: str, prompt_bytes: int) -> int:
+        """Expected tokens of a prompt of that many bytes; at least one."""
+        return max(1, round(self._ratio.get(model, PRIOR_TOKENS_PER_BYTE) * prompt_bytes))
+
+    def output(self, model: str, declared: int | None, answers: int, reserve: Reserve) -> int:
+        """Expected tokens of ``answers`` answers, each capped by the ``declared`` maximum; with ``reserve: max`` that
+        maximum itself where there is one."""
+        expected = self._output.get(model, PRIOR_OUTPUT)
+        if declared is not None:
+            expected = declared if reserve == "max" else min(expected, declared)
+        return round(expected) * answers
+
+    def learn(self, model: str, prompt_bytes: int, prompt: int, output: int | None) -> None:
+        """A request of ``prompt_bytes`` really had these tokens; ``output`` per answer, None where none is
+        generated."""
+        if prompt_bytes > 0 and prompt > 0:
+            self._update(self._ratio, model, prompt / prompt_bytes, PRIOR_TOKENS_PER_BYTE)
+        if output is not None:
+            self._update(self._output, model, float(output), PRIOR_OUTPUT)
+
+    @staticmethod
+    def _update(table: dict[str, float], model: str, value: float, prior: float) -> None:
+        known = table.pop(model, prior)
+        table[model] = known + GAIN * (value - known)
+        if len(table) > MODELS:
+            del table[next(iter(table))]

@@ -1,0 +1,177 @@
+"""What happens to a request, and what the session wants done: the two vocabularies of core/session.py.
+
+A listener turns its messages into events, feeds them, and carries out the actions in order. Every event but
+``Closed`` and ``Drain`` is answered by exactly one reply (``Continue``, ``Route``, ``Refuse``, ``Answer``,
+``Respond``, ``Replace``), which may come only after the answer to an ``Ask``.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from .refusal import Refusal
+from .store import Admission, Admitted, Denied, Settlement
+
+Headers = list[tuple[str, bytes]]
+#: How Envoy's filter was configured to send request bodies.
+BodyMode = Literal["none", "buffered", "other"]
+
+
+# --- events ----------------------------------------------------------------------------------------------------------
+
+
+class RequestHeaders(msgspec.Struct, frozen=True):
+    """The request began. Names are lower-case; pseudo-headers included. ``end``: there is no body."""
+
+    headers: Headers
+    end: bool
+    body_mode: BodyMode = "buffered"
+
+
+class RequestBody(msgspec.Struct, frozen=True):
+    data: bytes
+    end: bool
+
+
+class Unavailable(msgspec.Struct, frozen=True):
+    """The store could not answer and the policy is to refuse."""
+
+
+class ResponseHeaders(msgspec.Struct, frozen=True):
+    """The answer began. ``upstream`` is the address that sent it ("" where unknown), ``details`` Envoy's
+    response code details ("" where unknown): anything but ``via_upstream`` is an answer of Envoy's own."""
+
+    headers: Headers
+    end: bool
+    upstream: str = ""
+    details: str = ""
+
+
+class ResponseBody(msgspec.Struct, frozen=True):
+    data: bytes
+    end: bool
+
+
+class ResponseTrailers(msgspec.Struct, frozen=True):
+    pass
+
+
+class RequestTrailers(msgspec.Struct, frozen=True):
+    pass
+
+
+class Closed(msgspec.Struct, frozen=True):
+    """The stream is over. Envoy resets it when the HTTP request ends, whether well or not, so ``how`` only tells
+    whether our side failed."""
+
+    how: Literal["done", "reset", "failed"]
+
+
+class Drain(msgspec.Struct, frozen=True):
+    """The gateway is stopping: leave as soon as the answer can go on without it."""
+
+
+Event = (
+    RequestHeaders
+    | RequestBody
+    | RequestTrailers
+    | Admitted
+    | Denied
+    | Unavailable
+    | ResponseHeaders
+    | ResponseBody
+    | ResponseTrailers
+    | Closed
+    | Drain
+)
+
+
+# --- actions ---------------------------------------------------------------------------------------------------------
+
+
+class Continue(msgspec.Struct, frozen=True):
+    """Go on unchanged. ``want_body``: ask Envoy to buffer the request's body and send it."""
+
+    want_body: bool = False
+
+
+class Ask(msgspec.Struct, frozen=True):
+    """The one question; its answer comes back as an event."""
+
+    admission: Admission
+
+
+class Route(msgspec.Struct, frozen=True):
+    """Set and remove request headers, match the route again; ``body`` replaces the request's where given."""
+
+    set: dict[str, bytes]
+    remove: tuple[str, ...]
+    body: bytes | None = None
+
+
+class Refuse(msgspec.Struct, frozen=True):
+    """Answer with an error. ``headers`` come on top of the refusal's own."""
+
+    refusal: Refusal
+    headers: dict[str, str]
+    anthropic: bool = False
+
+
+class Answer(msgspec.Struct, frozen=True):
+    """Answer 200 with this JSON body."""
+
+    body: bytes
+
+
+class Respond(msgspec.Struct, frozen=True):
+    """Let the answer's headers through with these added; ``body``: send us the answer's body as it streams."""
+
+    set: dict[str, str]
+    body: bool
+
+
+class Replace(msgspec.Struct, frozen=True):
+    """Let a chunk of the answer through; ``data`` None: as it is, else what the client gets instead."""
+
+    data: bytes | None
+
+
+class Outcome(msgspec.Struct, frozen=True, kw_only=True):
+    """How a request ended, for counters and logs. ``model`` is "" unless it exists, ``reason`` comes from a bounded
+    set. Tokens are what was charged to nobody or somebody alike: the real usage, or the best estimate of it."""
+
+    model: str = ""
+    strategy: str = ""
+    status: int = 0
+    reason: str = ""
+    user: str = ""
+    request_id: str = ""
+    pod: str = ""
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    estimated: bool = False
+    detail: str = ""
+
+
+class Settle(msgspec.Struct, frozen=True):
+    """The request is over: sent exactly once for each session that saw request headers. ``settlement`` is None where
+    the store took nothing or nothing changes."""
+
+    settlement: Settlement | None
+    outcome: Outcome
+
+
+class Suspect(msgspec.Struct, frozen=True):
+    """Envoy could not get an answer from these addresses: leave them out and probe them now."""
+
+    addresses: tuple[str, ...]
+    why: str
+
+
+class Leave(msgspec.Struct, frozen=True):
+    """End the stream with OK: Envoy goes on without us."""
+
+
+Action = Continue | Ask | Route | Refuse | Answer | Respond | Replace | Settle | Suspect | Leave

@@ -1,0 +1,250 @@
+"""The pods: which are configured, what each serves, which are ready, and how busy each is.
+
+Owns the membership (from configuration and DNS), what the last poll of each pod said, what each Envoy has
+acknowledged, and the loads. Publishes immutable views that requests read without a lock. Promises:
+
+- A model exists while a pod that last named it remains configured, ready or not.
+- A pod is ready only while its last poll succeeded; a failed connection takes it out until the next poll succeeds.
+- A pod is offered to an Envoy's requests only after that Envoy acknowledged the model's endpoints and route. An
+  Envoy whose state is not known (no xDS from us, or not reconnected yet) is not held back.
+- A pod that stays configured keeps its load and its models across every change of the membership.
+
+Leaves out how pods are polled (adapters/scrape.py) and resolved (adapters/dns.py), and choosing (core/choose.py).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Final
+
+import msgspec
+
+#: Half-life in seconds of the tokens that the `throughput` strategy calls "lately".
+TOKENS_HALF_LIFE: Final = 10.0
+_DECAY: Final = math.log(2) / TOKENS_HALF_LIFE
+#: Most models that one pod may name; what a confused pod lists beyond it is left out.
+MODELS_PER_POD: Final = 1024
+#: Longest model name in characters, as in core/parse.py.
+MODEL_NAME: Final = 256
+
+
+class TLS(msgspec.Struct, frozen=True):
+    """How to speak TLS to a pod. ``server_name`` empty: the pod's host name."""
+
+    ca_file: str = ""
+    server_name: str = ""
+    verify: bool = True
+
+
+class PodSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """A pod as the operator described it. ``address`` is ``ip:port`` (``[v6]:port``); ``host`` the name it was
+    found under, for TLS and the Host header; ``models`` None means: ask the pod."""
+
+    address: str
+    name: str
+    host: str = ""
+    models: tuple[str, ...] | None = None
+    api_key: str | None = None
+    tls: TLS | None = None
+    path_prefix: str = ""
+
+
+class Load:
+    """What this gateway has given a pod and not yet seen finished. Mutable, shared by all views of the pod."""
+
+    __slots__ = ("_at", "_tokens", "in_flight")
+
+    def __init__(self) -> None:
+        self.in_flight = 0
+        self._tokens = 0.0
+        self._at = 0.0
+
+    def tokens(self, now: float) -> float:
+        """Tokens processed lately: a sum in which each token's weight halves every TOKENS_HALF_LIFE seconds."""
+        return self._tokens * math.exp(-_DECAY * max(0.0, now - self._at))
+
+    def add_tokens(self, tokens: float, now: float) -> None:
+        self._tokens = max(0.0, self.tokens(now) + tokens)
+        self._at = now
+
+
+class Pod(msgspec.Struct, frozen=True, eq=False):
+    """A ready pod as requests see it. Pods of one ``group`` can stand in for each other on a retry, for which Envoy
+    sends the same headers again: they share path prefix and key."""
+
+    name: str
+    address: str
+    load: Load
+    api_key: str | None
+    path_prefix: str
+
+    def stands_in_for(self, other: Pod) -> bool:
+        return self.path_prefix == other.path_prefix and self.api_key == other.api_key
+
+
+class View(msgspec.Struct, frozen=True):
+    """What one Envoy's requests may be given: each existing model's ready pods (none: the model is not ready)."""
+
+    models: Mapping[str, tuple[Pod, ...]]
+
+    def by_address(self, model: str, address: str) -> Pod | None:
+        return next((pod for pod in self.models.get(model, ()) if pod.address == address), None)
+
+
+class Member(msgspec.Struct):
+    """A configured pod's state. ``models`` is what it last named, ``polled`` whether a first poll has ended."""
+
+    spec: PodSpec
+    load: Load
+    models: tuple[str, ...]
+    pod: Pod
+    ready: bool = False
+    polled: bool = False
+    why: str = "not polled yet"
+
+
+class Fleet:
+    """The one owner of all that; called from the event loop only. Each change replaces the views."""
+
+    def __init__(self) -> None:
+        self._members: dict[str, Member] = {}
+        self._acknowledged: dict[str, Mapping[str, frozenset[str] | None]] = {}
+        self._views: dict[str, View] = {}
+        self._sources: dict[str, tuple[PodSpec, ...]] = {}
+        #: Grows with each change of members, models or readiness; watchers compare it.
+        self.version = 0
+
+    # --- membership ------------------------------------------------------------------------------------------------
+
+    def configure(self, source: str, specs: Iterable[PodSpec]) -> None:
+        """The pods that ``source`` (the file, or one DNS name) has now. An address is one pod: the first source to
+        name it describes it."""
+        self._sources[source] = tuple(specs)
+        self._rebuild()
+
+    def forget(self, source: str) -> None:
+        """``source`` is gone, and with it the pods that nothing else names."""
+        if self._sources.pop(source, None) is not None:
+            self._rebuild()
+
+    def _rebuild(self) -> None:
+        members: dict[str, Member] = {}
+        for specs in self._sources.values():
+            for spec in specs:
+                if spec.address in members:
+                    continue
+                known = self._members.get(spec.address)
+                if known is not None and known.spec == spec:
+                    members[spec.address] = known
+                    continue
+                load = known.load if known is not None else Load()
+                models = spec.models or (known.models if known is not None else ())
+                pod = Pod(spec.name, spec.address, load, spec.api_key, spec.path_prefix)
+                member = Member(spec, load, models, pod)
+                if known is not None and known.spec.models == spec.models:
+                    member.ready, member.polled, member.why = known.ready, known.polled, known.why
+                members[spec.address] = member
+        self._members = members
+        self._changed()
+
+    # --- polls -----------------------------------------------------------------------------------------------------
+
+    def answered(self, address: str, models: Iterable[str] | None) -> None:
+        """A poll succeeded. ``models`` is what the pod named; None where it does not tell (stated models hold)."""
+        member = self._members.get(address)
+        if member is None:
+            return
+        named = member.spec.models
+        if named is None:
+            named = usable_names(models or ())
+        if member.ready and member.polled and member.models == named:
+            return
+        member.models, member.ready, member.polled, member.why = named, True, True, ""
+        self._changed()
+
+    def failed(self, address: str, why: str) -> None:
+        """A poll or a connection failed: no new request goes there until a poll succeeds. ``why`` is for
+        operators."""
+        member = self._members.get(address)
+        if member is None:
+            return
+        was = (member.ready, member.polled)
+        member.ready, member.polled, member.why = False, True, why
+        if was != (False, True):
+            self._changed()
+
+    @property
+    def all_polled(self) -> bool:
+        """Whether every configured pod's first poll has ended, well or not."""
+        return all(member.polled for member in self._members.values())
+
+    # --- what Envoys have --------------------------------------------------------------------------------------------
+
+    def acknowledged(self, node: str, endpoints: Mapping[str, frozenset[str] | None]) -> None:
+        """Envoy ``node`` can route to these models' addresses; None for a model: it has an older state of it,
+        not known here, so it is not held back."""
+        if self._acknowledged.get(node) != endpoints:
+            self._acknowledged[node] = endpoints
+            self._views.pop(node, None)
+
+    def disconnected(self, node: str) -> None:
+        """Envoy ``node`` keeps what it had but tells nothing any more."""
+        self._acknowledged.pop(node, None)
+        self._views.pop(node, None)
+
+    # --- views -------------------------------------------------------------------------------------------------------
+
+    def view(self, node: str = "") -> View:
+        """What requests that come through Envoy ``node`` may be given."""
+        found = self._views.get(node)
+        if found is None:
+            found = self._build(self._acknowledged.get(node))
+            if node in self._acknowledged or not node:
+                self._views[node] = found
+            else:
+                found = self.view("")
+        return found
+
+    def _build(self, acknowledged: Mapping[str, frozenset[str] | None] | None) -> View:
+        models: dict[str, list[Pod]] = {}
+        for member in self._members.values():
+            for model in member.models:
+                pods = models.setdefault(model, [])
+                if not member.ready:
+                    continue
+                if acknowledged is not None:
+                    addresses = acknowledged.get(model, frozenset())
+                    if addresses is not None and member.spec.address not in addresses:
+                        continue
+                pods.append(member.pod)
+        return View({model: tuple(pods) for model, pods in models.items()})
+
+    def members(self) -> tuple[Member, ...]:
+        return tuple(self._members.values())
+
+    def member(self, address: str) -> Member | None:
+        return self._members.get(address)
+
+    def endpoints(self) -> dict[str, tuple[PodSpec, ...]]:
+        """Each existing model's pods, ready or not: what Envoy is told."""
+        found: dict[str, list[PodSpec]] = {}
+        for member in self._members.values():
+            for model in member.models:
+                found.setdefault(model, []).append(member.spec)
+        return {model: tuple(specs) for model, specs in found.items()}
+
+    def _changed(self) -> None:
+        self.version += 1
+        self._views.clear()
+
+
+def usable_names(models: Iterable[str]) -> tuple[str, ...]:
+    """The names that can stand in a header and that requests can ask for: the first MODELS_PER_POD of them."""
+    found: dict[str, None] = {}
+    for name in models:
+        if 0 < len(name) <= MODEL_NAME and name.isprintable() and name == name.strip():
+            found[name] = None
+            if len(found) == MODELS_PER_POD:
+                break
+    return tuple(found)

@@ -1,0 +1,624 @@
+"""One request's life, from its headers to the end of its answer.
+
+Owns the order of decisions (identify, parse, admit, choose, account) and the promise that whatever was taken is
+given back or charged once, by whichever door the request leaves. It is a function from events to actions
+(core/events.py): no I/O, no await, and it knows neither Envoy nor the store. It does not assume how bodies arrive:
+whole, in pieces, or only when asked for.
+
+What a request pays (contract section 3, promise 3), in tokens:
+
+==============================================  ====================================================
+the answer told its usage                       that
+2xx stream without usage, or cut off            the prompt's estimate and the output events it was sent
+2xx without usage, not a stream                 its reservation
+any other status without usage                  none, but it counts as a request
+no pod took it                                  nothing, and its request is given back
+client gone before the answer began             the prompt's estimate
+the gateway left before the answer ended        its reservation
+==============================================  ====================================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from enum import Enum, auto
+from random import Random
+from typing import Final
+
+import msgspec
+
+from . import refusal as refusals
+from .choose import STRATEGIES, Lease, choose
+from .directory import Directory
+from .estimate import Estimates, Reserve
+from .events import (
+    Action,
+    Answer,
+    Ask,
+    Closed,
+    Continue,
+    Drain,
+    Event,
+    Headers,
+    Leave,
+    Outcome,
+    Refuse,
+    Replace,
+    RequestBody,
+    RequestHeaders,
+    RequestTrailers,
+    Respond,
+    ResponseBody,
+    ResponseHeaders,
+    ResponseTrailers,
+    Route,
+    Settle,
+    Suspect,
+    Unavailable,
+)
+from .fleet import Fleet, Pod
+from .identify import KEY_PREFIX, Mode, identify
+from .parse import Endpoint, Refused, Request, ask_for_usage, endpoint_of, parse_request
+from .refusal import Refusal
+from .store import Admission, Admitted, Denied, Level, Settlement, Window
+from .usage import JsonUsage, SseUsage, Usage
+
+
+class ModelPolicy(msgspec.Struct, frozen=True):
+    """One model's settings. ``strategy`` None: the gateway's default. ``timeout`` in seconds, to the first byte and
+    between bytes."""
+
+    strategy: str | None = None
+    timeout: float = 300.0
+    retries: int = 2
+
+
+class Policy(msgspec.Struct, frozen=True, kw_only=True):
+    """What the configuration says about requests; replaced whole when it changes."""
+
+    max_body_bytes: int = 32 * 1024 * 1024
+    default_strategy: str = "least-request"
+    expose: bool = False
+    reserve: Reserve = "expected"
+    auth: Mode = "optional"
+    directory: Directory = Directory()
+    models: Mapping[str, ModelPolicy] = {}
+
+    def model(self, name: str) -> ModelPolicy:
+        return self.models.get(name, _DEFAULT_MODEL)
+
+
+_DEFAULT_MODEL: Final = ModelPolicy()
+
+
+class World:
+    """What sessions read and learn; one for each gateway. ``clock`` gives monotonic seconds, ``new_id`` an id that
+    no other admission of any gateway has, ``started`` the unix time that model lists show as ``created``."""
+
+    __slots__ = ("clock", "estimates", "fleet", "new_id", "policy", "rng", "started")
+
+    def __init__(
+        self, policy: Policy, fleet: Fleet, *, clock: Callable[[], float], rng: Random, new_id: Callable[[], str],
+        started: int,
+    ) -> None:  # fmt: skip
+        self.policy = policy
+        self.fleet = fleet
+        self.estimates = Estimates()
+        self.clock = clock
+        self.rng = rng
+        self.new_id = new_id
+        self.started = started
+
+
+class _State(Enum):
+    NEW = auto()  # nothing has come yet
+    BODY = auto()  # headers accepted, waiting for the body
+    ASKING = auto()  # the store was asked
+    ROUTED = auto()  # a pod was chosen, no answer yet
+    ANSWERING = auto()  # the answer has begun
+    OVER = auto()  # settled; what still comes is let through
+    CLOSED = auto()
+
+
+#: Request headers that say who asks or how: sent twice they are ambiguous.
+_SINGLE: Final = frozenset({"user", "authorization", "x-api-key", "routing-strategy"})
+#: Request headers that only the gateway sets.
+_INTERNAL: Final = frozenset({"model", "target-pod"})
+_INTERNAL_PREFIX: Final = "x-gateway-"
+#: Envoy's response code details for requests that reached no pod. From Envoy's response_code_details documentation;
+#: the reset reasons stand in braces behind upstream_reset_before_response_started.
+_NOT_TAKEN: Final = (
+    "no_healthy_upstream",
+    "cluster_not_found",
+    "connection_failure",
+    "local_connection_failure",
+    "remote_connection_failure",
+    "connection_timeout",
+    "overflow",
+)
+#: Longest x-request-id that logs repeat, in characters.
+_REQUEST_ID: Final = 128
+#: Status that counters show for a client that went away, as nginx has it.
+CLIENT_GONE: Final = 499
+
+
+class ProtocolError(Exception):
+    """An event that cannot come in this state: the listener and the session disagree."""
+
+
+class Session:
+    """Feed it events in order; carry out the actions in order. ``node`` names the Envoy that asks."""
+
+    __slots__ = (
+        "_admission", "_admitted", "_anthropic", "_ended", "_endpoint", "_headers", "_lease", "_model", "_node",
+        "_parts", "_reader", "_refused", "_request", "_size", "_state", "_status", "_strategy", "_strip", "_took",
+        "_user", "_windows", "_world", "declared_length",
+    )  # fmt: skip
+
+    def __init__(self, world: World, node: str = "") -> None:
+        self._world = world
+        self._node = node
+        self._state = _State.NEW
+        self._headers: dict[str, bytes] = {}
+        self._endpoint: Endpoint | None = None
+        self._anthropic = False
+        self._user: str | None = None
+        self._strategy = ""
+        self._parts: list[bytes] = []
+        self._size = 0
+        self._request: Request | None = None
+        self._model = ""
+        self._windows: tuple[Window, ...] = ()
+        self._admission: Admission | None = None
+        self._admitted: Admitted | None = None
+        self._lease: Lease | None = None
+        self._strip = False
+        self._status = 0
+        self._took = True
+        self._ended = False
+        self._reader: JsonUsage | SseUsage | None = None
+        self._refused: Refusal | None = None
+        #: Bytes of the body still to come, as the client declared them; None where it did not.
+        self.declared_length: int | None = None
+
+    def feed(self, event: Event) -> list[Action]:
+        """The actions that ``event`` calls for. Raises ProtocolError for an event out of order."""
+        handler = _TABLE.get((self._state, type(event)))
+        if handler is None:
+            raise ProtocolError(f"{type(event).__name__} in state {self._state.name}")
+        return handler(self, event)
+
+    @property
+    def deciding(self) -> bool:
+        """Whether the request still needs an answer from us before Envoy can go on without us."""
+        return self._state in (_State.NEW, _State.BODY, _State.ASKING)
+
+    # --- the request -------------------------------------------------------------------------------------------------
+
+    def _on_headers(self, event: RequestHeaders) -> list[Action]:
+        repeated = self._take_headers(event.headers)
+        headers = self._headers
+        method = headers.get(":method", b"").decode("latin-1")
+        path = headers.get(":path", b"").decode("latin-1")
+        policy = self._world.policy
+        endpoint = self._endpoint = endpoint_of(method, path)
+        if endpoint is None or (endpoint.routed and (event.end or "upgrade" in headers)):
+            return self._refuse(refusals.unknown_url(method, path.partition("?")[0]))
+        self._anthropic = endpoint.anthropic
+        if repeated is not None:
+            return self._refuse(refusals.invalid_value(repeated, "sent more than once"))
+        user = identify(policy.auth, headers.get("user"), headers.get("authorization"), headers.get("x-api-key"))
+        if isinstance(user, Refusal):
+            return self._refuse(user)
+        self._user = user
+        if not endpoint.routed:
+            return self._list_models(endpoint.model_id)
+        encoding = headers.get("content-encoding", b"").strip().lower()
+        if encoding not in (b"", b"identity"):
+            return self._refuse(refusals.unsupported_encoding(encoding.decode("latin-1")))
+        length = headers.get("content-length", b"")
+        if length.isdigit():
+            self.declared_length = int(length[:20])
+            if self.declared_length > policy.max_body_bytes:
+                return self._refuse(refusals.request_too_large(policy.max_body_bytes))
+        strategy = headers.get("routing-strategy", b"").decode("latin-1")
+        if strategy and strategy not in STRATEGIES:
+            return self._refuse(refusals.unknown_strategy(strategy, tuple(STRATEGIES)))
+        self._strategy = strategy
+        self._state = _State.BODY
+        return [Continue(want_body=event.body_mode != "buffered")]
+
+    def _take_headers(self, headers: Headers) -> str | None:
+        """Keep the headers by name; the first name that came twice and must not."""
+        kept = self._headers
+        repeated = None
+        for name, value in headers:
+            if name in kept and name in _SINGLE and repeated is None:
+                repeated = name
+            kept[name] = value
+        return repeated
+
+    def _on_body(self, event: RequestBody) -> list[Action]:
+        self._size += len(event.data)
+        policy = self._world.policy
+        if self._size > policy.max_body_bytes:
+            return self._refuse(refusals.request_too_large(policy.max_body_bytes))
+        if not event.end:
+            self._parts.append(event.data)
+            return [Continue()]
+        body = b"".join((*self._parts, event.data)) if self._parts else event.data
+        self._parts.clear()
+        endpoint = self._endpoint
+        assert endpoint is not None
+        if not body:
+            path = self._headers.get(":path", b"").decode("latin-1").partition("?")[0]
+            return self._refuse(refusals.unknown_url("POST", path))
+        content_type = self._headers.get("content-type")
+        try:
+            request = parse_request(endpoint, content_type.decode("latin-1") if content_type else None, body)
+        except Refused as refused:
+            return self._refuse(refused.refusal)
+        self._request = request
+        model = request.model
+        directory = policy.directory
+        pods = self._world.fleet.view(self._node).models.get(model)
+        if pods is None:
+            return self._refuse(refusals.model_not_found(model))
+        self._model = model
+        if not directory.may_use(self._user, model):
+            return self._refuse(refusals.model_not_allowed(model))
+        self._strategy = self._strategy or policy.model(model).strategy or policy.default_strategy
+        if not pods:
+            return self._refuse(refusals.no_ready_pods(model))
+        self._windows = directory.windows(self._user, model)
+        tokens = self._estimate(request)
+        # Kept until the answer to the question: the only place the body may be needed again is to be changed.
+        self._strip = (
+            request.stream
+            and not request.include_usage
+            and endpoint.may_ask_usage
+            and any(window.tpm is not None for window in self._windows)
+        )
+        if self._strip:
+            self._parts.append(body)
+        self._admission = Admission(self._world.new_id(), self._windows, tokens)
+        if self._windows:
+            self._state = _State.ASKING
+            return [Ask(self._admission)]
+        return self._route()
+
+    def _estimate(self, request: Request) -> int:
+        """Tokens to reserve. A guess of the output never makes a request larger than the limit it is under: only
+        the prompt, and what ``reserve: max`` declares, can do that."""
+        estimates, reserve = self._world.estimates, self._world.policy.reserve
+        prompt = estimates.prompt(self._model, request.prompt_bytes)
+        output = self._expected_output(request)
+        tightest = min((window.tpm for window in self._windows if window.tpm is not None), default=None)
+        if tightest is not None and reserve == "expected":
+            output = min(output, max(0, tightest - prompt))
+        return prompt + output
+
+    def _expected_output(self, request: Request) -> int:
+        if self._endpoint is None or not self._endpoint.generates:
+            return 0
+        world = self._world
+        answers = request.n * request.prompts
+        return world.estimates.output(self._model, request.max_tokens, answers, world.policy.reserve)
+
+    def _on_admitted(self, event: Admitted) -> list[Action]:
+        self._admitted = event
+        return self._route()
+
+    def _on_denied(self, event: Denied) -> list[Action]:
+        window = self._windows[event.window]
+        level = event.levels[event.window] if event.window < len(event.levels) else Level(0, 0, 0.0, 0.0)
+        assert self._admission is not None
+        if event.kind == "rpm":
+            limit, used, asked = window.rpm or 0, level.requests, 1
+        else:
+            limit, used, asked = window.tpm or 0, level.tokens, self._admission.tokens
+        if event.retry_after is None:
+            refused = refusals.request_exceeds_limit(event.kind, window.scope, limit, asked)
+        else:
+            refused = refusals.rate_limit_exceeded(event.kind, window.scope, limit, used, asked, event.retry_after)
+        return self._refuse(refused, limit_headers(self._windows, event.levels))
+
+    def _on_unavailable(self, _: Unavailable) -> list[Action]:
+        return self._refuse(refusals.limits_unavailable())
+
+    def _route(self) -> list[Action]:
+        """The request may go: choose, and say where to."""
+        world, admission = self._world, self._admission
+        assert admission is not None
+        # Looked up again: pods may have gone while the store was asked.
+        pods = world.fleet.view(self._node).models.get(self._model)
+        if not pods:
+            self._took = False
+            return self._refuse(refusals.no_ready_pods(self._model), self._limit_headers())
+        choices = 1 + world.policy.model(self._model).retries
+        lease = choose(self._strategy, pods, choices, admission.tokens, world.clock(), world.rng)
+        self._lease = lease
+        body = None
+        if self._strip:
+            assert self._request is not None
+            body = ask_for_usage(self._parts.pop(), self._request)
+        self._state = _State.ROUTED
+        return [Route(*self._header_changes(lease), body)]
+
+    def _header_changes(self, lease: Lease) -> tuple[dict[str, bytes], tuple[str, ...]]:
+        headers, pod = self._headers, lease.pods[0]
+        change = {"model": self._model.encode(), "target-pod": ",".join(p.address for p in lease.pods).encode()}
+        remove = ["accept-encoding"]
+        for name in headers:
+            if name.startswith(_INTERNAL_PREFIX):
+                remove.append(name)
+        gateway_key = KEY_PREFIX.encode()
+        if gateway_key in headers.get("x-api-key", b"") or (pod.api_key is not None and "x-api-key" in headers):
+            remove.append("x-api-key")
+        if pod.api_key is not None:
+            change["authorization"] = b"Bearer " + pod.api_key.encode()
+        elif gateway_key in headers.get("authorization", b""):
+            remove.append("authorization")
+        if pod.path_prefix:
+            change[":path"] = pod.path_prefix.encode() + headers[":path"]
+        return change, tuple(remove)
+
+    # --- the answer --------------------------------------------------------------------------------------------------
+
+    def _on_answer(self, event: ResponseHeaders) -> list[Action]:
+        headers = dict(event.headers)
+        status = headers.get(":status", b"")
+        self._status = int(status) if status.isdigit() else 0
+        self._ended = event.end
+        self._state = _State.ANSWERING
+        actions = self._follow(event)
+        change = dict(self._limit_headers())
+        lease = self._lease
+        if self._world.policy.expose and lease is not None:
+            change["routing-strategy"] = self._strategy
+            change["target-pod"] = lease.pod.name
+        content_type = headers.get("content-type", b"").partition(b";")[0].strip().lower()
+        if not event.end and self._took:
+            if content_type == b"text/event-stream":
+                self._reader = SseUsage(strip=self._strip)
+            elif content_type == b"application/json":
+                self._reader = JsonUsage()
+        return [*actions, Respond(change, self._reader is not None)]
+
+    def _follow(self, event: ResponseHeaders) -> list[Action]:
+        """Which pod answered, and which did not."""
+        lease = self._lease
+        assert lease is not None
+        if event.details and event.details != "via_upstream":
+            self._took = not any(reason in event.details for reason in _NOT_TAKEN)
+            if self._took and "reset" not in event.details:
+                return []  # a time-out, or the client's fault: says nothing about connections
+            return [Suspect(tuple(pod.address for pod in lease.pods), event.details)]
+        if not event.upstream or event.upstream == lease.pod.address:
+            return []
+        # Envoy walks the list in order: those before the one that answered could not be reached, or said 503.
+        skipped: list[str] = []
+        served: Pod | None = None
+        for pod in lease.pods:
+            if pod.address == event.upstream:
+                served = pod
+                break
+            skipped.append(pod.address)
+        if served is None:
+            return []
+        lease.moved(served, self._world.clock())
+        return [Suspect(tuple(skipped), "a retry went to another pod")]
+
+    def _on_answer_body(self, event: ResponseBody) -> list[Action]:
+        self._ended = self._ended or event.end
+        reader = self._reader
+        if isinstance(reader, SseUsage):
+            return [Replace(reader.feed(event.data, event.end))]
+        if reader is not None:
+            reader.feed(event.data)
+        return [Replace(None)]
+
+    def _on_answer_trailers(self, _: ResponseTrailers) -> list[Action]:
+        self._ended = True
+        return [Continue()]
+
+    def _on_early_answer(self, event: ResponseHeaders) -> list[Action]:
+        """Envoy answered by itself before the request was routed, for instance 413."""
+        status = dict(event.headers).get(":status", b"")
+        self._status = int(status) if status.isdigit() else 0
+        self._parts.clear()
+        self._state = _State.OVER
+        return [Respond({}, body=False), Settle(None, self._outcome("envoy"))]
+
+    # --- the ways out ------------------------------------------------------------------------------------------------
+
+    def _refuse(self, refused: Refusal, headers: Mapping[str, str] | None = None) -> list[Action]:
+        self._refused = refused
+        self._status = refused.status
+        self._parts.clear()
+        self._state = _State.OVER
+        settlement = self._settlement(None) if self._admitted is not None else None
+        settle = Settle(settlement, self._outcome(refused.reason or refused.code))
+        return [Refuse(refused, dict(headers or {}), self._anthropic), settle]
+
+    def _list_models(self, wanted: str | None) -> list[Action]:
+        world = self._world
+        directory = world.policy.directory
+        found = [
+            {"id": model, "object": "model", "created": world.started, "owned_by": "gateway"}
+            for model, pods in world.fleet.view(self._node).models.items()
+            if pods and directory.may_use(self._user, model)
+        ]
+        if wanted is None:
+            body = msgspec.json.encode({"object": "list", "data": sorted(found, key=lambda item: str(item["id"]))})
+        else:
+            one = next((item for item in found if item["id"] == wanted), None)
+            if one is None:
+                return self._refuse(refusals.model_not_found(wanted))
+            body = msgspec.json.encode(one)
+        self._status = 200
+        self._state = _State.OVER
+        return [Answer(body), Settle(None, self._outcome("models"))]
+
+    def _on_closed_early(self, event: Closed) -> list[Action]:
+        """Nothing was routed yet: the client has gone, or we failed. What a question in flight took, the store's
+        adapter gives back, since its caller is gone."""
+        self._parts.clear()
+        self._status = CLIENT_GONE if event.how != "failed" else 500
+        self._state = _State.CLOSED
+        return [Settle(None, self._outcome("client_gone" if event.how != "failed" else "internal_error"))]
+
+    def _on_closed_routed(self, event: Closed) -> list[Action]:
+        """Routed, and no answer was seen. Envoy either resets (the client has gone) or says goodbye because it was
+        configured to show no answers: then the reservation is the charge."""
+        prompt = None
+        reason = "unseen"
+        if event.how == "reset":
+            assert self._request is not None
+            prompt = Usage(self._world.estimates.prompt(self._model, self._request.prompt_bytes), 0, 0)
+            self._status, reason = CLIENT_GONE, "client_gone"
+        return self._settle(prompt, reason, estimated=True)
+
+    def _on_closed_answering(self, _: Closed) -> list[Action]:
+        request, reader = self._request, self._reader
+        assert request is not None
+        usage = reader.usage() if reader is not None else None
+        complete = self._ended or (isinstance(reader, SseUsage) and reader.done)
+        good = 200 <= self._status < 300
+        if usage is not None:
+            if complete and good:
+                self._learn(request, usage)
+            return self._settle(usage, "ok" if complete else "cut")
+        if not self._took:
+            return self._settle(None, "no_pod")
+        if not good:
+            return self._settle(Usage(0, 0, 0), "upstream_error" if self._lease is not None else "envoy")
+        if isinstance(reader, SseUsage):
+            prompt = self._world.estimates.prompt(self._model, request.prompt_bytes)
+            return self._settle(Usage(prompt, reader.chunks, 0), "ok" if complete else "cut", estimated=True)
+        return self._settle(None, "ok" if complete else "cut", estimated=True)
+
+    def _on_drain(self, _: Drain) -> list[Action]:
+        reader = self._reader
+        if isinstance(reader, SseUsage) and reader.holding:
+            return []  # bytes the client must still get: leave with the next event's end
+        return [*self._settle(None, "drained", estimated=True), Leave()]
+
+    def _on_nothing(self, _: Event) -> list[Action]:
+        return []
+
+    def _on_closed_over(self, _: Closed) -> list[Action]:
+        self._state = _State.CLOSED
+        return []
+
+    def _learn(self, request: Request, usage: Usage) -> None:
+        answers = request.n * request.prompts
+        generated = self._endpoint is not None and self._endpoint.generates
+        output = round(usage.completion / answers) if generated else None
+        self._world.estimates.learn(self._model, request.prompt_bytes, usage.prompt, output)
+
+    def _settle(self, usage: Usage | None, reason: str, *, estimated: bool = False) -> list[Action]:
+        """The one place where a routed request ends. ``usage`` None: the reservation stands."""
+        self._state = _State.CLOSED
+        settlement = self._settlement(usage)
+        outcome = self._outcome(reason, usage, estimated=estimated)
+        if self._lease is not None:
+            processed = outcome.prompt_tokens + outcome.output_tokens
+            self._lease.release(processed, self._world.clock())
+        return [Settle(settlement, outcome)]
+
+    def _settlement(self, usage: Usage | None) -> Settlement | None:
+        admission, admitted = self._admission, self._admitted
+        if admission is None or admitted is None:
+            return None
+        requests, tokens = 0, 0
+        if not self._took:
+            requests, tokens = -1, -admission.tokens
+        elif usage is not None:
+            tokens = usage.prompt + usage.completion - admission.tokens
+        if not requests and not tokens:
+            return None
+        keys = tuple(window.key for window in admission.windows)
+        return Settlement(admission.id, keys, admitted.second, requests, tokens)
+
+    def _outcome(self, reason: str, usage: Usage | None = None, *, estimated: bool = False) -> Outcome:
+        lease, request = self._lease, self._request
+        if usage is None and lease is not None and self._took and request is not None:
+            prompt = self._world.estimates.prompt(self._model, request.prompt_bytes)
+            usage = Usage(prompt, self._expected_output(request), 0)
+        request_id = self._headers.get("x-request-id", b"").decode("latin-1")[:_REQUEST_ID]
+        return Outcome(
+            model=self._model,
+            strategy=self._strategy if self._model else "",
+            status=self._status,
+            reason=reason,
+            user=self._user or "",
+            request_id=request_id if request_id.isprintable() else "",
+            pod=lease.pod.name if lease is not None else "",
+            prompt_tokens=usage.prompt if usage is not None else 0,
+            output_tokens=usage.completion if usage is not None else 0,
+            estimated=estimated,
+            detail=self._refused.message if self._refused is not None else "",
+        )
+
+    def _limit_headers(self) -> dict[str, str]:
+        return limit_headers(self._windows, self._admitted.levels) if self._admitted is not None else {}
+
+
+def limit_headers(windows: tuple[Window, ...], levels: tuple[Level, ...]) -> dict[str, str]:
+    """The x-ratelimit-* headers: of each kind of limit the window with the least room, in OpenAI's form. ``levels``
+    is empty where limits were not applied."""
+    found: dict[str, str] = {}
+    pairs = list(zip(windows, levels, strict=False))
+    requests = [(w.rpm - v.requests, w.rpm, v.requests_reset) for w, v in pairs if w.rpm is not None]
+    tokens = [(w.tpm - v.tokens, w.tpm, v.tokens_reset) for w, v in pairs if w.tpm is not None]
+    for kind, rooms in (("requests", requests), ("tokens", tokens)):
+        if rooms:
+            room, limit, reset = min(rooms)
+            found[f"x-ratelimit-limit-{kind}"] = str(limit)
+            found[f"x-ratelimit-remaining-{kind}"] = str(max(0, room))
+            found[f"x-ratelimit-reset-{kind}"] = duration(reset)
+    return found
+
+
+def duration(seconds: float) -> str:
+    """Seconds as OpenAI writes them: ``6.5s``, ``1m3s``; to the millisecond."""
+    milliseconds = max(0, round(seconds * 1000))
+    minutes, rest = divmod(milliseconds, 60_000)
+    text = f"{rest / 1000:.3f}".rstrip("0").rstrip(".")
+    return f"{minutes}m{text}s" if minutes else f"{text}s"
+
+
+_Handler = Callable[[Session, "Event"], "list[Action]"]
+_S = Session
+#: Which event may come when. What is not here is a disagreement with the listener.
+_TABLE: Final[Mapping[tuple[_State, type], _Handler]] = {
+    (_State.NEW, RequestHeaders): _S._on_headers,
+    (_State.NEW, Closed): _S._on_closed_over,
+    (_State.NEW, Drain): _S._on_nothing,
+    (_State.BODY, RequestBody): _S._on_body,
+    (_State.BODY, ResponseHeaders): _S._on_early_answer,
+    (_State.BODY, Closed): _S._on_closed_early,
+    (_State.BODY, Drain): _S._on_nothing,
+    (_State.ASKING, Admitted): _S._on_admitted,
+    (_State.ASKING, Denied): _S._on_denied,
+    (_State.ASKING, Unavailable): _S._on_unavailable,
+    (_State.ASKING, Closed): _S._on_closed_early,
+    (_State.ASKING, Drain): _S._on_nothing,
+    (_State.ROUTED, RequestTrailers): lambda _, __: [Continue()],
+    (_State.ROUTED, ResponseHeaders): _S._on_answer,
+    (_State.ROUTED, Closed): _S._on_closed_routed,
+    (_State.ROUTED, Drain): _S._on_drain,
+    (_State.ANSWERING, ResponseBody): _S._on_answer_body,
+    (_State.ANSWERING, ResponseTrailers): _S._on_answer_trailers,
+    (_State.ANSWERING, RequestTrailers): lambda _, __: [Continue()],
+    (_State.ANSWERING, Closed): _S._on_closed_answering,
+    (_State.ANSWERING, Drain): _S._on_drain,
+    (_State.OVER, RequestBody): lambda _, __: [Continue()],
+    (_State.OVER, RequestTrailers): lambda _, __: [Continue()],
+    (_State.OVER, ResponseHeaders): lambda _, __: [Respond({}, body=False)],
+    (_State.OVER, ResponseBody): lambda _, __: [Replace(None)],
+    (_State.OVER, ResponseTrailers): lambda _, __: [Continue()],
+    (_State.OVER, Closed): _S._on_closed_over,
+    (_State.OVER, Drain): lambda _, __: [Leave()],
+}  # type: ignore[dict-item]  # each handler takes the one event type of its key
