@@ -9,26 +9,24 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Final
 
 import msgspec
 import yaml
 
+from .config import Config
 from .core import refusal
 from .core.refusal import Refusal
-from .wire.extproc import DETAILS_PREFIX, RESPONSE_ATTRIBUTES
+from .wire.extproc import BODY_WAIT, DETAILS_PREFIX, NODE_METADATA, RESPONSE_ATTRIBUTES
 from .wire.resources import MODEL_HEADER, NOWHERE, ROUTE_CONFIGURATION, TARGET_HEADER, split_address
 
 _T: Final = "type.googleapis.com/envoy."
-#: The request metadata in which Envoy tells the gateway who it is.
-NODE_METADATA: Final = "x-gateway-node"
 #: Request headers that the gateway reads. Others, among them cookies, never leave Envoy.
 FORWARDED: Final = (
     ":method", ":path", "authorization", "content-encoding", "content-length", "content-type", "model", "routing-strategy",
     "target-pod", "upgrade", "user", "x-api-key", "x-request-id", "x-session-id", ":status",
 )  # fmt: skip
-#: Seconds for which Envoy holds a request while the gateway restarts: it asks again in between.
+#: Seconds for which Envoy holds a request while the gateway restarts; it tries to reach it again in between.
 RESTART_WAIT: Final = 15.0
 
 
@@ -50,6 +48,29 @@ class Bootstrap(msgspec.Struct, frozen=True, kw_only=True):
     gateway_ca_file: str = ""
     gateway_cert_file: str = ""
     gateway_key_file: str = ""
+
+
+def of(config: Config) -> Bootstrap:
+    """The bootstrap that a configuration asks for."""
+    envoy, tls, inner = config.envoy, config.envoy.tls, config.envoy.gateway_tls
+    # Envoy must wait longer than the gateway ever does, or a slow store becomes Envoy's error (docs/decisions).
+    shortest = config.store.timeout + BODY_WAIT + 1.0
+    return Bootstrap(
+        listen=envoy.listen,
+        admin=envoy.admin,
+        gateway=envoy.gateway or config.listen.grpc,
+        node=envoy.node,
+        message_timeout=envoy.message_timeout or max(RESTART_WAIT, shortest),
+        max_body_bytes=config.limits.max_body_bytes,
+        max_heap=envoy.max_heap,
+        trusted_hops=envoy.trusted_hops,
+        cors=envoy.cors is not None,
+        cert_file=tls.cert_file if tls is not None else "",
+        key_file=tls.key_file if tls is not None else "",
+        gateway_ca_file=inner.ca_file if inner is not None else "",
+        gateway_cert_file=inner.cert_file if inner is not None else "",
+        gateway_key_file=inner.key_file if inner is not None else "",
+    )
 
 
 def build(settings: Bootstrap) -> dict[str, Any]:
@@ -375,7 +396,3 @@ def _details(expression: str) -> dict[str, Any]:
 
 def _both(*conditions: Mapping[str, Any]) -> dict[str, Any]:
     return {"and_filter": {"filters": list(conditions)}}
-
-
-def write(settings: Bootstrap, path: Path) -> None:
-    path.write_text(to_yaml(settings))

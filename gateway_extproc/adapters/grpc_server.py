@@ -47,15 +47,11 @@ MESSAGE_OVERHEAD: Final = 1 << 20
 SMALL_BODY: Final = 64 * 1024
 #: Most requests that wait for room for their bodies; further ones are refused as overloaded.
 WAITING_BODIES: Final = 4096
-#: Longest wait in seconds for that room; the bootstrap's message time-out is longer.
-BODY_WAIT: Final = 5.0
 #: Seconds after which a body that has not come gives its room back. Envoy sends a body only once it has all of it,
 #: so a slow sender holds memory there (bounded by the bootstrap's heap limit) and must not hold ours.
 BODY_HOLD: Final = 2.0
 #: What a body of undeclared length is taken for, in bytes.
 UNDECLARED_BODY: Final = 1 << 20
-#: The request metadata in which our bootstrap tells which Envoy asks.
-NODE_METADATA: Final = "x-gateway-node"
 
 _Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -89,7 +85,7 @@ class Room:
             turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             self._waiting.append((amount, turn))
             try:
-                async with asyncio.timeout(BODY_WAIT):
+                async with asyncio.timeout(extproc.BODY_WAIT):
                     await turn
             except BaseException:
                 if turn.done() and not turn.cancelled():
@@ -137,7 +133,7 @@ class ExtProc:
         self._leaving: set[asyncio.Task[Any]] = set()
         self._draining = False
 
-    def handlers(self) -> grpc.GenericRpcHandler:
+    def handlers(self) -> grpc.GenericRpcHandler[Any, Any]:
         method = grpc.stream_stream_rpc_method_handler(
             self._process, ProcessingRequest.FromString, ProcessingResponse.SerializeToString
         )
@@ -157,7 +153,7 @@ class ExtProc:
                 task.cancel()
 
     async def _process(self, _: object, context: _Context) -> None:
-        node = next((value for key, value in context.invocation_metadata() or () if key == NODE_METADATA), "")
+        node = next((value for key, value in context.invocation_metadata() or () if key == extproc.NODE_METADATA), "")
         session = Session(self._world, str(node))
         task = asyncio.current_task()
         assert task is not None
@@ -179,7 +175,7 @@ class ExtProc:
                     self._leaving.discard(task)
                     left = await self._reply(session, "", Drain(), context)
                     continue
-                if message is grpc.aio.EOF:
+                if message is grpc.aio.EOF:  # type: ignore[attr-defined]  # missing in grpc-stubs
                     how = Closed("done")
                     break
                 kind, event = extproc.decode(message)
@@ -277,7 +273,7 @@ class PortInUse(Exception):
 
 
 async def serve(
-    address: str, handlers: Sequence[grpc.GenericRpcHandler], max_body_bytes: int, tls: TLSFiles | None = None
+    address: str, handlers: Sequence[grpc.GenericRpcHandler[Any, Any]], max_body_bytes: int, tls: TLSFiles | None = None
 ) -> tuple[grpc.aio.Server, int]:
     """Start a server; it and its port (0 for a Unix socket). Raises PortInUse, and OSError for unreadable
     certificate files."""

@@ -37,7 +37,7 @@ class Health:
             changed, self._changed = self._changed, asyncio.Event()
             changed.set()
 
-    def handlers(self) -> grpc.GenericRpcHandler:
+    def handlers(self) -> grpc.GenericRpcHandler[Any, Any]:
         decode, encode = HealthCheckRequest.FromString, HealthCheckResponse.SerializeToString
         return grpc.method_handlers_generic_handler(
             SERVICE,

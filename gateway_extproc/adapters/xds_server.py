@@ -50,7 +50,7 @@ class XdsServer:
         #: Responses that Envoys refused, since the start.
         self.refused = 0
 
-    def handlers(self) -> grpc.GenericRpcHandler:
+    def handlers(self) -> grpc.GenericRpcHandler[Any, Any]:
         method = grpc.stream_stream_rpc_method_handler(
             self._stream, DeltaDiscoveryRequest.FromString, DeltaDiscoveryResponse.SerializeToString
         )

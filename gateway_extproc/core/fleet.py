@@ -15,7 +15,7 @@ Leaves out how pods are polled (adapters/scrape.py) and resolved (adapters/dns.p
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Final
 
 import msgspec
@@ -112,8 +112,10 @@ class Fleet:
         self._acknowledged: dict[str, Mapping[str, frozenset[str] | None]] = {}
         self._views: dict[str, View] = {}
         self._sources: dict[str, tuple[PodSpec, ...]] = {}
-        #: Grows with each change of members, models or readiness; watchers compare it.
+        #: Grows with each change of members, models or readiness.
         self.version = 0
+        #: Called after each such change; must not raise.
+        self.on_change: Callable[[], None] = lambda: None
 
     # --- membership ------------------------------------------------------------------------------------------------
 
@@ -237,6 +239,7 @@ class Fleet:
     def _changed(self) -> None:
         self.version += 1
         self._views.clear()
+        self.on_change()
 
 
 def usable_names(models: Iterable[str]) -> tuple[str, ...]:

@@ -23,7 +23,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from enum import Enum, auto
 from random import Random
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 
@@ -58,7 +58,8 @@ from .events import (
 )
 from .fleet import Fleet, Pod
 from .identify import KEY_PREFIX, Mode, identify
-from .parse import Endpoint, Refused, Request, ask_for_usage, endpoint_of, parse_request
+from .parse import Kind, Refused, Request, ask_for_usage, parse_request, route_of
+from .parse import Route as Target
 from .refusal import Refusal
 from .store import Admission, Admitted, Denied, Level, Settlement, Window
 from .usage import JsonUsage, SseUsage, Usage
@@ -150,7 +151,7 @@ class Session:
     """Feed it events in order; carry out the actions in order. ``node`` names the Envoy that asks."""
 
     __slots__ = (
-        "_admission", "_admitted", "_anthropic", "_ended", "_endpoint", "_headers", "_lease", "_model", "_node",
+        "_admission", "_admitted", "_ended", "_target", "_headers", "_lease", "_model", "_node",
         "_parts", "_reader", "_refused", "_request", "_size", "_state", "_status", "_strategy", "_strip", "_took",
         "_user", "_windows", "_world", "declared_length",
     )  # fmt: skip
@@ -160,8 +161,7 @@ class Session:
         self._node = node
         self._state = _State.NEW
         self._headers: dict[str, bytes] = {}
-        self._endpoint: Endpoint | None = None
-        self._anthropic = False
+        self._target = Target(Kind.UNKNOWN)
         self._user: str | None = None
         self._strategy = ""
         self._parts: list[bytes] = []
@@ -201,18 +201,18 @@ class Session:
         method = headers.get(":method", b"").decode("latin-1")
         path = headers.get(":path", b"").decode("latin-1")
         policy = self._world.policy
-        endpoint = self._endpoint = endpoint_of(method, path)
-        if endpoint is None or (endpoint.routed and (event.end or "upgrade" in headers)):
+        target = self._target = route_of(method, path)
+        routed = target.kind is Kind.ROUTED
+        if target.kind is Kind.UNKNOWN or (routed and (event.end or "upgrade" in headers)):
             return self._refuse(refusals.unknown_url(method, path.partition("?")[0]))
-        self._anthropic = endpoint.anthropic
         if repeated is not None:
             return self._refuse(refusals.invalid_value(repeated, "sent more than once"))
         user = identify(policy.auth, headers.get("user"), headers.get("authorization"), headers.get("x-api-key"))
         if isinstance(user, Refusal):
             return self._refuse(user)
         self._user = user
-        if not endpoint.routed:
-            return self._list_models(endpoint.model_id)
+        if not routed:
+            return self._list_models(target.model)
         encoding = headers.get("content-encoding", b"").strip().lower()
         if encoding not in (b"", b"identity"):
             return self._refuse(refusals.unsupported_encoding(encoding.decode("latin-1")))
@@ -248,14 +248,12 @@ class Session:
             return [Continue()]
         body = b"".join((*self._parts, event.data)) if self._parts else event.data
         self._parts.clear()
-        endpoint = self._endpoint
-        assert endpoint is not None
         if not body:
             path = self._headers.get(":path", b"").decode("latin-1").partition("?")[0]
             return self._refuse(refusals.unknown_url("POST", path))
         content_type = self._headers.get("content-type")
         try:
-            request = parse_request(endpoint, content_type.decode("latin-1") if content_type else None, body)
+            request = parse_request(self._target, content_type.decode("latin-1") if content_type else None, body)
         except Refused as refused:
             return self._refuse(refused.refusal)
         self._request = request
@@ -276,7 +274,7 @@ class Session:
         self._strip = (
             request.stream
             and not request.include_usage
-            and endpoint.may_ask_usage
+            and self._target.may_ask_usage
             and any(window.tpm is not None for window in self._windows)
         )
         if self._strip:
@@ -299,7 +297,7 @@ class Session:
         return prompt + output
 
     def _expected_output(self, request: Request) -> int:
-        if self._endpoint is None or not self._endpoint.generates:
+        if not self._target.generates:
             return 0
         world = self._world
         answers = request.n * request.prompts
@@ -439,9 +437,9 @@ class Session:
         self._state = _State.OVER
         settlement = self._settlement(None) if self._admitted is not None else None
         settle = Settle(settlement, self._outcome(refused.reason or refused.code))
-        return [Refuse(refused, dict(headers or {}), self._anthropic), settle]
+        return [Refuse(refused, dict(headers or {}), self._target.anthropic), settle]
 
-    def _list_models(self, wanted: str | None) -> list[Action]:
+    def _list_models(self, wanted: str) -> list[Action]:
         world = self._world
         directory = world.policy.directory
         found = [
@@ -449,7 +447,7 @@ class Session:
             for model, pods in world.fleet.view(self._node).models.items()
             if pods and directory.may_use(self._user, model)
         ]
-        if wanted is None:
+        if not wanted:
             body = msgspec.json.encode({"object": "list", "data": sorted(found, key=lambda item: str(item["id"]))})
         else:
             one = next((item for item in found if item["id"] == wanted), None)
@@ -483,7 +481,7 @@ class Session:
         request, reader = self._request, self._reader
         assert request is not None
         usage = reader.usage() if reader is not None else None
-        complete = self._ended or (isinstance(reader, SseUsage) and reader.done)
+        complete = self._ended
         good = 200 <= self._status < 300
         if usage is not None:
             if complete and good:
@@ -513,8 +511,7 @@ class Session:
 
     def _learn(self, request: Request, usage: Usage) -> None:
         answers = request.n * request.prompts
-        generated = self._endpoint is not None and self._endpoint.generates
-        output = round(usage.completion / answers) if generated else None
+        output = round(usage.completion / answers) if self._target.generates else None
         self._world.estimates.learn(self._model, request.prompt_bytes, usage.prompt, output)
 
     def _settle(self, usage: Usage | None, reason: str, *, estimated: bool = False) -> list[Action]:
@@ -589,7 +586,8 @@ def duration(seconds: float) -> str:
     return f"{minutes}m{text}s" if minutes else f"{text}s"
 
 
-_Handler = Callable[[Session, "Event"], "list[Action]"]
+#: A handler takes the one event type of its key.
+_Handler = Callable[[Session, Any], "list[Action]"]
 _S = Session
 #: Which event may come when. What is not here is a disagreement with the listener.
 _TABLE: Final[Mapping[tuple[_State, type], _Handler]] = {
@@ -621,4 +619,4 @@ _TABLE: Final[Mapping[tuple[_State, type], _Handler]] = {
     (_State.OVER, ResponseTrailers): lambda _, __: [Continue()],
     (_State.OVER, Closed): _S._on_closed_over,
     (_State.OVER, Drain): lambda _, __: [Leave()],
-}  # type: ignore[dict-item]  # each handler takes the one event type of its key
+}

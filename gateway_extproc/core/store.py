@@ -59,7 +59,8 @@ class Level(msgspec.Struct, frozen=True):
 
 
 class Admitted(msgspec.Struct, frozen=True):
-    """All windows had room and took the request. ``second`` is the store's second in which they did (unix time)."""
+    """All windows had room and took the request. ``second`` is the store's second in which they did (unix time); a
+    caller does nothing with it but repeat it in the Settlement (adapters/guarded.py gives marked seconds)."""
 
     second: int
     levels: tuple[Level, ...]
@@ -88,6 +89,23 @@ class Settlement(msgspec.Struct, frozen=True):
     second: int
     requests: int
     tokens: int
+
+
+class Merge(msgspec.Struct, frozen=True):
+    """What was admitted elsewhere while the store was away, to be counted once for each ``id`` in the window ``key``.
+
+    ``spent`` holds ``(second, requests, tokens)`` in the store's seconds; what has left the window is not counted."""
+
+    id: str
+    key: str
+    spent: tuple[tuple[int, int, int], ...]
+
+
+class Pulse(msgspec.Struct, frozen=True):
+    """A store's answer to a gateway's heartbeat: how many gateways live, and its own time (unix seconds)."""
+
+    gateways: int
+    now: float
 
 
 class Store(Protocol):

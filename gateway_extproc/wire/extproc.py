@@ -34,6 +34,12 @@ from ._pb.ext_proc_pb2 import ProcessingRequest, ProcessingResponse
 SERVICE: Final = "envoy.service.ext_proc.v3.ExternalProcessor"
 METHOD: Final = "Process"
 
+#: The request metadata in which our bootstrap tells which Envoy asks.
+NODE_METADATA: Final = "x-gateway-node"
+#: Longest time in seconds that a request waits for room for its body before the gateway answers; the bootstrap's
+#: message time-out is longer.
+BODY_WAIT: Final = 5.0
+
 _BODY_MODES: Final[Mapping[int, BodyMode]] = {
     ext_proc_mode_pb2.ProcessingMode.NONE: "none",
     ext_proc_mode_pb2.ProcessingMode.BUFFERED: "buffered",
@@ -55,7 +61,7 @@ def decode(message: ProcessingRequest) -> tuple[str, Event]:
     kind = message.WhichOneof("request")
     if kind == "request_headers":
         part = message.request_headers
-        mode = "buffered"
+        mode: BodyMode = "buffered"
         if message.HasField("protocol_config"):
             mode = _BODY_MODES.get(message.protocol_config.request_body_mode, "other")
         return kind, RequestHeaders(_headers(part.headers), part.end_of_stream, mode)
@@ -110,6 +116,8 @@ def encode(kind: str, action: Action) -> ProcessingResponse:
             _set(mutation, name, value)
         mutation.remove_headers.extend(action.remove)
         if action.body is not None:
+            # Envoy refuses a changed body whose length is not the header's.
+            _set(mutation, "content-length", str(len(action.body)).encode())
             common.body_mutation.body = action.body
     elif isinstance(action, Respond):
         for name, text in action.set.items():
@@ -141,7 +149,7 @@ def _set(mutation: ext_proc_pb2.HeaderMutation, name: str, value: bytes) -> None
 def _immediate(status: int, headers: Mapping[str, str], body: bytes, details: str) -> ProcessingResponse:
     reply = ProcessingResponse()
     immediate = reply.immediate_response
-    immediate.status.code = status  # type: ignore[assignment]  # an open enum: any HTTP status
+    immediate.status.code = status
     for name, text in headers.items():
         _set(immediate.headers, name, text.encode())
     immediate.body = body

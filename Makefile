@@ -1,0 +1,70 @@
+# `make demo` and `make test` need GNU make, a POSIX shell and Python >= 3.11 with venv and pip (or uv), and no more:
+# requirements/install.sh sets up $(VENV) from pinned, hashed wheels, once.
+#
+#   make demo ARGS='--port 9000 --pods 3'     arguments for `gateway-extproc demo`
+#   make test ARGS='-k limits -x'             arguments for pytest
+#   PYTHON=python3.12   the Python to use        UV=   do without uv        VENV=dir   another place than .venv
+
+VENV ?= .venv
+UV ?= uv
+PYTHON ?=
+export VENV UV PYTHON
+BIN = $(VENV)/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check bench proto lint format types requirements clean venv-demo venv-dev
+
+help: ## this list
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1	\2/p' Makefile | expand -t 20
+
+demo: venv-demo ## Envoy, Valkey, the gateway and simulated pods on this machine; Ctrl-C ends it
+	@exec "$(BIN)/gateway-extproc" demo $(ARGS)
+
+test: venv-dev ## the tests, with the real Envoy and the real Valkey
+	@exec "$(BIN)/python" -m pytest -m "not long" $(ARGS)
+
+check: lint types ## all that CI runs: lint, types, layers, generated files are current, all tests
+	@"$(BIN)/python" proto/generate.py --check
+	@"$(BIN)/python" -m gateway_extproc.config_reference --check
+	@exec "$(BIN)/python" -m pytest $(ARGS)
+
+bench: venv-dev ## what a request costs
+	@exec "$(BIN)/python" -m tests.bench $(ARGS)
+
+lint: venv-dev ## ruff, and the layers
+	@"$(BIN)/ruff" check .
+	@"$(BIN)/ruff" format --check .
+	@"$(BIN)/lint-imports"
+
+types: venv-dev ## mypy --strict
+	@"$(BIN)/mypy"
+
+format: venv-dev ## ruff's fixes and form
+	@"$(BIN)/ruff" check --fix .
+	@"$(BIN)/ruff" format .
+
+proto: venv-dev ## wire/_pb anew from proto/*.proto
+	@"$(BIN)/python" proto/generate.py
+
+# The first file decides (ARGS=--upgrade, or ARGS='-P redis'); the others start from its pins, so they agree with it.
+COMPILE = UV_FIND_LINKS= "$(BIN)/uv" pip compile --quiet --universal --python-version 3.11 --generate-hashes \
+	--only-binary :all: --no-emit-index-url --no-emit-find-links --custom-compile-command "make requirements" \
+	pyproject.toml
+
+requirements: venv-dev ## requirements/*.txt anew from pyproject.toml
+	@$(COMPILE) requirements/build.in --all-extras -o requirements/dev.txt $(ARGS)
+	@cp requirements/dev.txt requirements/demo.txt
+	@$(COMPILE) requirements/build.in --extra demo -o requirements/demo.txt
+	@cp requirements/dev.txt requirements/runtime.txt
+	@$(COMPILE) -o requirements/runtime.txt
+
+clean: ## no caches, no virtual environment
+	@rm -rf .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache build dist
+	@find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +
+	@if [ -f "$(VENV)/.made-by-make" ]; then rm -rf "$(VENV)"; fi
+
+venv-demo:
+	@sh requirements/install.sh demo
+
+venv-dev:
+	@sh requirements/install.sh dev

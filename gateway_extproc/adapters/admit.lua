@@ -1,0 +1,79 @@
+-- Check one request against all its windows, then take it from all of them; a refusal writes nothing.
+--
+-- KEYS[1]: the admission's mark, KEYS[2..]: its windows. ARGV[1], doubles, little endian: tokens, then for each window
+-- rpm and tpm (negative: no limit). Returns bytes: outcome (1 admitted, 0 denied, 2 void), index of the window that
+-- lacks, what it lacks (0 rpm, 1 tpm), then doubles: the second of the admission or the microseconds to wait
+-- (negative: never), and for each window requests, tokens and the microseconds until each is zero.
+--
+-- The mark says that this admission was taken and when, so undo.lua can tell; where undo.lua came first, the mark
+-- says so, and this question, whose caller is gone, takes nothing.
+
+local tokens, place = struct.unpack('<d', ARGV[1])
+tokens = within(tokens, 0, MOST)
+local windows = {}
+local lacking, kind, impossible, wait_us = nil, 0, false, 0
+
+-- Microseconds until `window` has room for what is over, oldest slots leaving first.
+local function wait(window, requests_over, tokens_over)
+  local at = 1
+  local second, requests, spent
+  while (requests_over > 0 or tokens_over > 0) and at < #window.entries do
+    second, requests, spent = struct.unpack(ENTRY, window.entries, at)
+    requests_over = requests_over - requests
+    tokens_over = tokens_over - spent
+    at = at + WIDTH
+  end
+  if not second then return 0 end
+  return (second + SLOTS) * 1000000 - now_us
+end
+
+for i = 2, #KEYS do
+  local window = read(KEYS[i])
+  local rpm, tpm
+  rpm, tpm, place = struct.unpack('<dd', ARGV[1], place)
+  local requests_over, tokens_over = 0, 0
+  if rpm >= 0 then requests_over = window.requests + 1 - rpm end
+  if tpm >= 0 then tokens_over = window.tokens + tokens - tpm end
+  if requests_over > 0 or tokens_over > 0 then
+    local never = (rpm >= 0 and rpm < 1) or (tpm >= 0 and tokens > tpm)
+    if not lacking or (never and not impossible) then
+      lacking = i - 2
+      kind = 1
+      if (not never and requests_over > 0) or (never and rpm >= 0 and rpm < 1) then kind = 0 end
+    end
+    if never then
+      impossible = true
+    else
+      wait_us = math.max(wait_us, wait(window, requests_over, tokens_over))
+    end
+  end
+  windows[i] = window
+end
+
+local outcome, value = 1, now
+if lacking then
+  outcome, value = 0, wait_us
+  if impossible then value = -1 end
+elseif not redis.call('SET', KEYS[1], now, 'NX', 'EX', TTL) then
+  return struct.pack('<BBBd', 2, 0, 0, 0)
+end
+
+local reply = {struct.pack('<BBBd', outcome, lacking or 0, kind, value)}
+for i = 2, #KEYS do
+  local window = windows[i]
+  if outcome == 1 then
+    add(window, window.second, 1, tokens)
+    write(KEYS[i], window)
+  end
+  local requests_reset, tokens_reset = 0, 0
+  local at = #window.entries - WIDTH + 1
+  while at > 0 and (requests_reset == 0 or tokens_reset == 0) do
+    local second, requests, spent = struct.unpack(ENTRY, window.entries, at)
+    local left = (second + SLOTS) * 1000000 - now_us
+    if requests > 0 and requests_reset == 0 then requests_reset = left end
+    if spent > 0 and tokens_reset == 0 then tokens_reset = left end
+    at = at - WIDTH
+  end
+  reply[i] = struct.pack('<dddd', window.requests, window.tokens, requests_reset, tokens_reset)
+end
+return table.concat(reply)

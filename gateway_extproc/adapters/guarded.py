@@ -1,0 +1,293 @@
+"""The limits' store that goes on when the shared one does not: contract section 3, promise 4.
+
+Owns the policy in force while the shared store (``primary``) is away, and this gateway's heartbeat there. Promises:
+while the primary is away no request waits for it; ``local`` then enforces each limit divided by the last known number
+of live gateways, starting from what this gateway admitted in the last minute; when the primary is back, what was
+admitted meanwhile is counted there once, in the seconds in which it was spent. Leaves out how either store counts.
+
+How it knows whose an admission is: a settlement repeats the ``second`` of its admission. The primary's are positive;
+those of admissions that the primary has not seen are this gateway's second, negated; 0 is one that can't be traced.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+import random
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from typing import Final, Protocol
+
+import msgspec
+
+from gateway_extproc.core.store import (
+    SLOTS,
+    Admission,
+    Admitted,
+    Denied,
+    Merge,
+    Pulse,
+    Settlement,
+    StoreUnavailable,
+    Window,
+)
+from gateway_extproc.core.window import SlidingWindow
+
+#: What may be done while the primary is away (``limits.on_store_failure``).
+POLICIES: Final = ("local", "refuse", "admit")
+#: The mode while the primary answers.
+OK: Final = "ok"
+#: Seconds between heartbeats: three chances within the 10 s for which a gateway counts as alive.
+BEAT: Final = 3.0
+#: Seconds between attempts to reach a primary that is away, spread by a quarter either way.
+PROBE: Final = 0.5
+SPREAD: Final = 0.25
+#: Windows whose spending waits for the primary's return. Each is one settlement of the primary's queue.
+MAX_OWED: Final = 20_000
+
+
+class Primary(Protocol):
+    """The shared store: a ``Store`` that also takes heartbeats and merges."""
+
+    async def admit(self, admission: Admission) -> Admitted | Denied: ...
+    def settle(self, settlement: Settlement) -> None: ...
+    def merge(self, merge: Merge) -> None: ...
+    async def beat(self, gateway: str) -> Pulse: ...
+    async def flush(self) -> None: ...
+    async def close(self) -> None: ...
+
+
+class Local(Protocol):
+    """This gateway's own store, which answers at once."""
+
+    def admit_now(self, admission: Admission) -> Admitted | Denied: ...
+    def settle_now(self, settlement: Settlement) -> bool: ...
+    def charge(self, keys: Iterable[str], requests: int, tokens: int, second: int | None = None) -> int: ...
+    async def close(self) -> None: ...
+
+
+class _Owed:
+    """What was admitted here and the primary has not counted yet, by window and second."""
+
+    def __init__(self) -> None:
+        self._windows: OrderedDict[str, SlidingWindow] = OrderedDict()
+
+    def take(self, now: float, keys: Sequence[str], tokens: int) -> bool:
+        """Note one request; False, and nothing noted, when there is no room for its windows."""
+        windows = self._windows
+        while windows and (next(iter(windows.values())).newest or 0) <= int(now) - SLOTS:
+            windows.popitem(last=False)
+        if len(windows) + sum(key not in windows for key in keys) > MAX_OWED:
+            return False
+        for key in keys:
+            windows.setdefault(key, SlidingWindow()).take(now, tokens)
+            windows.move_to_end(key)
+        return True
+
+    def settle(self, now: float, settlement: Settlement) -> bool:
+        """Correct what is noted; False when what the settlement speaks of is not (any more)."""
+        counts = [self._windows[key] for key in settlement.keys if key in self._windows]
+        second = settlement.second
+        if len(counts) < len(settlement.keys) or not all(_holds(count, second) for count in counts):
+            return False
+        for count in counts:
+            count.settle(now, second, settlement.requests, settlement.tokens)
+        return True
+
+    def drain(self) -> list[tuple[str, SlidingWindow]]:
+        drained = list(self._windows.items())
+        self._windows.clear()
+        return drained
+
+
+def _holds(count: SlidingWindow, second: int) -> bool:
+    return any(slot[0] == second for slot in count.spent())
+
+
+class GuardedStore:
+    """A ``Store`` in front of ``primary``, with ``local`` for when it is away.
+
+    ``gateway`` names this process among all gateways and must be new for each start. ``clock`` is the one that
+    ``local`` counts by (unix seconds). ``on_mode_change(mode, reason)`` hears of every change, for logs and metrics.
+    Call ``start`` in the event loop; until the first answer requests go to the primary."""
+
+    def __init__(
+        self,
+        primary: Primary,
+        local: Local,
+        *,
+        policy: str,
+        gateway: str,
+        clock: Callable[[], float],
+        probe: float = PROBE,
+        beat: float = BEAT,
+        on_mode_change: Callable[[str, str], None] = lambda mode, reason: None,
+    ) -> None:
+        if policy not in POLICIES:
+            raise ValueError(f"unknown policy '{policy}', known: {', '.join(POLICIES)}")
+        self._primary = primary
+        self._local = local
+        self._policy = policy
+        self._gateway = gateway
+        self._clock = clock
+        self._probe = probe
+        self._beat = beat
+        self._on_mode_change = on_mode_change
+        self._away = asyncio.Event()
+        self._reason = ""
+        self._owed = _Owed()
+        self._merges = 0
+        #: The primary's time less ours, in seconds, when it was last reached.
+        self._ahead = 0.0
+        # The second of ours in which each of the primary's was first heard of: where local counts what it admitted.
+        self._seconds: OrderedDict[int, int] = OrderedDict()
+        self._watcher: asyncio.Task[None] | None = None
+        #: True once the store has answered or its policy is in force.
+        self.ready = False
+        #: Live gateways, this one included, as last heard.
+        self.gateways = 1
+        #: Admissions that could not be noted for the primary's return.
+        self.unmerged = 0
+
+    @property
+    def mode(self) -> str:
+        """``ok``, or the policy in force."""
+        return self._policy if self._away.is_set() else OK
+
+    def start(self) -> None:
+        """Begin the heartbeat."""
+        self._watcher = asyncio.get_running_loop().create_task(self._watch())
+
+    async def admit(self, admission: Admission) -> Admitted | Denied:
+        if self._away.is_set():
+            return self._stand_in(admission)
+        try:
+            answer = await self._primary.admit(admission)
+        except StoreUnavailable as error:
+            self._leave(str(error))
+            return self._stand_in(admission)
+        self.ready = True
+        if isinstance(answer, Admitted) and admission.windows:
+            keys = [window.key for window in admission.windows]
+            self._local.charge(keys, 1, admission.tokens, self._second_here(answer.second))
+        return answer
+
+    def settle(self, settlement: Settlement) -> None:
+        if settlement.second >= 0:
+            self._primary.settle(settlement)
+            second = self._seconds.get(settlement.second, 0)
+            self._local.settle_now(msgspec.structs.replace(settlement, second=second))
+            return
+        here = msgspec.structs.replace(settlement, second=-settlement.second)
+        if self._local.settle_now(here) and not self._owed.settle(self._clock(), here):
+            self._primary.settle(msgspec.structs.replace(here, second=self._second_there(here.second)))
+
+    async def flush(self) -> None:
+        await self._primary.flush()
+
+    async def close(self) -> None:
+        if self._watcher is not None:
+            self._watcher.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._watcher
+        await self._primary.close()
+        await self._local.close()
+
+    def _stand_in(self, admission: Admission) -> Admitted | Denied:
+        """Answer by the policy."""
+        if self._policy == "refuse":
+            raise StoreUnavailable(self._reason)
+        keys = [window.key for window in admission.windows]
+        if self._policy == "admit":
+            self._local.charge(keys, 1, admission.tokens)
+            return Admitted(self._owe(keys, admission.tokens), ())
+        windows = tuple(_share(window, self.gateways) for window in admission.windows)
+        answer = self._local.admit_now(msgspec.structs.replace(admission, windows=windows))
+        if isinstance(answer, Admitted):
+            return msgspec.structs.replace(answer, second=self._owe(keys, admission.tokens))
+        if answer.retry_after is None and _fits_alone(admission):
+            # Too large for this gateway's share, but not for the limit: it fits when the primary is back.
+            return msgspec.structs.replace(answer, retry_after=float(SLOTS))
+        return answer
+
+    def _owe(self, keys: Sequence[str], tokens: int) -> int:
+        """Note an admission for the primary's return; the second by which its settlement will be known."""
+        now = self._clock()
+        if self._owed.take(now, keys, tokens):
+            return -int(now)
+        self.unmerged += 1
+        return 0
+
+    def _second_here(self, there: int) -> int:
+        here = self._seconds.get(there)
+        if here is None:
+            here = self._seconds[there] = int(self._clock())
+            if len(self._seconds) > SLOTS:
+                self._seconds.popitem(last=False)
+        return here
+
+    def _second_there(self, here: int) -> int:
+        """The primary's second that holds the beginning of ours, or the next: rather late than early."""
+        return math.ceil(here + self._ahead)
+
+    def _leave(self, reason: str) -> None:
+        """The primary failed: the policy is in force."""
+        self._reason = reason
+        self.ready = True
+        if not self._away.is_set():
+            self._away.set()
+            self._on_mode_change(self._policy, reason)
+
+    async def _return(self) -> None:
+        """The primary is back: tell it what it missed, then let requests through."""
+        self._merge_owed()
+        await self._primary.flush()
+        self._merge_owed()
+        self._away.clear()
+        self._on_mode_change(OK, "")
+
+    def _merge_owed(self) -> None:
+        for key, count in self._owed.drain():
+            self._merges += 1
+            spent = tuple((self._second_there(second), requests, tokens) for second, requests, tokens in count.spent())
+            self._primary.merge(Merge(f"{self._gateway}:{self._merges}", key, spent))
+
+    async def _watch(self) -> None:
+        """Heartbeat while the primary answers, probe while it does not."""
+        while True:
+            asked = self._clock()
+            try:
+                pulse = await self._primary.beat(self._gateway)
+            except StoreUnavailable as error:
+                self._leave(str(error))
+            else:
+                self.ready = True
+                self.gateways = max(1, pulse.gateways)
+                self._ahead = pulse.now - asked
+                if self._away.is_set():
+                    await self._return()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._beat * random.uniform(1 - SPREAD, 1)):
+                    await self._away.wait()
+            if self._away.is_set():
+                await asyncio.sleep(self._probe * random.uniform(1 - SPREAD, 1 + SPREAD))
+
+
+def _share(window: Window, gateways: int) -> Window:
+    """The window with this gateway's part of its limits."""
+    if gateways == 1:
+        return window
+    return msgspec.structs.replace(window, rpm=_part(window.rpm, gateways), tpm=_part(window.tpm, gateways))
+
+
+def _part(limit: int | None, gateways: int) -> int | None:
+    return None if limit is None else min(limit, max(1, limit // gateways))
+
+
+def _fits_alone(admission: Admission) -> bool:
+    """Whether the limits themselves, undivided, could ever hold the request."""
+    return all(
+        (window.rpm is None or window.rpm >= 1) and (window.tpm is None or window.tpm >= admission.tokens)
+        for window in admission.windows
+    )

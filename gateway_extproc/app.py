@@ -1,0 +1,416 @@
+"""The gateway process: the only place where the parts are joined.
+
+Owns the order of starting and stopping, and what a changed configuration file changes while running. Starting:
+listeners first (health says NOT_SERVING and requests wait), then pods are resolved and polled, then everything
+serves. Stopping: health, then the streams, then what is still to be settled. Leaves out what each part does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import secrets
+import signal
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from random import Random
+from typing import Any, Final
+
+import structlog
+
+from . import __version__, logs
+from .adapters import admin, grpc_server
+from .adapters.dns import Resolver, Watcher
+from .adapters.grpc_server import ExtProc, PortInUse, Room
+from .adapters.guarded import GuardedStore
+from .adapters.health import Health
+from .adapters.memory import MemoryStore
+from .adapters.metrics import Metrics, Sources
+from .adapters.redis import RedisStore
+from .adapters.scrape import Poller
+from .adapters.xds_server import Endpoints, XdsServer
+from .config import Config, ConfigError, PodConfig, is_ip, load, masked, split_address
+from .core.directory import Directory
+from .core.events import Outcome
+from .core.fleet import TLS, Fleet, PodSpec
+from .core.session import ModelPolicy, Policy, World
+from .core.store import Settlement, Store
+from .wire import extproc, resources, xds
+from .wire.resources import Cors, Resources
+
+log = structlog.get_logger(__name__)
+
+#: Seconds between looks at the configuration file.
+FILE_PERIOD: Final = 0.5
+#: Seconds that the start waits for pods and store before serving with what there is.
+START_WAIT: Final = 5.0
+#: Seconds that streams get to end when the gateway stops. Those still deciding need a store's time-out at most.
+STOP_WAIT: Final = 3.0
+#: Seconds that settlements get to reach the store when the gateway stops.
+FLUSH_WAIT: Final = 1.0
+#: Settings that only a start takes up.
+AT_START: Final = ("listen", "store", "admin", "discovery", "logging", "usage")
+
+
+class Unavailable(Exception):
+    """A needed part or port is not to be had; the message is one clear line."""
+
+
+def policy_of(config: Config) -> Policy:
+    """What the configuration says about requests."""
+    return Policy(
+        max_body_bytes=config.limits.max_body_bytes,
+        default_strategy=config.routing.default,
+        expose=config.routing.expose,
+        reserve=config.limits.reserve,
+        auth=config.auth.mode,
+        directory=Directory.of(config.users, config.teams, config.limits.default),
+        models={
+            name: ModelPolicy(model.strategy or None, model.timeout, model.retries)
+            for name, model in config.models.items()
+        },
+    )
+
+
+def spec_of(pod: PodConfig, address: str, host: str, name: str) -> PodSpec:
+    """A pod at ``address`` (``ip:port``) as the configuration describes it."""
+    tls = TLS(pod.tls.ca_file, pod.tls.server_name, pod.tls.verify) if pod.tls is not None else None
+    return PodSpec(
+        address=address,
+        name=name,
+        host=host,
+        models=pod.models,
+        api_key=pod.api_key or None,
+        tls=tls,
+        path_prefix=pod.path_prefix,
+    )
+
+
+class Gateway:
+    """One gateway process. ``run`` serves until a signal; ``start`` and ``stop`` do it by hand."""
+
+    def __init__(self, config: Config, file: Path | None = None, environ: Mapping[str, str] = os.environ) -> None:
+        self.config = config
+        self._file = file
+        self._environ = environ
+        self._rng = Random()
+        self.fleet = Fleet()
+        # Ids must differ between gateways and starts: a random name for this start, and a count.
+        self._name = secrets.token_hex(8)
+        self._admissions = 0
+        self.world = World(
+            policy_of(config), self.fleet, clock=time.monotonic, rng=self._rng, new_id=self._new_id,
+            started=int(time.time()),
+        )  # fmt: skip
+        self._ready = asyncio.Event()
+        self._polled = asyncio.Event()
+        self._draining = False
+        self.store: Store = self._make_store(config)
+        self.health = Health((extproc.SERVICE, xds.SERVICE))
+        room = Room(config.limits.bodies_in_memory)
+        self.extproc = ExtProc(self.world, self.store, self, self._polled, room)
+        self.xds = XdsServer(self.fleet, self._resources, self._polled)
+        self.metrics = Metrics(self._sources())
+        self._lines = logs.RequestLog(config.logging.successes, time.monotonic)
+        self._poller = Poller(self.fleet, config.discovery.poll, config.discovery.timeout, self._rng)
+        self._watcher: Watcher | None = None
+        self._named: dict[str, list[tuple[int, PodConfig]]] = {}
+        self._wake = asyncio.Event()
+        self.fleet.on_change = self._wake.set
+        self._tasks: list[asyncio.Task[None]] = []
+        self._server: Any = None
+        self._admin: Any = None
+        self.grpc_port = 0
+        self.http_port = 0
+
+    def _new_id(self) -> str:
+        self._admissions += 1
+        return f"{self._name}-{self._admissions:x}"
+
+    def _make_store(self, config: Config) -> Store:
+        memory = MemoryStore(time.time)
+        if not config.store.url:
+            return memory
+        return GuardedStore(
+            RedisStore(config.store.url, prefix=config.store.prefix, timeout=config.store.timeout),
+            memory,
+            policy=config.limits.on_store_failure,
+            gateway=self._name,
+            clock=time.time,
+            on_mode_change=self._store_changed,
+        )
+
+    def _store_changed(self, mode: str, reason: str) -> None:
+        if mode == "ok":
+            log.info("store is back", mode=mode)
+        else:
+            log.warning("store is away", mode=mode, reason=reason)
+
+    def _resources(self, endpoints: Endpoints, routed: frozenset[str]) -> Resources:
+        envoy = self.config.envoy
+        cors = envoy.cors
+        return resources.build(
+            endpoints,
+            self.world.policy.models,
+            routed=routed,
+            max_body_bytes=self.config.limits.max_body_bytes,
+            upstream_ca_file=envoy.upstream_ca_file,
+            cors=Cors(cors.allow_origins, cors.allow_headers, round(cors.max_age)) if cors is not None else None,
+        )
+
+    # --- the sessions' sink ------------------------------------------------------------------------------------------
+
+    def settled(self, outcome: Outcome, settlement: Settlement | None) -> None:
+        self.metrics.settled(outcome, settlement)
+        self._lines.settled(outcome)
+
+    def suspect(self, addresses: Sequence[str], why: str) -> None:
+        for address in addresses:
+            self.fleet.failed(address, why)
+            self._poller.probe(address)
+
+    def decided(self, seconds: float) -> None:
+        self.metrics.decided(seconds)
+
+    def asked(self, seconds: float) -> None:
+        self.metrics.asked(seconds)
+
+    # --- life --------------------------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Listen, find the pods, serve. Raises Unavailable."""
+        config = self.config
+        handlers = [self.extproc.handlers(), self.xds.handlers(), self.health.handlers()]
+        try:
+            self._server, self.grpc_port = await grpc_server.serve(
+                config.listen.grpc, handlers, config.limits.max_body_bytes, config.listen.tls
+            )
+        except PortInUse as error:
+            raise Unavailable(f"cannot listen on {config.listen.grpc} (listen.grpc): the address is in use") from error
+        except OSError as error:
+            raise Unavailable(f"cannot serve TLS on {config.listen.grpc}: {error}") from error
+        try:
+            self._admin, self.http_port = await admin.start(self._admin_app(), config.listen.http)
+        except OSError as error:
+            reason = error.strerror or error
+            raise Unavailable(f"cannot listen on {config.listen.http} (listen.http): {reason}") from error
+        if isinstance(self.store, GuardedStore):
+            self.store.start()
+        else:
+            log.warning("limits are kept in memory: one gateway only, and a restart forgets them")
+        resolver = Resolver(config.discovery.dns_servers)
+        self._watcher = Watcher(resolver, config.discovery.dns_refresh, self._resolved, self._rng)
+        await self._poller.start()
+        self._configure_pods()
+        self._tasks.append(asyncio.create_task(self._follow_fleet(), name="follow the fleet"))
+        if self._file is not None:
+            self._tasks.append(asyncio.create_task(self._follow_file(), name="follow the file"))
+        log.info("started", grpc=config.listen.grpc, http=config.listen.http, version=__version__)
+
+    async def run(self) -> None:
+        """Start, serve until SIGTERM or SIGINT, stop."""
+        loop = asyncio.get_running_loop()
+        ended = asyncio.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, ended.set)
+        if self._file is not None:
+            loop.add_signal_handler(signal.SIGHUP, self.reload)
+        try:
+            await self.start()
+            await ended.wait()
+        finally:
+            await self.stop()
+
+    async def stop(self) -> None:
+        """Leave without hurting answers in flight."""
+        self._draining = True
+        self.health.set(False)
+        for task in self._tasks:
+            task.cancel()
+        if self._server is not None:
+            stopping = asyncio.create_task(self._server.stop(STOP_WAIT))
+            self.extproc.drain()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(STOP_WAIT):
+                    while self.extproc.streams:
+                        await asyncio.sleep(0.01)
+            await self._server.stop(0)
+            await stopping
+        self.xds.close()
+        await self._poller.close()
+        if self._watcher is not None:
+            await self._watcher.close()
+        for task in self._tasks:
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(FLUSH_WAIT):
+                await self.store.flush()
+        await self.store.close()
+        if self._admin is not None:
+            await self._admin.cleanup()
+        log.info("stopped")
+
+    # --- pods --------------------------------------------------------------------------------------------------------
+
+    def _configure_pods(self) -> None:
+        """Addresses are pods at once; names become pods as they are resolved."""
+        assert self._watcher is not None
+        fixed: list[PodSpec] = []
+        named: dict[str, list[tuple[int, PodConfig]]] = {}
+        for pod in self.config.pods:
+            target = pod.address or pod.dns
+            host, port = split_address(target)
+            if is_ip(host):
+                fixed.append(spec_of(pod, target, "", pod.name or target))
+            else:
+                named.setdefault(host, []).append((port, pod))
+        for host in set(self._named) - set(named):
+            self.fleet.forget(f"dns {host}")
+        self._named = named
+        self._watcher.watch(named)
+        self.fleet.configure("file", fixed)
+
+    def _resolved(self, host: str, addresses: list[str]) -> None:
+        specs = []
+        for port, pod in self._named.get(host, ()):
+            chosen = addresses if pod.dns else addresses[:1]
+            for ip in chosen:
+                address = f"[{ip}]:{port}" if ":" in ip else f"{ip}:{port}"
+                base = pod.name or host
+                specs.append(spec_of(pod, address, host, base if len(chosen) == 1 else f"{base}@{ip}"))
+        self.fleet.configure(f"dns {host}", specs)
+
+    async def _follow_fleet(self) -> None:
+        """Carry the fleet's changes on: to the poller and to Envoy."""
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        version = -1
+        while True:
+            if self.fleet.version != version:
+                version = self.fleet.version
+                self._poller.sync()
+                if self._polled.is_set():
+                    self._publish()
+            if not self._polled.is_set():
+                assert self._watcher is not None
+                known = self._watcher.all_asked and self.fleet.all_polled
+                if known or loop.time() - began > START_WAIT:
+                    self._publish()
+                    self._polled.set()
+            serving = self._polled.is_set() and self._store_ready()
+            if serving and not self._ready.is_set():
+                self._ready.set()
+                self.health.set(True)
+                log.info("ready", pods=len(self.fleet.members()))
+            self._wake.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(1.0 if self._ready.is_set() else 0.02):
+                    await self._wake.wait()
+
+    def _publish(self) -> None:
+        self.xds.publish()
+
+    def _store_ready(self) -> bool:
+        return not isinstance(self.store, GuardedStore) or self.store.ready
+
+    # --- the configuration file --------------------------------------------------------------------------------------
+
+    async def _follow_file(self) -> None:
+        assert self._file is not None
+        last = _stamp(self._file)
+        while True:
+            await asyncio.sleep(FILE_PERIOD)
+            now = _stamp(self._file)
+            if now != last:
+                last = now
+                self.reload()
+
+    def reload(self) -> None:
+        """Take up the file as it is now; an invalid one is reported and the old configuration stays."""
+        assert self._file is not None
+        try:
+            config = load(self._file, self._environ)
+        except ConfigError as error:
+            self.metrics.reloaded(False)
+            log.error("configuration not taken up", errors=str(error).splitlines())
+            return
+        late = [name for name in AT_START if getattr(config, name) != getattr(self.config, name)]
+        if late:
+            log.warning("some changes are taken up at the next start", sections=late)
+        self.config = config
+        self.world.policy = policy_of(config)
+        self._configure_pods()
+        self._publish()
+        self.metrics.reloaded(True)
+        log.info("configuration taken up", users=len(config.users), pods=len(config.pods))
+
+    # --- what operators see ------------------------------------------------------------------------------------------
+
+    def _admin_app(self) -> Any:
+        return admin.create_app(
+            admin.AdminState(
+                token=self.config.admin.token or None,
+                ready=self.readiness,
+                metrics=self.metrics.render,
+                fleet=lambda: self.fleet,
+                policy=lambda: self.world.policy,
+                config=lambda: masked(self.config),
+                clock=time.monotonic,
+            )
+        )
+
+    def readiness(self) -> tuple[bool, dict[str, Any]]:
+        """Whether requests should come here, and the state of each part."""
+        members = self.fleet.members()
+        store: dict[str, Any] = {"mode": "memory", "ok": True}
+        if isinstance(self.store, GuardedStore):
+            store = {"mode": self.store.mode, "ok": self.store.mode == "ok", "gateways": self.store.gateways}
+        parts = {
+            "pods": {
+                "polled": self._polled.is_set(),
+                "configured": len(members),
+                "ready": sum(member.ready for member in members),
+            },
+            "store": store,
+            "envoy": {"connected": list(self.xds.envoys), "refused": self.xds.refused},
+            "draining": self._draining,
+        }
+        return self._ready.is_set() and not self._draining, parts
+
+    def _sources(self) -> Sources:
+        return Sources(
+            fleet=lambda: self.fleet,
+            streams=lambda: self.extproc.streams,
+            store_mode=lambda: self.store.mode if isinstance(self.store, GuardedStore) else "memory",
+            settlements_dropped=lambda: 0,
+            xds_refused=lambda: self.xds.refused,
+            envoys=lambda: len(self.xds.envoys),
+        )
+
+
+def _stamp(file: Path) -> tuple[int, int, int]:
+    """Changes when the file does, also where it is a link that is moved (as Kubernetes does)."""
+    try:
+        found = file.stat()
+    except OSError:
+        return (0, 0, 0)
+    return (found.st_mtime_ns, found.st_size, found.st_ino)
+
+
+def run(config: Config, file: Path | None) -> None:
+    """Serve until told to stop. Raises Unavailable."""
+    logs.configure(config.logging.level, sys.stderr)
+
+    async def main() -> None:
+        await Gateway(config, file).run()
+
+    try:
+        import uvloop
+    except ImportError:  # not on Windows
+        asyncio.run(main())
+    else:
+        uvloop.run(main())

@@ -1,0 +1,100 @@
+"""The one program: reads arguments and hands over; what a command needs is imported only when it runs."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+from . import __version__
+
+#: Exit codes (contract section 1).
+FINE: Final = 0
+USERS_ERROR: Final = 1
+NOT_TO_BE_HAD: Final = 3
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="gateway-extproc", description="An LLM gateway beside Envoy.")
+    parser.add_argument("--version", action="version", version=f"gateway-extproc {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    serve = commands.add_parser("serve", help="run the gateway", description="Run the gateway until SIGTERM or SIGINT.")
+    serve.add_argument("--config", type=Path, required=True, metavar="FILE", help="the configuration file")
+
+    demo = commands.add_parser("demo", help="run the whole system on this machine")
+    demo.add_argument("--config", type=Path, metavar="FILE", help="users and limits instead of the demo's")
+    demo.add_argument("--port", type=_port, default=8888, help="where clients connect; 0: any free one (default 8888)")
+    demo.add_argument("--admin-port", type=_port, default=9090, help="the admin side; 0: any (default 9090)")
+    demo.add_argument("--pods", type=int, metavar="N", help="how many simulated pods (default 4)")
+    demo.add_argument(
+        "--endpoint", action="append", default=[], metavar="MODEL=HOST:PORT",
+        help="front this pod instead of simulated ones; may be repeated",
+    )  # fmt: skip
+    demo.add_argument("--json", action="store_true", help="print one line of JSON once ready, and nothing else")
+
+    # Listed here for --help; main() hands over before parsing, since its options live with the simulator.
+    commands.add_parser("pod", help="run one simulated pod", add_help=False)
+
+    check = commands.add_parser("check", help="validate a configuration file and print what it amounts to")
+    check.add_argument("--config", type=Path, required=True, metavar="FILE", help="the configuration file")
+
+    envoy = commands.add_parser("envoy", help="print Envoy's bootstrap for a configuration file")
+    envoy.add_argument("--config", type=Path, required=True, metavar="FILE", help="the configuration file")
+    return parser
+
+
+def _port(text: str) -> int:
+    port = int(text)
+    if not 0 <= port <= 65535:
+        raise argparse.ArgumentTypeError(f"not a port: {text}")
+    return port
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; its exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if given[:1] == ["pod"]:
+        from .simulator import command
+
+        parser = argparse.ArgumentParser(prog="gateway-extproc pod")
+        command.add_arguments(parser)
+        return command.run(parser.parse_args(given[1:]))
+    args = _parser().parse_args(given)
+    if args.command == "demo":
+        from . import demo
+
+        return demo.run(args)
+    return _with_config(args)
+
+
+def _with_config(args: argparse.Namespace) -> int:
+    from .config import ConfigError, effective_yaml, load
+
+    try:
+        config = load(args.config)
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return USERS_ERROR
+    if args.command == "check":
+        print(effective_yaml(config), end="")
+        return FINE
+    if args.command == "envoy":
+        from .bootstrap import of, to_yaml
+
+        print(to_yaml(of(config)), end="")
+        return FINE
+    from .app import Unavailable, run
+
+    try:
+        run(config, args.config)
+    except Unavailable as error:
+        print(f"gateway-extproc: {error}", file=sys.stderr)
+        return NOT_TO_BE_HAD
+    return FINE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

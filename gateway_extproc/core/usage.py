@@ -1,0 +1,275 @@
+"""What an answer used: tokens as the pod itself counted them.
+
+Owns the reading of usage from JSON answers and from event streams, and the removal of usage that only the gateway
+asked for. Promises bounded memory whatever the answer, the same result however it is cut into chunks, never an
+exception, and never a lost or altered byte beyond the removal itself. Reads the forms of OpenAI (chat, completions,
+embeddings, responses), Anthropic (messages) and the rerank servers. Leaves out what a token costs and what is
+charged where the pod did not tell (account.py).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Final
+
+import msgspec
+
+from .parse import MAX_TOKENS, UNREADABLE, members, where
+from .sse import Events, data_of, without
+
+#: Longest JSON answer that is read as a whole, in bytes: chat and rerank answers are some KiB, the exceptions are
+#: embeddings and images.
+MAX_WHOLE: Final = 1 << 20
+#: Bytes kept of the beginning and of the end of a longer one: vLLM writes usage after the data, llama.cpp before.
+KEPT: Final = 1 << 16
+#: Most places in those bytes at which a usage object is looked for.
+MAX_PLACES: Final = 16
+
+
+class Usage(msgspec.Struct, frozen=True):
+    """Tokens of one answer. ``prompt`` includes ``cached`` (read from the pod's prefix cache) and what Anthropic
+    counts as written to it."""
+
+    prompt: int
+    completion: int
+    cached: int = 0
+
+
+class _Counts(msgspec.Struct):
+    """What was told so far; None where nothing (or nonsense) was. Counts within an answer only grow."""
+
+    prompt: int | None = None
+    completion: int | None = None
+    cached: int | None = None
+
+    def add(self, told: object, *, beginning: bool = False) -> None:
+        """Take in a usage object. At the ``beginning`` of an answer its completion is not counted yet."""
+        if not isinstance(told, dict):
+            return
+        prompt, completion = _tokens(told, "prompt_tokens"), _tokens(told, "completion_tokens")
+        details = told.get("prompt_tokens_details")
+        if prompt is None and (prompt := _tokens(told, "input_tokens")) is not None:
+            # Anthropic leaves the cached part out of input_tokens, OpenAI's responses count it in.
+            details = told.get("input_tokens_details")
+            if details is None:
+                prompt += (_tokens(told, "cache_read_input_tokens") or 0) + (
+                    _tokens(told, "cache_creation_input_tokens") or 0
+                )
+        if completion is None:
+            completion = _tokens(told, "output_tokens")
+        total = _tokens(told, "total_tokens")
+        if total is not None and prompt is None:
+            prompt = max(0, total - (completion or 0))
+        cached = _tokens(details, "cached_tokens") if isinstance(details, dict) else None
+        if cached is None:
+            cached = _tokens(told, "cache_read_input_tokens")
+        self.prompt = _larger(self.prompt, prompt)
+        self.cached = _larger(self.cached, cached)
+        if not beginning:
+            self.completion = _larger(self.completion, completion)
+
+    def usage(self, generated: int = 0) -> Usage | None:
+        """The sum of it, None without a count of the prompt; ``generated`` stands for a completion not told."""
+        if self.prompt is None:
+            return None
+        completion = generated if self.completion is None else self.completion
+        return Usage(self.prompt, completion, min(self.cached or 0, self.prompt))
+
+
+def _tokens(told: Mapping[str, object], name: str) -> int | None:
+    count = told.get(name)
+    return count if type(count) is int and 0 <= count <= MAX_TOKENS else None
+
+
+def _larger(one: int | None, other: int | None) -> int | None:
+    if one is None or other is None:
+        return other if one is None else one
+    return max(one, other)
+
+
+# --- JSON answers -------------------------------------------------------------------------------------------------
+
+
+class _Answer(msgspec.Struct):
+    usage: object = None
+    meta: object = None
+
+
+_ANSWER: Final = msgspec.json.Decoder(_Answer)
+_OBJECT: Final = json.JSONDecoder()
+_AFTER_KEY: Final = re.compile(r"\s*:\s*(?=\{)")
+
+
+class JsonUsage:
+    """The usage in a JSON answer, fed in chunks."""
+
+    __slots__ = ("_beginning", "_kept")
+
+    def __init__(self) -> None:
+        self._kept = bytearray()  # the whole answer, or the end of a long one
+        self._beginning = b""  # the beginning of a long one
+
+    def feed(self, data: bytes) -> None:
+        """Take the next bytes of the answer."""
+        kept = self._kept
+        if not self._beginning:
+            if len(kept) + len(data) <= MAX_WHOLE:
+                kept += data
+                return
+            self._beginning = bytes(kept[:KEPT]) + data[: max(0, KEPT - len(kept))]
+        kept += data[-KEPT:]
+        if len(kept) > 2 * KEPT:
+            del kept[:-KEPT]
+
+    def usage(self) -> Usage | None:
+        """What was told so far, None if nothing."""
+        if self._beginning:
+            return _find_usage(self._kept[-KEPT:]) or _find_usage(self._beginning)
+        try:
+            answer = _ANSWER.decode(self._kept)
+        except UNREADABLE:
+            return None
+        counts = _Counts()
+        counts.add(answer.usage)
+        if isinstance(answer.meta, dict):
+            counts.add(answer.meta.get("tokens"))
+            if counts.prompt is None:
+                counts.add(answer.meta.get("billed_units"))
+        return counts.usage()
+
+
+def _find_usage(part: bytes | bytearray) -> Usage | None:
+    """The last usage object in a piece of JSON.
+
+    Inside a string a quote is always escaped, so ``"usage"`` is a string of its own there unless a backslash stands
+    before it, and a key if a colon follows: no answer's text can pass for it."""
+    text = part.decode("utf-8", "replace")
+    at = len(text)
+    for _ in range(MAX_PLACES):
+        at = text.rfind('"usage"', 0, at)
+        if at < 0:
+            return None
+        after = _AFTER_KEY.match(text, at + len('"usage"'))
+        if after is None or text[at - 1 : at] == "\\":
+            continue
+        try:
+            told, _ = _OBJECT.raw_decode(text, after.end())
+        except (ValueError, RecursionError):
+            continue
+        counts = _Counts()
+        counts.add(told)
+        if (usage := counts.usage()) is not None:
+            return usage
+    return None
+
+
+# --- event streams ------------------------------------------------------------------------------------------------
+
+
+class _Event(msgspec.Struct):
+    usage: object = msgspec.UNSET
+    choices: msgspec.Raw = msgspec.Raw()
+    message: msgspec.Raw = msgspec.Raw()  # Anthropic's message_start
+    response: msgspec.Raw = msgspec.Raw()  # OpenAI's response.completed and its like
+
+
+_EVENT: Final = msgspec.json.Decoder(_Event)
+_EMPTY_LIST: Final = re.compile(rb"\[\s*\]")
+#: A member that carries output, and is not empty. Escaped quotes keep an answer's own text from passing for one.
+_OUTPUT: Final = re.compile(
+    rb'"(?:content|text|reasoning(?:_content)?|arguments|delta|partial_json|thinking|refusal)"\s*:\s*"[^"]'
+)
+#: Events of OpenAI's responses that say again what their deltas said.
+_REPEATED: Final = re.compile(rb'"type"\s*:\s*"response\.[^"]*(?<!\.delta)"')
+
+
+class SseUsage:
+    """The usage in an event stream, fed in chunks that may be cut anywhere.
+
+    ``strip``: only the gateway asked for usage, so the client does not get it. The event that carries nothing else
+    (``"choices": []``) is left out, the member ``usage`` of the others is cut out, and the bytes of an unfinished
+    event are held back (sse.MAX_EVENT at most; longer events pass unread). ``chunks`` counts the events that carried
+    output, for streams that are cut off: servers send about one token in each. Keys spelled with JSON escapes are
+    not recognised; no server spells them so."""
+
+    __slots__ = ("_counts", "_events", "_strip", "chunks")
+
+    def __init__(self, strip: bool) -> None:
+        self._strip = strip
+        self._events = Events()
+        self._counts = _Counts()
+        self.chunks = 0
+
+    @property
+    def holding(self) -> bool:
+        """Whether bytes are held back from the client."""
+        return self._strip and self._events.pending > 0
+
+    def feed(self, data: bytes, end: bool = False) -> bytes | None:
+        """Take the next bytes; at the ``end`` nothing stays held. None: the client gets them as they are; otherwise
+        what it gets instead, which may be nothing yet, and may begin with bytes held back before."""
+        changed = self._events.pending > 0
+        kept = []
+        for piece, whole in self._events.push(data, end):
+            shown = self._read(piece) if whole else piece
+            changed = changed or shown is not piece
+            kept.append(shown)
+        if not self._strip or not (changed or self._events.pending):
+            return None
+        return b"".join(kept)
+
+    def release(self) -> bytes:
+        """The bytes held back, so that the caller can send them as they are. The rest of their event passes unread."""
+        return self._events.release() if self._strip else b""
+
+    def usage(self) -> Usage | None:
+        """What was told so far, None without a count of the prompt. Where the prompt alone was told (an Anthropic
+        stream cut off), the completion is ``chunks``."""
+        return self._counts.usage(self.chunks)
+
+    def _read(self, event: bytes) -> bytes:
+        """Count an event; what the client gets of it (the same object if all of it)."""
+        if _OUTPUT.search(event) is not None and _REPEATED.search(event) is None:
+            self.chunks += 1
+        if b'"usage"' not in event:
+            return event
+        data, lines = data_of(event)
+        try:
+            told = _EVENT.decode(data)
+        except UNREADABLE:
+            return event
+        self._counts.add(told.usage)
+        for inner, beginning in ((told.message, True), (told.response, False)):
+            if len(inner):
+                self._counts.add(_usage_in(inner), beginning=beginning)
+        if not self._strip or told.usage is msgspec.UNSET:
+            return event
+        if isinstance(told.usage, dict) and _EMPTY_LIST.fullmatch(bytes(told.choices)):
+            blank = len(event) - len(event.lstrip(b"\r\n"))  # belongs to no event
+            return event[:blank]
+        try:
+            begin, past = _usage_member(data)
+        except UNREADABLE:  # an object of more members than are looked at
+            return event
+        return without(event, lines, begin, past)
+
+
+def _usage_in(inner: msgspec.Raw) -> object:
+    try:
+        return _ANSWER.decode(inner).usage
+    except UNREADABLE:
+        return None
+
+
+def _usage_member(data: bytes) -> tuple[int, int]:
+    """Where the member ``usage`` begins and ends in an object that has it, with the comma that goes with it."""
+    names, values = members(data)
+    index = names.index("usage")
+    begin, _, past = where(data, values, index)
+    if index + 1 < len(names):
+        past = where(data, values, index + 1)[0]
+    elif index > 0:
+        begin = where(data, values, index - 1)[2]
+    return begin, past
