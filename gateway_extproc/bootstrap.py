@@ -221,7 +221,7 @@ def _ext_proc(settings: Bootstrap) -> dict[str, Any]:
                 # The stream stays open until the answer ends, trailers or not.
                 "response_trailer_mode": "SEND",
             },
-            "mutation_rules": {"allow_all_routing": True},
+            "mutation_rules": {"allow_all_routing": True, "allow_envoy": True},
             "response_attributes": list(RESPONSE_ATTRIBUTES),
             "forward_rules": {
                 "allowed_headers": {"patterns": [*({"exact": h} for h in FORWARDED), {"prefix": "x-gateway-"}]}

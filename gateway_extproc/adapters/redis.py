@@ -210,7 +210,7 @@ class RedisStore:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        for question in self._waiting:
+        for question in self._unanswered:
             _fail(question, "closed")
         self._waiting.clear()
         self._unanswered.clear()

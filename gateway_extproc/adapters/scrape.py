@@ -110,10 +110,10 @@ class Poller:
             # Early by up to a tenth, so that pods are not polled in step; never late.
             pause = self._period * (1 - 0.1 * self._rng.random()) - (loop.time() - began)
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(max(PAUSE, pause)):
+                async with asyncio.timeout(max(0.0, pause)):
                     await poke.wait()
-                    poke.clear()
-                    await asyncio.sleep(PAUSE)
+            poke.clear()
+            await asyncio.sleep(max(0.0, PAUSE - (loop.time() - began)))
 
     async def _poll(self, spec: PodSpec) -> list[str] | None:
         assert self._session is not None

@@ -104,11 +104,13 @@ class Ask(msgspec.Struct, frozen=True):
 
 
 class Route(msgspec.Struct, frozen=True):
-    """Set and remove request headers, match the route again; ``body`` replaces the request's where given."""
+    """Set and remove request headers, match the route again; ``body`` replaces the request's where given.
+    ``choices`` is the number of pods that may be tried, the first included."""
 
     set: dict[str, bytes]
     remove: tuple[str, ...]
     body: bytes | None = None
+    choices: int = 1
 
 
 class Refuse(msgspec.Struct, frozen=True):

@@ -341,7 +341,7 @@ class Session:
             assert self._request is not None
             body = ask_for_usage(self._parts.pop(), self._request)
         self._state = _State.ROUTED
-        return [Route(*self._header_changes(lease), body)]
+        return [Route(*self._header_changes(lease), body, len(lease.pods))]
 
     def _header_changes(self, lease: Lease) -> tuple[dict[str, bytes], tuple[str, ...]]:
         headers, pod = self._headers, lease.pods[0]
@@ -559,7 +559,18 @@ class Session:
         )
 
     def _limit_headers(self) -> dict[str, str]:
-        return limit_headers(self._windows, self._admitted.levels) if self._admitted is not None else {}
+        admission, admitted = self._admission, self._admitted
+        if admission is None or admitted is None:
+            return {}
+        levels = admitted.levels
+        if not self._took:
+            levels = tuple(
+                msgspec.structs.replace(
+                    level, requests=max(0, level.requests - 1), tokens=max(0, level.tokens - admission.tokens)
+                )
+                for level in levels
+            )
+        return limit_headers(self._windows, levels)
 
 
 def limit_headers(windows: tuple[Window, ...], levels: tuple[Level, ...]) -> dict[str, str]:

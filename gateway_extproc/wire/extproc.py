@@ -114,6 +114,9 @@ def encode(kind: str, action: Action) -> ProcessingResponse:
         mutation = common.header_mutation
         for name, value in action.set.items():
             _set(mutation, name, value)
+        # No more tries than choices: past the list Envoy would answer for itself instead of passing on what the last
+        # pod said. Envoy takes the header off again.
+        _set(mutation, "x-envoy-max-retries", str(action.choices - 1).encode())
         mutation.remove_headers.extend(action.remove)
         if action.body is not None:
             # Envoy refuses a changed body whose length is not the header's.
