@@ -108,6 +108,7 @@ class Gateway:
         self._ready = asyncio.Event()
         self._polled = asyncio.Event()
         self._draining = False
+        self._redis: RedisStore | None = None
         self.store: Store = self._make_store(config)
         self.health = Health((extproc.SERVICE, xds.SERVICE))
         room = Room(config.limits.bodies_in_memory)
@@ -134,8 +135,9 @@ class Gateway:
         memory = MemoryStore(time.time)
         if not config.store.url:
             return memory
+        self._redis = RedisStore(config.store.url, prefix=config.store.prefix, timeout=config.store.timeout)
         return GuardedStore(
-            RedisStore(config.store.url, prefix=config.store.prefix, timeout=config.store.timeout),
+            self._redis,
             memory,
             policy=config.limits.on_store_failure,
             gateway=self._name,
@@ -360,6 +362,7 @@ class Gateway:
                 policy=lambda: self.world.policy,
                 config=lambda: masked(self.config),
                 clock=time.monotonic,
+                requests=self.metrics.by_code,
             )
         )
 
@@ -386,7 +389,7 @@ class Gateway:
             fleet=lambda: self.fleet,
             streams=lambda: self.extproc.streams,
             store_mode=lambda: self.store.mode if isinstance(self.store, GuardedStore) else "memory",
-            settlements_dropped=lambda: 0,
+            settlements_dropped=lambda: self._redis.dropped if self._redis is not None else 0,
             xds_refused=lambda: self.xds.refused,
             envoys=lambda: len(self.xds.envoys),
         )

@@ -142,6 +142,8 @@ class GuardedStore:
         self._ahead = 0.0
         # The second of ours in which each of the primary's was first heard of: where local counts what it admitted.
         self._seconds: OrderedDict[int, int] = OrderedDict()
+        # The reverse, for what the primary was told: a refund must find the second that was charged.
+        self._told: OrderedDict[int, int] = OrderedDict()
         self._watcher: asyncio.Task[None] | None = None
         #: True once the store has answered or its policy is in force.
         self.ready = False
@@ -181,7 +183,7 @@ class GuardedStore:
             return
         here = msgspec.structs.replace(settlement, second=-settlement.second)
         if self._local.settle_now(here) and not self._owed.settle(self._clock(), here):
-            self._primary.settle(msgspec.structs.replace(here, second=self._second_there(here.second)))
+            self._primary.settle(msgspec.structs.replace(here, second=self._told.get(here.second, 0)))
 
     async def flush(self) -> None:
         await self._primary.flush()
@@ -223,13 +225,17 @@ class GuardedStore:
         here = self._seconds.get(there)
         if here is None:
             here = self._seconds[there] = int(self._clock())
-            if len(self._seconds) > SLOTS:
-                self._seconds.popitem(last=False)
+            _trim(self._seconds)
         return here
 
     def _second_there(self, here: int) -> int:
-        """The primary's second that holds the beginning of ours, or the next: rather late than early."""
-        return math.ceil(here + self._ahead)
+        """The primary's second in which to count ours: rather late than early, but none that is yet to come."""
+        there = self._told.get(here)
+        if there is None:
+            there = min(math.ceil(here + self._ahead), int(self._clock() + self._ahead))
+            self._told[here] = there
+            _trim(self._told)
+        return there
 
     def _leave(self, reason: str) -> None:
         """The primary failed: the policy is in force."""
@@ -272,6 +278,12 @@ class GuardedStore:
                     await self._away.wait()
             if self._away.is_set():
                 await asyncio.sleep(self._probe * random.uniform(1 - SPREAD, 1 + SPREAD))
+
+
+def _trim(seconds: OrderedDict[int, int]) -> None:
+    """Keep as many seconds as a window has: older ones have left every window."""
+    while len(seconds) > SLOTS:
+        seconds.popitem(last=False)
 
 
 def _share(window: Window, gateways: int) -> Window:

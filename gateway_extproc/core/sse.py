@@ -50,7 +50,7 @@ class Events:
         if self._passing:
             past = len(self._tail)
             joined = self._tail + data
-            stop = self._after_blank(joined, 0, end)
+            stop = self._after_blank(joined, 0)
             cut = len(data) if stop < 0 else stop - past
             if cut:
                 pieces.append((data[:cut], False))
@@ -63,7 +63,7 @@ class Events:
         if held:
             held += data
             text = held
-        while (stop := self._after_blank(text, seen, end)) >= 0:
+        while (stop := self._after_blank(text, seen)) >= 0:
             pieces.append((bytes(text[start:stop]), stop - start <= MAX_EVENT))
             start = seen = stop
         if text is held:
@@ -85,13 +85,13 @@ class Events:
             self._passing, self._tail = True, held[1 - _BLANK_LENGTH :]
         return held
 
-    def _after_blank(self, text: bytes | bytearray, begin: int, end: bool) -> int:
+    def _after_blank(self, text: bytes | bytearray, begin: int) -> int:
         """Where the first event ends, from ``begin`` on; -1 where none does for certain."""
         if not self._carriage:
             at = text.find(b"\n\n", begin)
             return at + 2 if at >= 0 else at
         blank = _BLANK.search(text, begin)
-        if blank is None or (blank.end() == len(text) and not end and text.endswith(b"\r")):
+        if blank is None or (blank.end() == len(text) and text.endswith(b"\r")):
             return -1
         return blank.end()
 

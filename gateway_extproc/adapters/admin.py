@@ -1,0 +1,405 @@
+"""The admin side over HTTP: health, metrics, a live page, and JSON about pods, models and configuration.
+
+Owns ``listen.http``: its paths, who may ask, and the JSON of a pod and a model. Open are ``/healthz``, ``/readyz``,
+``/metrics`` and the page ``/``, which itself holds no data. What is under ``/admin/`` wants the admin token; where
+none is configured (the configuration then allows loopback only) it serves this machine's programs, but no web page of
+another origin: a browser runs on this machine, too. Promises that every error is in the one form of
+core/refusal.py, that no traceback, version of the server or pod's key is shown, and that connections are bounded in
+number and age. Leaves out what the numbers are (metrics.py) and what "ready" means (app.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hashlib
+import hmac
+import ipaddress
+import re
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any, Final
+from urllib.parse import urlsplit
+
+import msgspec
+import structlog
+from aiohttp import web
+
+from .. import __version__
+from ..core.fleet import Fleet
+from ..core.refusal import Refusal, internal_error, invalid_api_key, quoted, unknown_url
+from ..core.session import Policy
+from ..wire.resources import split_address
+
+log = structlog.get_logger(__name__)
+
+#: Most connections at once: people, probes and Prometheus. Further ones are closed, so that nobody can use up the
+#: file descriptors that Envoy and the pods need.
+CONNECTIONS: Final = 256
+#: Seconds after which a connection is closed, once it is idle or still has not sent a whole request. Longer than the
+#: 15 s between two scrapes (the usual period of Prometheus), so that those share one.
+CONNECTION_AGE: Final = 60.0
+#: Seconds for which an idle connection stays open.
+KEEP_ALIVE: Final = 30.0
+#: Largest request body in bytes; nothing here reads one yet.
+BODY: Final = 64 * 1024
+#: Seconds that answers in progress get when the server stops.
+STOP_WAIT: Final = 1.0
+
+_JSON: Final = "application/json"
+#: On every answer. A name of our own keeps aiohttp from sending its and Python's versions.
+_HEADERS: Final[Mapping[str, str]] = {
+    "server": "gateway",
+    "cache-control": "no-store",
+    "x-content-type-options": "nosniff",
+}
+_Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AdminState:
+    """What the admin side shows, each read when asked for. ``token`` None or empty: none is asked. ``ready`` gives
+    whether requests should come here, and the state of each part; ``metrics`` a page and its content type;
+    ``requests`` how many have ended, by status; ``config`` what is in force, its secrets masked already; ``clock``
+    the seconds that loads are kept by."""
+
+    token: str | None
+    ready: Callable[[], tuple[bool, Mapping[str, Any]]]
+    metrics: Callable[[], tuple[bytes, str]]
+    fleet: Callable[[], Fleet]
+    policy: Callable[[], Policy]
+    config: Callable[[], Mapping[str, Any]]
+    clock: Callable[[], float]
+    requests: Callable[[], Mapping[str, int]]
+
+
+# ---------------------------------------------------------------------------------------------------- what is shown
+
+
+def pods_shown(fleet: Fleet, now: float) -> list[dict[str, Any]]:
+    """Every configured pod. ``why`` says what keeps it from being ready; ``recent_tokens`` is what the `throughput`
+    strategy compares. Its API key is not among this."""
+    found = []
+    for member in fleet.members():
+        spec = member.spec
+        pod: dict[str, Any] = {
+            "name": spec.name,
+            "address": spec.address,
+            "ready": member.ready,
+            "why": "" if member.ready else member.why,
+            "models": list(member.models),
+            "in_flight": member.load.in_flight,
+            "recent_tokens": round(member.load.tokens(now)),
+            "tls": spec.tls is not None,
+            "path_prefix": spec.path_prefix,
+        }
+        if spec.host:
+            pod["host"] = spec.host
+        found.append(pod)
+    return found
+
+
+def models_shown(fleet: Fleet, policy: Policy) -> list[dict[str, Any]]:
+    """Every model that exists, by name, with the settings in force. ``timeout`` is in seconds."""
+    pods: dict[str, int] = {}
+    ready: dict[str, int] = {}
+    for member in fleet.members():
+        for model in member.models:
+            pods[model] = pods.get(model, 0) + 1
+            ready[model] = ready.get(model, 0) + member.ready
+    found = []
+    for model in sorted(pods):
+        settings = policy.model(model)
+        found.append(
+            {
+                "id": model,
+                "strategy": settings.strategy or policy.default_strategy,
+                "pods": pods[model],
+                "ready_pods": ready[model],
+                "timeout": settings.timeout,
+                "retries": settings.retries,
+            }
+        )
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------- answers
+
+
+def _json(value: object, status: int = 200) -> web.Response:
+    return web.Response(body=msgspec.json.encode(value), status=status, content_type=_JSON, headers=_HEADERS)
+
+
+def _refused(refusal: Refusal, headers: Mapping[str, str] | None = None) -> web.Response:
+    return web.Response(
+        body=refusal.body(), status=refusal.status, content_type=_JSON, headers={**_HEADERS, **(headers or {})}
+    )
+
+
+def _method_not_allowed(method: str, path: str) -> Refusal:
+    return Refusal(
+        status=405,
+        type="invalid_request_error",
+        code="method_not_allowed",
+        message=f"{quoted(path)} does not take {quoted(method)}.",
+    )
+
+
+def _bad_request(status: int) -> Refusal:
+    message = "The request could not be read."
+    return Refusal(status=status, type="invalid_request_error", code="invalid_value", message=message)
+
+
+def _other_origin(why: str) -> Refusal:
+    return Refusal(status=403, type="permission_error", code="origin_not_allowed", message=why)
+
+
+@web.middleware
+async def _errors(request: web.Request, handler: _Handler) -> web.StreamResponse:
+    """Whatever goes wrong is answered in the one form."""
+    try:
+        return await handler(request)
+    except web.HTTPMethodNotAllowed as error:
+        allowed = {"allow": error.headers["Allow"]}
+        return _refused(_method_not_allowed(request.method, request.path), allowed)
+    except web.HTTPNotFound:
+        return _refused(unknown_url(request.method, request.path))
+    except web.HTTPException as error:
+        return _refused(_bad_request(error.status))
+    except Exception:
+        log.exception("admin request failed", method=request.method, path=quoted(request.path))
+        return _refused(internal_error())
+
+
+# ------------------------------------------------------------------------------------------------------ who may ask
+
+
+def may_ask(token: str | None, headers: Mapping[str, str]) -> Refusal | None:
+    """Why a request with these headers gets nothing under ``/admin/``; None: it does.
+
+    With a token only the token counts: a page of another origin can't send it without asking first (CORS), which is
+    never granted. Without one, a browser must be kept from being used: Host shows a name that was rebound to this
+    machine's address, Origin and Sec-Fetch-Site show another site's request.
+    """
+    if token:
+        scheme, _, given = headers.get("authorization", "").partition(" ")
+        sent = given.strip().encode("utf-8", "surrogateescape")
+        right = hmac.compare_digest(sent, token.encode("utf-8", "surrogateescape"))
+        if scheme.lower() != "bearer" or not right:
+            return invalid_api_key("The admin token is required: 'Authorization: Bearer TOKEN'.")
+        return None
+    host = headers.get("host", "")
+    if not is_loopback(host):
+        return _other_origin("Without an admin token only requests to this machine's own address are answered.")
+    origin = headers.get("origin")
+    if origin is not None and not _same_origin(origin, host):
+        return _other_origin("Without an admin token requests of other sites' pages are not answered.")
+    # "none" is the address bar. Browsers that send no such header send an Origin with whatever could do harm.
+    if headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
+        return _other_origin("Without an admin token requests of other sites' pages are not answered.")
+    return None
+
+
+_HOST: Final = re.compile(r"(?:\[([0-9a-fA-F:.]+)\]|([^\[\]:]+))(?::[0-9]{1,5})?")
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a Host header names this machine: ``localhost`` or a loopback address, with any port."""
+    found = _HOST.fullmatch(host)
+    if found is None:
+        return False
+    six, name = found.groups()
+    if name is not None and name.lower() == "localhost":
+        return True
+    try:
+        address = ipaddress.IPv6Address(six) if six is not None else ipaddress.IPv4Address(name)
+    except ValueError:
+        return False
+    return address.is_loopback
+
+
+def _same_origin(origin: str, host: str) -> bool:
+    try:
+        parts = urlsplit(origin)
+    except ValueError:
+        return False
+    return parts.scheme in ("http", "https") and parts.netloc.lower() == host.lower()
+
+
+# --------------------------------------------------------------------------------------------------------- the page
+
+
+def _page() -> tuple[bytes, str]:
+    """The page, and the Content-Security-Policy under which only its own script and style run."""
+    page = resources.files(__package__).joinpath("admin.html").read_text(encoding="utf-8")
+
+    def digest(tag: str) -> str:
+        inside = page.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0]
+        return f"'sha256-{base64.b64encode(hashlib.sha256(inside.encode()).digest()).decode()}'"
+
+    policy = (
+        f"default-src 'none'; script-src {digest('script')}; style-src {digest('style')}; connect-src 'self'; "
+        "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+    return page.encode(), policy
+
+
+class _Views:
+    """The answers to what may be asked."""
+
+    def __init__(self, state: AdminState) -> None:
+        self._state = state
+        self._page, self._policy = _page()
+
+    async def page(self, _: web.Request) -> web.Response:
+        headers = {
+            **_HEADERS,
+            "content-security-policy": self._policy,
+            "referrer-policy": "no-referrer",
+            "x-frame-options": "DENY",
+        }
+        return web.Response(body=self._page, content_type="text/html", charset="utf-8", headers=headers)
+
+    async def healthz(self, _: web.Request) -> web.Response:
+        return _json({"status": "ok"})
+
+    async def readyz(self, _: web.Request) -> web.Response:
+        ready, parts = self._state.ready()
+        return _json({"ready": ready, "parts": parts}, 200 if ready else 503)
+
+    async def metrics(self, _: web.Request) -> web.Response:
+        page, content_type = self._state.metrics()
+        return web.Response(body=page, headers={**_HEADERS, "content-type": content_type})
+
+    async def pods(self, _: web.Request) -> web.Response:
+        return _json(pods_shown(self._state.fleet(), self._state.clock()))
+
+    async def models(self, _: web.Request) -> web.Response:
+        return _json(models_shown(self._state.fleet(), self._state.policy()))
+
+    async def config(self, _: web.Request) -> web.Response:
+        return _json(self._state.config())
+
+    async def overview(self, _: web.Request) -> web.Response:
+        """All that the page shows, of one moment."""
+        state = self._state
+        fleet = state.fleet()
+        ready, parts = state.ready()
+        return _json(
+            {
+                "version": __version__,
+                "readiness": {"ready": ready, "parts": parts},
+                "requests": state.requests(),
+                "models": models_shown(fleet, state.policy()),
+                "pods": pods_shown(fleet, state.clock()),
+            }
+        )
+
+    @web.middleware
+    async def guard(self, request: web.Request, handler: _Handler) -> web.StreamResponse:
+        """Before anything under ``/admin/``, whether it exists or not."""
+        refusal = may_ask(self._state.token, request.headers)
+        if refusal is None:
+            return await handler(request)
+        return _refused(refusal, {"www-authenticate": 'Bearer realm="admin"'} if refusal.status == 401 else None)
+
+
+def create_app(state: AdminState) -> web.Application:
+    """Everything that ``listen.http`` answers."""
+    views = _Views(state)
+    admin = web.Application(middlewares=[views.guard])
+    for name in ("config", "models", "overview", "pods"):
+        admin.router.add_get(f"/{name}", getattr(views, name))
+    app = web.Application(middlewares=[_errors], client_max_size=BODY)
+    app.router.add_get("/", views.page)
+    for name in ("healthz", "readyz", "metrics"):
+        app.router.add_get(f"/{name}", getattr(views, name))
+    app.add_subapp("/admin/", admin)
+    return app
+
+
+# -------------------------------------------------------------------------------------------------------- listening
+
+
+class _Connection(web.RequestHandler):
+    """aiohttp's connection, with a bound on how many there are and how old each gets, and our form of errors."""
+
+    __slots__ = ("_connections", "_end")
+
+    def __init__(self, server: web.Server, loop: asyncio.AbstractEventLoop, connections: set[_Connection]) -> None:
+        super().__init__(server, loop=loop, keepalive_timeout=KEEP_ALIVE, access_log=None, lingering_time=0)
+        self._connections = connections
+        self._end: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        if len(self._connections) >= CONNECTIONS:
+            self.force_close()
+            return
+        self._connections.add(self)
+        # Closes gently: at once while waiting for a request or the rest of one, else after the answer.
+        self._end = asyncio.get_running_loop().call_later(CONNECTION_AGE, self.close)
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        self._connections.discard(self)
+        if self._end is not None:
+            self._end.cancel()
+        super().connection_lost(exc)
+
+    def handle_error(
+        self,
+        request: web.BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,
+    ) -> web.StreamResponse:
+        """What was not HTTP, or failed outside the handlers. The former is the sender's, and gets no line."""
+        if status >= 500:
+            log.error("admin request failed", exc_info=exc)
+        if request.writer.output_size > 0:
+            raise ConnectionError("the answer has begun already")
+        response = _refused(internal_error() if status >= 500 else _bad_request(status))
+        response.force_close()
+        return response
+
+
+class _Site(web.BaseSite):
+    """Listens with _Connection, which aiohttp's own sites can't be told to use."""
+
+    def __init__(self, runner: web.AppRunner, host: str, port: int) -> None:
+        super().__init__(runner)
+        self._address = (host, port)
+        self.port = port
+
+    @property
+    def name(self) -> str:
+        host, port = self._address
+        return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+    async def start(self) -> None:
+        await super().start()
+        loop = asyncio.get_running_loop()
+        server = self._runner.server
+        assert server is not None
+        connections: set[_Connection] = set()
+        host, port = self._address
+        listening = await loop.create_server(lambda: _Connection(server, loop, connections), host, port)
+        self._server = listening
+        self.port = listening.sockets[0].getsockname()[1]
+
+
+async def start(app: web.Application, address: str) -> tuple[web.AppRunner, int]:
+    """Serve ``app`` on ``host:port``; what stops it (``cleanup``), and the port (of the first address, where port 0
+    of a name with several was asked for). Raises OSError where it can't be listened on, ValueError for an address
+    that is none."""
+    host, port = split_address(address)
+    runner = web.AppRunner(app, shutdown_timeout=STOP_WAIT)
+    await runner.setup()
+    site = _Site(runner, host, port)
+    try:
+        await site.start()
+    except BaseException:
+        await runner.cleanup()
+        raise
+    return runner, site.port
