@@ -37,9 +37,11 @@ log = structlog.get_logger(__name__)
 #: Most connections at once: people, probes and Prometheus. Further ones are closed, so that nobody can use up the
 #: file descriptors that Envoy and the pods need.
 CONNECTIONS: Final = 256
-#: Seconds after which a connection is closed, once it is idle or still has not sent a whole request. Longer than the
-#: 15 s between two scrapes (the usual period of Prometheus), so that those share one.
+#: Seconds after which a connection is closed, whether it is idle or still sends its request. Longer than the 15 s
+#: between two scrapes (the usual period of Prometheus), so that several share one.
 CONNECTION_AGE: Final = 60.0
+#: Seconds that its last answer then gets to be read.
+LAST_BYTES: Final = 5.0
 #: Seconds for which an idle connection stays open.
 KEEP_ALIVE: Final = 30.0
 #: Largest request body in bytes; nothing here reads one yet.
@@ -328,18 +330,29 @@ class _Connection(web.RequestHandler):
     __slots__ = ("_connections", "_end")
 
     def __init__(self, server: web.Server, loop: asyncio.AbstractEventLoop, connections: set[_Connection]) -> None:
-        super().__init__(server, loop=loop, keepalive_timeout=KEEP_ALIVE, access_log=None, lingering_time=0)
+        super().__init__(
+            server,
+            loop=loop,
+            keepalive_timeout=KEEP_ALIVE,
+            lingering_time=0,
+            access_log=None,  # type: ignore[arg-type]  # none; aiohttp's annotation is too narrow
+        )
         self._connections = connections
         self._end: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
         super().connection_made(transport)
         if len(self._connections) >= CONNECTIONS:
             self.force_close()
             return
         self._connections.add(self)
-        # Closes gently: at once while waiting for a request or the rest of one, else after the answer.
-        self._end = asyncio.get_running_loop().call_later(CONNECTION_AGE, self.close)
+        self._end = asyncio.get_running_loop().call_later(CONNECTION_AGE, self._expire, transport)
+
+    def _expire(self, transport: asyncio.Transport) -> None:
+        # No answer is being made now, since no handler waits for anything; what is written already is still sent.
+        self.force_close()
+        self._end = asyncio.get_running_loop().call_later(LAST_BYTES, transport.abort)
 
     def connection_lost(self, exc: BaseException | None) -> None:
         self._connections.discard(self)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ssl
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -130,6 +131,8 @@ class ExtProc:
         self._ready = ready
         self._room = room
         self._streams: dict[asyncio.Task[Any], Session] = {}
+        #: Streams that wait for Envoy's next message, and of those the ones that drain() woke.
+        self._reading: set[asyncio.Task[Any]] = set()
         self._leaving: set[asyncio.Task[Any]] = set()
         self._draining = False
 
@@ -147,8 +150,9 @@ class ExtProc:
     def drain(self) -> None:
         """Leave each stream as soon as its request needs us no more; streams that still need a decision get it."""
         self._draining = True
-        for task, session in self._streams.items():
-            if not session.deciding:
+        for task in self._reading:
+            # One that is not reading looks by itself once its reply is out.
+            if not self._streams[task].deciding and task not in self._leaving:
                 self._leaving.add(task)
                 task.cancel()
 
@@ -164,7 +168,9 @@ class ExtProc:
             if not self._ready.is_set():
                 await self._ready.wait()
             left = False
+            kind = ""
             while not left:
+                self._reading.add(task)
                 try:
                     message = await context.read()
                 except asyncio.CancelledError:
@@ -175,6 +181,8 @@ class ExtProc:
                     self._leaving.discard(task)
                     left = await self._reply(session, "", Drain(), context)
                     continue
+                finally:
+                    self._reading.discard(task)
                 if message is grpc.aio.EOF:  # type: ignore[attr-defined]  # missing in grpc-stubs
                     how = Closed("done")
                     break
@@ -203,8 +211,10 @@ class ExtProc:
                 how = Closed("reset")
             else:
                 log.exception("stream failed", node=node)
-                with contextlib.suppress(Exception):
-                    await context.write(extproc.encode("", Refuse(internal_error(), {})))
+                # Once the answer has begun, leaving is better: it goes on without us.
+                if not kind.startswith("response_"):
+                    with contextlib.suppress(Exception):
+                        await context.write(extproc.encode("", Refuse(internal_error(), {})))
         finally:
             if give is not None:
                 give()
@@ -285,6 +295,9 @@ async def serve(
             ("grpc.max_send_message_length", max_body_bytes + MESSAGE_OVERHEAD),
             # Envoy opens one stream for each request in progress, over one connection.
             ("grpc.max_concurrent_streams", 100_000),
+            # Envoy pings to notice a gateway that hangs, more often than grpc expects of a connection without data; it
+            # would end the connection, and every stream on it, at the third ping.
+            ("grpc.http2.max_ping_strikes", 0),
             # Two gateways on one port would each get connections at random; one port has one owner.
             ("grpc.so_reuseport", 0),
         ],
@@ -293,12 +306,7 @@ async def serve(
         if tls is None:
             port = server.add_insecure_port(address)
         else:
-            ca = await asyncio.to_thread(tls.client_ca_file.read_bytes) if tls.client_ca_file else None
-            pair = (
-                await asyncio.to_thread(tls.key_file.read_bytes),
-                await asyncio.to_thread(tls.cert_file.read_bytes),
-            )
-            credentials = grpc.ssl_server_credentials([pair], ca, require_client_auth=ca is not None)
+            credentials = await asyncio.to_thread(_credentials, tls)
             port = server.add_secure_port(address, credentials)
     except RuntimeError as error:
         raise PortInUse(address) from error
@@ -306,3 +314,13 @@ async def serve(
     return server, port
 
 
+def _credentials(tls: TLSFiles) -> grpc.ServerCredentials:
+    """Raises OSError (ssl.SSLError is one): grpc itself only logs what is wrong with a certificate."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tls.cert_file, tls.key_file)
+    ca = None
+    if tls.client_ca_file:
+        context.load_verify_locations(tls.client_ca_file)
+        ca = tls.client_ca_file.read_bytes()
+    pair = (tls.key_file.read_bytes(), tls.cert_file.read_bytes())
+    return grpc.ssl_server_credentials([pair], ca, require_client_auth=ca is not None)

@@ -142,10 +142,12 @@ class MemoryStore:
 
     def _first_time(self, settled: str, now: float) -> bool:
         ids = self._settled
-        while ids and (len(ids) >= MAX_SETTLED or next(iter(ids.values())) <= now - SETTLED_MEMORY):
+        while ids and next(iter(ids.values())) <= now - SETTLED_MEMORY:
             ids.popitem(last=False)
         if settled in ids:
             return False
+        if len(ids) >= MAX_SETTLED:
+            ids.popitem(last=False)
         ids[settled] = now
         return True
 

@@ -46,6 +46,8 @@ class XdsServer:
         self._streams: dict[xds.DeltaStream, asyncio.Event] = {}
         self._published: dict[str, dict[str, PodSpec]] = {}
         self._resources = build({}, frozenset())
+        #: (model, address) -> the loop's time at which Envoys lose it.
+        self._leaving: dict[tuple[str, str], float] = {}
         self._removal: asyncio.TimerHandle | None = None
         #: Responses that Envoys refused, since the start.
         self.refused = 0
@@ -63,32 +65,33 @@ class XdsServer:
 
     def publish(self) -> None:
         """The fleet has changed: send what is new now, and what has gone later."""
-        wanted = {model: {spec.address: spec for spec in specs} for model, specs in self._fleet.endpoints().items()}
-        merged = {model: dict(pods) for model, pods in wanted.items()}
+        loop = asyncio.get_running_loop()
+        now = loop.time()
+        endpoints = {model: {spec.address: spec for spec in specs} for model, specs in self._fleet.endpoints().items()}
+        leaving: dict[tuple[str, str], float] = {}
         for model, pods in self._published.items():
-            kept = merged.setdefault(model, {})
             for address, spec in pods.items():
-                kept.setdefault(address, spec)
-        if merged != wanted:
-            self.close()
-            self._removal = asyncio.get_running_loop().call_later(REMOVAL_LAG, self._remove)
-        self._send(merged)
-
-    def _remove(self) -> None:
-        self._removal = None
-        self._send({m: {s.address: s for s in specs} for m, specs in self._fleet.endpoints().items()})
-
-    def _send(self, endpoints: dict[str, dict[str, PodSpec]]) -> None:
-        self._published = endpoints
-        resources = self._build({m: tuple(pods.values()) for m, pods in endpoints.items()}, frozenset(endpoints))
-        self._resources = resources
+                if address not in endpoints.get(model, {}):
+                    at = self._leaving.get((model, address), now + REMOVAL_LAG)
+                    if at > now:
+                        leaving[model, address] = at
+        for model, address in leaving:
+            endpoints.setdefault(model, {})[address] = self._published[model][address]
+        self.close()
+        if leaving:
+            self._removal = loop.call_at(min(leaving.values()), self.publish)
+        self._leaving, self._published = leaving, endpoints
+        self._resources = self._build(
+            {model: tuple(pods.values()) for model, pods in endpoints.items()}, frozenset(endpoints)
+        )
         for stream, wake in self._streams.items():
-            stream.want(resources)
+            stream.want(self._resources)
             wake.set()
 
     def close(self) -> None:
         if self._removal is not None:
             self._removal.cancel()
+            self._removal = None
 
     async def _stream(
         self, requests: AsyncIterator[DeltaDiscoveryRequest], context: _Context
@@ -103,8 +106,9 @@ class XdsServer:
             while not reader.done():
                 for response in stream.due():
                     yield response
-                # What is routable changes by acknowledgements only, which the reader noted.
-                if stream.node:
+                # What is routable changes by acknowledgements only, which the reader noted. Until Envoy has told what
+                # it has, it is not held back: a restart of ours must not take from it what it can route.
+                if stream.node and stream.known:
                     self._fleet.acknowledged(stream.node, stream.routable())
                 await wake.wait()
                 wake.clear()

@@ -13,7 +13,7 @@ from heapq import nsmallest
 from random import Random
 from typing import Final
 
-from .fleet import Pod
+from .fleet import Pod, faded
 
 Strategy = Callable[[Sequence[Pod], int, float, Random], list[Pod]]
 
@@ -44,11 +44,12 @@ class Lease:
     ``pods`` are the choices in the order in which Envoy tries them; the first is counted until ``moved`` says that
     another one answered. ``release`` gives back, once, however often it is called."""
 
-    __slots__ = ("_pod", "_released", "_tokens", "pods")
+    __slots__ = ("_at", "_pod", "_released", "_tokens", "pods")
 
     def __init__(self, pods: Sequence[Pod], tokens: int, now: float) -> None:
         self.pods = tuple(pods)
         self._tokens = tokens
+        self._at = now
         self._released = False
         self._pod = self.pods[0]
         self._pod.load.in_flight += 1
@@ -62,9 +63,8 @@ class Lease:
         """A retry went to ``pod``: count there from now on."""
         if pod is self._pod or self._released:
             return
-        self._pod.load.in_flight -= 1
-        self._pod.load.add_tokens(-self._tokens, now)
-        self._pod = pod
+        self._give_back(0, now)
+        self._pod, self._at = pod, now
         pod.load.in_flight += 1
         pod.load.add_tokens(self._tokens, now)
 
@@ -73,8 +73,12 @@ class Lease:
         if self._released:
             return
         self._released = True
+        self._give_back(tokens, now)
+
+    def _give_back(self, tokens: int, now: float) -> None:
+        # What was added has faded since; taking back more would take what other requests added.
         self._pod.load.in_flight -= 1
-        self._pod.load.add_tokens(tokens - self._tokens, now)
+        self._pod.load.add_tokens(tokens - faded(self._tokens, now - self._at), now)
 
 
 def choose(strategy: str, candidates: Sequence[Pod], choices: int, tokens: int, now: float, rng: Random) -> Lease:

@@ -62,11 +62,16 @@ class Load:
 
     def tokens(self, now: float) -> float:
         """Tokens processed lately: a sum in which each token's weight halves every TOKENS_HALF_LIFE seconds."""
-        return self._tokens * math.exp(-_DECAY * max(0.0, now - self._at))
+        return faded(self._tokens, now - self._at)
 
     def add_tokens(self, tokens: float, now: float) -> None:
         self._tokens = max(0.0, self.tokens(now) + tokens)
         self._at = now
+
+
+def faded(tokens: float, seconds: float) -> float:
+    """What tokens of ``seconds`` ago still weigh."""
+    return tokens * math.exp(-_DECAY * max(0.0, seconds))
 
 
 class Pod(msgspec.Struct, frozen=True, eq=False):
@@ -199,13 +204,10 @@ class Fleet:
 
     def view(self, node: str = "") -> View:
         """What requests that come through Envoy ``node`` may be given."""
-        found = self._views.get(node)
+        known = node if node in self._acknowledged else ""
+        found = self._views.get(known)
         if found is None:
-            found = self._build(self._acknowledged.get(node))
-            if node in self._acknowledged or not node:
-                self._views[node] = found
-            else:
-                found = self.view("")
+            found = self._views[known] = self._build(self._acknowledged.get(known))
         return found
 
     def _build(self, acknowledged: Mapping[str, frozenset[str] | None] | None) -> View:

@@ -19,7 +19,9 @@ USER_BYTES: Final = 256
 Mode = Literal["none", "optional", "required"]
 
 
-def identify(mode: Mode, user: bytes | None, authorization: bytes | None, api_key: bytes | None) -> str | None | Refusal:
+def identify(
+    mode: Mode, user: bytes | None, authorization: bytes | None, api_key: bytes | None
+) -> str | Refusal | None:
     """The user's name, None for nobody in particular, or why not. Arguments are header values."""
     if mode != "none":
         presented = presented_key(authorization, api_key)

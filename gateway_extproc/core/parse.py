@@ -191,15 +191,15 @@ class _Each:
     __slots__ = ()
 
 
-def members(text: bytes, at_most: int = MAX_MEMBERS) -> tuple[list[str], list[msgspec.Raw]]:
+def members(text: bytes) -> tuple[list[str], list[msgspec.Raw]]:
     """The keys of a JSON object, unescaped, in order and with duplicates, and their values, unread.
 
     ``text`` is known to be JSON afterwards, but for invalid UTF-8 inside values. Raises one of UNREADABLE."""
     names: list[str] = []
 
     def note(_: type, name: str) -> _Each:
-        if len(names) == at_most:
-            raise ValueError(f"it has more than {at_most} members")  # msgspec makes it a ValidationError
+        if len(names) == MAX_MEMBERS:
+            raise ValueError(f"it has more than {MAX_MEMBERS} members")  # msgspec makes it a ValidationError
         if len(name) > MAX_KEY:
             raise ValueError(f"it has a key of more than {MAX_KEY} characters")
         names.append(name)

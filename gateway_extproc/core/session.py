@@ -121,22 +121,15 @@ class _State(Enum):
     CLOSED = auto()
 
 
-#: Request headers that say who asks or how: sent twice they are ambiguous.
-_SINGLE: Final = frozenset({"user", "authorization", "x-api-key", "routing-strategy"})
-#: Request headers that only the gateway sets.
-_INTERNAL: Final = frozenset({"model", "target-pod"})
+#: Request headers that say who asks or how, or how the body is to be read: sent twice they are ambiguous.
+_SINGLE: Final = frozenset({"user", "authorization", "x-api-key", "routing-strategy", "content-type"})
+#: What request headers begin with that only the gateway sets, beside those that it always sets itself.
 _INTERNAL_PREFIX: Final = "x-gateway-"
-#: Envoy's response code details for requests that reached no pod. From Envoy's response_code_details documentation;
-#: the reset reasons stand in braces behind upstream_reset_before_response_started.
-_NOT_TAKEN: Final = (
-    "no_healthy_upstream",
-    "cluster_not_found",
-    "connection_failure",
-    "local_connection_failure",
-    "remote_connection_failure",
-    "connection_timeout",
-    "overflow",
-)
+#: Envoy's response code details for requests that it sent nowhere, which says nothing about the pods; and for those
+#: that found no connection (the first ends local_ and remote_connection_failure alike). From Envoy's
+#: response_code_details documentation; the reset reasons stand in braces behind upstream_reset_before_response_started.
+_NOT_SENT: Final = ("no_healthy_upstream", "cluster_not_found", "route_not_found", "direct_response", "overflow")
+_NOT_CONNECTED: Final = ("connection_failure", "connection_timeout")
 #: Longest x-request-id that logs repeat, in characters.
 _REQUEST_ID: Final = 128
 #: Status that counters show for a client that went away, as nginx has it.
@@ -151,9 +144,9 @@ class Session:
     """Feed it events in order; carry out the actions in order. ``node`` names the Envoy that asks."""
 
     __slots__ = (
-        "_admission", "_admitted", "_ended", "_target", "_headers", "_lease", "_model", "_node",
-        "_parts", "_reader", "_refused", "_request", "_size", "_state", "_status", "_strategy", "_strip", "_took",
-        "_user", "_windows", "_world", "declared_length",
+        "_admission", "_admitted", "_ended", "_headers", "_lease", "_model", "_node", "_parts", "_reader", "_refused",
+        "_request", "_size", "_state", "_status", "_strategy", "_strip", "_target", "_took", "_user", "_windows",
+        "_world", "declared_length",
     )  # fmt: skip
 
     def __init__(self, world: World, node: str = "") -> None:
@@ -346,10 +339,7 @@ class Session:
     def _header_changes(self, lease: Lease) -> tuple[dict[str, bytes], tuple[str, ...]]:
         headers, pod = self._headers, lease.pods[0]
         change = {"model": self._model.encode(), "target-pod": ",".join(p.address for p in lease.pods).encode()}
-        remove = ["accept-encoding"]
-        for name in headers:
-            if name.startswith(_INTERNAL_PREFIX):
-                remove.append(name)
+        remove = ["accept-encoding", *(name for name in headers if name.startswith(_INTERNAL_PREFIX))]
         gateway_key = KEY_PREFIX.encode()
         if gateway_key in headers.get("x-api-key", b"") or (pod.api_key is not None and "x-api-key" in headers):
             remove.append("x-api-key")
@@ -365,8 +355,7 @@ class Session:
 
     def _on_answer(self, event: ResponseHeaders) -> list[Action]:
         headers = dict(event.headers)
-        status = headers.get(":status", b"")
-        self._status = int(status) if status.isdigit() else 0
+        self._status = _status_of(headers)
         self._ended = event.end
         self._state = _State.ANSWERING
         actions = self._follow(event)
@@ -376,7 +365,9 @@ class Session:
             change["routing-strategy"] = self._strategy
             change["target-pod"] = lease.pod.name
         content_type = headers.get("content-type", b"").partition(b";")[0].strip().lower()
-        if not event.end and self._took:
+        # Compressed, though no pod was told that we take that: unreadable, and nothing can be cut out of it.
+        readable = headers.get("content-encoding", b"identity").strip().lower() == b"identity"
+        if not event.end and self._took and readable:
             if content_type == b"text/event-stream":
                 self._reader = SseUsage(strip=self._strip)
             elif content_type == b"application/json":
@@ -388,9 +379,11 @@ class Session:
         lease = self._lease
         assert lease is not None
         if event.details and event.details != "via_upstream":
-            self._took = not any(reason in event.details for reason in _NOT_TAKEN)
-            if self._took and "reset" not in event.details:
-                return []  # a time-out, or the client's fault: says nothing about connections
+            nowhere = any(reason in event.details for reason in _NOT_SENT)
+            unconnected = any(reason in event.details for reason in _NOT_CONNECTED)
+            self._took = not (nowhere or unconnected)
+            if nowhere or not (unconnected or "reset" in event.details):
+                return []  # Envoy's own doing, a time-out, or the client's fault: says nothing about connections
             return [Suspect(tuple(pod.address for pod in lease.pods), event.details)]
         if not event.upstream or event.upstream == lease.pod.address:
             return []
@@ -422,11 +415,15 @@ class Session:
 
     def _on_early_answer(self, event: ResponseHeaders) -> list[Action]:
         """Envoy answered by itself before the request was routed, for instance 413."""
-        status = dict(event.headers).get(":status", b"")
-        self._status = int(status) if status.isdigit() else 0
+        self._status = _status_of(dict(event.headers))
         self._parts.clear()
         self._state = _State.OVER
         return [Respond({}, body=False), Settle(None, self._outcome("envoy"))]
+
+    def _on_unasked_answer(self, _: ResponseHeaders) -> list[Action]:
+        """Envoy answered before it showed us the request, for instance a preflight: none of our business."""
+        self._state = _State.OVER
+        return [Respond({}, body=False)]
 
     # --- the ways out ------------------------------------------------------------------------------------------------
 
@@ -460,11 +457,11 @@ class Session:
 
     def _on_closed_early(self, event: Closed) -> list[Action]:
         """Nothing was routed yet: the client has gone, or we failed. What a question in flight took, the store's
-        adapter gives back, since its caller is gone."""
+        adapter gives back, since its caller is gone; what we hold already (we failed in between), we do."""
         self._parts.clear()
+        self._took = False
         self._status = CLIENT_GONE if event.how != "failed" else 500
-        self._state = _State.CLOSED
-        return [Settle(None, self._outcome("client_gone" if event.how != "failed" else "internal_error"))]
+        return self._settle(None, "client_gone" if event.how != "failed" else "internal_error")
 
     def _on_closed_routed(self, event: Closed) -> list[Action]:
         """Routed, and no answer was seen. Envoy either resets (the client has gone) or says goodbye because it was
@@ -490,7 +487,7 @@ class Session:
         if not self._took:
             return self._settle(None, "no_pod")
         if not good:
-            return self._settle(Usage(0, 0, 0), "upstream_error" if self._lease is not None else "envoy")
+            return self._settle(Usage(0, 0, 0), "upstream_error")
         if isinstance(reader, SseUsage):
             prompt = self._world.estimates.prompt(self._model, request.prompt_bytes)
             return self._settle(Usage(prompt, reader.chunks, 0), "ok" if complete else "cut", estimated=True)
@@ -500,7 +497,9 @@ class Session:
         reader = self._reader
         if isinstance(reader, SseUsage) and reader.holding:
             return []  # bytes the client must still get: leave with the next event's end
-        return [*self._settle(None, "drained", estimated=True), Leave()]
+        actions = self._settle(None, "drained", estimated=True)
+        self._state = _State.OVER
+        return [*actions, Leave()]
 
     def _on_nothing(self, _: Event) -> list[Action]:
         return []
@@ -573,6 +572,12 @@ class Session:
         return limit_headers(self._windows, levels)
 
 
+def _status_of(headers: Mapping[str, bytes]) -> int:
+    """An answer's status; 0 for what is none."""
+    status = headers.get(":status", b"")
+    return int(status) if status.isdigit() and len(status) == 3 else 0
+
+
 def limit_headers(windows: tuple[Window, ...], levels: tuple[Level, ...]) -> dict[str, str]:
     """The x-ratelimit-* headers: of each kind of limit the window with the least room, in OpenAI's form. ``levels``
     is empty where limits were not applied."""
@@ -603,6 +608,7 @@ _S = Session
 #: Which event may come when. What is not here is a disagreement with the listener.
 _TABLE: Final[Mapping[tuple[_State, type], _Handler]] = {
     (_State.NEW, RequestHeaders): _S._on_headers,
+    (_State.NEW, ResponseHeaders): _S._on_unasked_answer,
     (_State.NEW, Closed): _S._on_closed_over,
     (_State.NEW, Drain): _S._on_nothing,
     (_State.BODY, RequestBody): _S._on_body,

@@ -1,0 +1,401 @@
+"""RedisStore against a real Valkey that stands still, dies, refuses and loses connections."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
+from typing import Any
+
+import pytest
+
+from gateway_extproc.adapters import redis as adapter
+from gateway_extproc.adapters.redis import BATCH, CONNECTIONS, RedisStore
+from gateway_extproc.core.store import Admission, Admitted, Denied, Settlement, StoreUnavailable, Window
+from tests.valkey import Valkey
+
+KEY = "{alice}:*"
+#: Short enough for quick tests, long enough for two busy cores.
+TIMEOUT = 0.3
+DEADLINE = 10.0
+
+_ids = iter(range(10**9))
+
+
+def asks(key: str = KEY, rpm: int | None = None, tokens: int = 0) -> Admission:
+    return Admission(f"id-{next(_ids)}", (Window(key, "somebody", rpm, None),), tokens)
+
+
+async def counted(store: RedisStore, key: str = KEY) -> tuple[int, int]:
+    answer = await store.admit(asks(key, rpm=0))
+    assert isinstance(answer, Denied)
+    return answer.levels[0].requests, answer.levels[0].tokens
+
+
+async def until(condition: Callable[[], Awaitable[bool]]) -> None:
+    deadline = time.monotonic() + DEADLINE
+    while not await condition():
+        assert time.monotonic() < deadline, "what was waited for did not come"
+        await asyncio.sleep(0.01)
+
+
+async def until_counted(store: RedisStore, expected: tuple[int, int]) -> None:
+    async def holds() -> bool:
+        with suppress(StoreUnavailable):
+            return await counted(store) == expected
+        return False
+
+    await until(holds)
+
+
+async def _sent(store: RedisStore) -> bool:
+    return bool(store._asking and not store._waiting)
+
+
+@asynccontextmanager
+async def opened(url: str, timeout: float = TIMEOUT) -> AsyncIterator[RedisStore]:  # noqa: ASYNC109 - the store's own
+    store = RedisStore(url, timeout=timeout)
+    try:
+        yield store
+    finally:
+        await store.close()
+
+
+class Proxy:
+    """A TCP hop in front of Valkey that can lose what goes either way, and cut every connection."""
+
+    def __init__(self, port: int) -> None:
+        self._port = port
+        self._writers: set[asyncio.StreamWriter] = set()
+        self._pumps: set[asyncio.Task[None]] = set()
+        self.lose_questions = False
+        self.lose_answers = False
+        self.bytes_lost = 0
+
+    async def __aenter__(self) -> Proxy:
+        self._server = await asyncio.start_server(self._meet, "127.0.0.1", 0)
+        self.url = f"redis://127.0.0.1:{self._server.sockets[0].getsockname()[1]}/0"
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._server.close()
+        self.cut()
+        await asyncio.gather(*self._pumps, return_exceptions=True)
+
+    def cut(self) -> None:
+        for writer in self._writers:
+            writer.transport.abort()
+
+    async def _meet(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        there, back = await asyncio.open_connection("127.0.0.1", self._port)
+        self._writers |= {writer, back}
+        for source, sink, name in ((reader, back, "lose_questions"), (there, writer, "lose_answers")):
+            pump = asyncio.create_task(self._pump(source, sink, name))
+            self._pumps.add(pump)
+            pump.add_done_callback(self._pumps.discard)
+
+    async def _pump(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter, lose: str) -> None:
+        with suppress(OSError):
+            while data := await source.read(65536):
+                if getattr(self, lose):
+                    self.bytes_lost += len(data)
+                else:
+                    sink.write(data)
+        sink.transport.abort()
+
+
+async def test_questions_of_one_tick_share_one_pipeline(valkey: Valkey) -> None:
+    def reads() -> int:
+        found: dict[str, Any] = client.info("stats")
+        return int(found["total_reads_processed"])
+
+    with valkey.client() as client:
+        async with opened(valkey.url, timeout=5) as store:
+            await store.ping()
+            before = reads()
+            await asyncio.gather(*(store.admit(asks()) for _ in range(40)))
+            assert reads() - before < 10  # loading the scripts and asking about reads included
+
+
+async def test_connections_stay_few_under_load(valkey: Valkey) -> None:
+    with valkey.client() as client:
+        already = len(client.client_list())
+        async with opened(valkey.url, timeout=5) as store:
+
+            async def ask(turns: int) -> None:
+                for _ in range(turns):
+                    await asyncio.sleep(0)
+                answer = await store.admit(asks(tokens=1))
+                assert isinstance(answer, Admitted)
+                store.settle(Settlement(f"s-{next(_ids)}", (KEY,), answer.second, 0, -1))
+
+            await asyncio.gather(*(ask(turns % 50) for turns in range(3 * BATCH)))
+            assert len(client.client_list()) - already <= CONNECTIONS
+            await store.flush()
+            assert await counted(store) == (3 * BATCH, 0)
+
+
+async def test_a_socket_path_is_an_address_too(valkey: Valkey) -> None:
+    async with opened(valkey.unix_url) as store:
+        assert isinstance(await store.admit(asks()), Admitted)
+
+
+async def test_options_in_the_address_change_nothing(valkey: Valkey) -> None:
+    async with opened(valkey.url + "?decode_responses=true&socket_timeout=0.000001") as store:
+        assert isinstance(await store.admit(asks()), Admitted)
+
+
+async def test_an_address_of_another_kind_is_an_error() -> None:
+    with pytest.raises(ValueError, match="URL"):
+        RedisStore("http://127.0.0.1")
+
+
+async def test_lost_scripts_are_loaded_again_and_every_question_is_answered_once(valkey: Valkey) -> None:
+    with valkey.client() as client:
+        async with opened(valkey.url, timeout=5) as store:
+            await store.admit(asks())
+            client.script_flush()
+            answers = await asyncio.gather(*(store.admit(asks(rpm=21)) for _ in range(60)))
+            assert sum(isinstance(answer, Admitted) for answer in answers) == 20
+            client.script_flush()
+            store.settle(Settlement("s", (KEY,), 0, 0, 5))
+            await store.flush()
+            assert (await counted(store), store.dropped) == ((21, 5), 0)
+
+
+async def test_a_foreign_value_fails_its_own_question_only(valkey: Valkey) -> None:
+    with valkey.client() as client:
+        client.hset("gw:1:{bob}:*", "field", "value")
+        async with opened(valkey.url, timeout=5) as store:
+            bob, alice, both = await asyncio.gather(
+                store.admit(asks("{bob}:*")),
+                store.admit(asks()),
+                store.admit(Admission("b", (Window(KEY, "a"), Window("{bob}:*", "b")), 1)),
+                return_exceptions=True,
+            )
+            assert isinstance(bob, StoreUnavailable)
+            assert isinstance(both, StoreUnavailable)
+            assert isinstance(alice, Admitted)
+            assert await counted(store) == (1, 0)
+            store.settle(Settlement("s", (KEY, "{bob}:*"), 0, 0, 5))
+            store.settle(Settlement("t", (KEY,), 0, 0, 7))
+            await store.flush()
+            assert (await counted(store), store.pending, store.dropped) == ((1, 7), 0, 1)
+
+
+async def test_a_store_that_stands_still_is_unavailable_in_time_and_what_it_took_late_is_given_back(
+    own_valkey: Valkey,
+) -> None:
+    async with opened(own_valkey.url) as store:
+        first = await store.admit(asks(tokens=10))
+        assert isinstance(first, Admitted)
+        own_valkey.pause()
+        began = time.monotonic()
+        answers = await asyncio.gather(*(store.admit(asks(tokens=5)) for _ in range(10)), return_exceptions=True)
+        took = time.monotonic() - began
+        own_valkey.resume()
+        assert [str(answer) for answer in answers] == ["no answer in time"] * 10
+        assert all(isinstance(answer, StoreUnavailable) for answer in answers)
+        assert TIMEOUT <= took < 3 * TIMEOUT
+        await until_counted(store, (1, 10))
+        await store.flush()
+        assert await counted(store) == (1, 10)
+
+
+async def test_a_caller_cancelled_while_the_store_stands_still_is_charged_nothing(own_valkey: Valkey) -> None:
+    async with opened(own_valkey.url, timeout=5) as store:
+        await store.ping()
+        await store.admit(asks(tokens=10))
+        own_valkey.pause()
+        callers = [asyncio.ensure_future(store.admit(asks(tokens=5))) for _ in range(10)]
+        await until(lambda: _sent(store))
+        for caller in callers:
+            caller.cancel()
+        await asyncio.gather(*callers, return_exceptions=True)
+        own_valkey.resume()
+        assert all(caller.cancelled() for caller in callers)
+        await until_counted(store, (1, 10))
+        await store.flush()
+        assert await counted(store) == (1, 10)
+
+
+@pytest.mark.parametrize("how", ["time-out", "cut"])
+async def test_an_admission_whose_answer_was_lost_is_given_back(valkey: Valkey, how: str) -> None:
+    async with Proxy(int(valkey.port)) as proxy, opened(proxy.url) as store, opened(valkey.url) as direct:
+        await store.admit(asks(tokens=10))
+        proxy.lose_answers = True
+        caller = asyncio.ensure_future(store.admit(asks(tokens=5)))
+
+        async def taken() -> bool:
+            return await counted(direct) == (2, 15)
+
+        await until(taken)
+        if how == "cut":
+            proxy.cut()
+        with pytest.raises(StoreUnavailable):
+            await caller
+        proxy.lose_answers = False
+        await until_counted(direct, (1, 10))
+
+
+async def test_a_question_that_never_arrived_gives_back_nothing_of_others(valkey: Valkey) -> None:
+    async with Proxy(int(valkey.port)) as proxy, opened(proxy.url) as store, opened(valkey.url) as direct:
+        await store.admit(asks(tokens=10))
+        proxy.lose_questions = True
+        with pytest.raises(StoreUnavailable):
+            await store.admit(asks(tokens=5))
+        assert proxy.bytes_lost
+        proxy.lose_questions = False
+
+        async def delivered() -> bool:
+            return not store.pending
+
+        await until(delivered)
+        assert (await counted(direct), store.dropped) == ((1, 10), 0)
+
+
+async def test_a_question_undone_before_it_arrives_takes_nothing(valkey: Valkey) -> None:
+    async with opened(valkey.url) as store:
+        late = asks(tokens=5)
+        store._note_undo(adapter._Question(b"", late, asyncio.get_running_loop().create_future(), 0.0))
+        await store.flush()
+        with pytest.raises(StoreUnavailable):
+            await store.admit(late)
+        assert await counted(store) == (0, 0)
+
+
+async def test_a_killed_store_works_again_when_it_is_back(own_valkey: Valkey) -> None:
+    async with opened(own_valkey.url) as store:
+        await store.admit(asks())
+        own_valkey.kill()
+        for _ in range(3):
+            with pytest.raises(StoreUnavailable):
+                await store.admit(asks())
+        store.settle(Settlement("kept", (KEY,), 0, 0, 33))
+        own_valkey.start()
+        await until_counted(store, (0, 33))
+        assert isinstance(await store.admit(asks()), Admitted)
+
+
+async def test_a_store_that_never_was_there_is_unavailable_at_once() -> None:
+    began = time.monotonic()
+    async with opened("redis://:secret@127.0.0.1:1/0") as store:
+        with pytest.raises(StoreUnavailable, match="no connection"):
+            await store.admit(asks())
+        assert store.pending == 0  # Nothing was sent, so nothing needs undoing.
+    assert time.monotonic() - began < TIMEOUT
+
+
+@pytest.mark.parametrize(
+    ("commands", "reason"),
+    [
+        ([("REPLICAOF", "127.0.0.1", "1")], "READONLY"),
+        ([("CONFIG", "SET", "maxmemory", "1")], "OOM"),
+        ([("CONFIG", "SET", "requirepass", "other"), ("CLIENT", "KILL", "TYPE", "normal")], "authentication failed"),
+        ([("ACL", "SETUSER", "default", "-@scripting")], "NOPERM"),
+    ],
+)
+async def test_errors_of_the_store_are_told_in_few_words_and_settlements_wait_them_out(
+    own_valkey: Valkey, commands: list[tuple[str, ...]], reason: str
+) -> None:
+    cure = {
+        "READONLY": ("REPLICAOF", "NO", "ONE"),
+        "OOM": ("CONFIG", "SET", "maxmemory", "0"),
+        "authentication failed": ("CONFIG", "SET", "requirepass", ""),
+        "NOPERM": ("ACL", "SETUSER", "default", "+@scripting"),
+    }
+    with own_valkey.client() as client:
+        async with opened(own_valkey.url) as store:
+            await store.admit(asks(tokens=5))
+            for command in commands:
+                client.execute_command(*command)
+            with pytest.raises(StoreUnavailable) as caught:
+                await store.admit(asks())
+            assert str(caught.value) == reason
+            with pytest.raises(StoreUnavailable):
+                await store.beat("gateway")
+            store.settle(Settlement("waits", (KEY,), 0, 0, 3))
+            await store.flush()
+            assert store.pending == 1
+            client.execute_command(*cure[reason])
+            await until_counted(store, (1, 8))
+            assert store.dropped == 0
+
+
+async def test_no_message_holds_the_address_or_a_secret(own_valkey: Valkey) -> None:
+    with own_valkey.client() as client:
+        client.config_set("requirepass", "right-secret")
+    url = own_valkey.url.replace("redis://", "redis://someone:wrong-secret@")
+    async with opened(url) as store:
+        with pytest.raises(StoreUnavailable) as caught:
+            await store.admit(asks())
+    assert str(caught.value) == "authentication failed"
+
+
+async def test_settlements_past_the_bound_are_dropped_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adapter, "MAX_NOTES", 5)
+    async with opened("redis://127.0.0.1:1/0") as store:
+        for number in range(8):
+            store.settle(Settlement(str(number), (KEY,), 0, 0, 1))
+        assert (store.pending, store.dropped) == (5, 3)
+
+
+async def test_questions_past_the_bound_are_refused_at_once(monkeypatch: pytest.MonkeyPatch, valkey: Valkey) -> None:
+    monkeypatch.setattr(adapter, "MAX_WAITING", 5)
+    async with opened(valkey.url) as store:
+        answers = await asyncio.gather(*(store.admit(asks()) for _ in range(8)), return_exceptions=True)
+        assert [isinstance(answer, Admitted) for answer in answers] == [True] * 5 + [False] * 3
+        assert str(answers[-1]) == "too many questions wait"
+
+
+async def test_a_settlement_of_nothing_is_not_sent(valkey: Valkey) -> None:
+    async with opened(valkey.url) as store:
+        store.settle(Settlement("nothing", (KEY,), 5, 0, 0))
+        store.settle(Settlement("nowhere", (), 5, 1, 1))
+        assert store.pending == 0
+
+
+async def test_flushing_towards_a_dead_store_ends() -> None:
+    async with opened("redis://127.0.0.1:1/0") as store:
+        store.settle(Settlement("s", (KEY,), 0, 0, 1))
+        async with asyncio.timeout(5):
+            await store.flush()
+        assert store.pending == 1
+
+
+async def test_a_beat_counts_the_gateways_of_the_last_ten_seconds(valkey: Valkey) -> None:
+    with valkey.client() as client:
+        async with opened(valkey.url) as store:
+            assert (await store.beat("a")).gateways == 1
+            assert (await store.beat("b")).gateways == 2
+            pulse = await store.beat("a")
+            assert pulse.gateways == 2
+            seconds, _ = client.time()
+            assert abs(pulse.now - float(seconds)) < 5
+            client.zadd("gw:1:gateways", {"a": float(seconds) - 11})
+            assert (await store.beat("b")).gateways == 1
+
+
+async def test_two_prefixes_count_apart(valkey: Valkey) -> None:
+    ours, theirs = RedisStore(valkey.url, prefix="ours:"), RedisStore(valkey.url, prefix="theirs:")
+    await ours.admit(asks())
+    assert (await counted(ours), await counted(theirs)) == ((1, 0), (0, 0))
+    await ours.close()
+    await theirs.close()
+
+
+async def test_closing_answers_who_still_waits_and_nothing_can_be_asked_afterwards(own_valkey: Valkey) -> None:
+    store = RedisStore(own_valkey.url, timeout=5)
+    await store.ping()
+    own_valkey.pause()
+    callers = [asyncio.ensure_future(store.admit(asks())) for _ in range(2 * BATCH)]
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    async with asyncio.timeout(2):
+        await store.close()
+        answers = await asyncio.gather(*callers, return_exceptions=True)
+    own_valkey.resume()
+    assert {str(answer) for answer in answers} == {"closed"}
+    with pytest.raises(StoreUnavailable, match="closed"):
+        await store.ping()
