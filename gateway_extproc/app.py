@@ -32,7 +32,8 @@ from .adapters.metrics import Metrics, Sources
 from .adapters.redis import RedisStore
 from .adapters.scrape import Poller
 from .adapters.xds_server import Endpoints, XdsServer
-from .config import Config, ConfigError, PodConfig, is_ip, load, masked, split_address
+from .config import Config, ConfigError, PodConfig, load, masked
+from .core.address import is_ip, split_address
 from .core.directory import Directory
 from .core.events import Outcome
 from .core.fleet import TLS, Fleet, PodSpec
@@ -254,6 +255,7 @@ class Gateway:
         await self.store.close()
         if self._admin is not None:
             await self._admin.cleanup()
+        self._lines.flush()
         log.info("stopped")
 
     # --- pods --------------------------------------------------------------------------------------------------------

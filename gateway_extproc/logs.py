@@ -207,12 +207,13 @@ class _Libraries(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            event: Any = {"event": record.getMessage(), "logger": record.name, "exc_info": record.exc_info}
-            for processor in self._chain:
-                event = processor(None, record.levelname.lower(), event)
-        except Exception:  # a line that can't be formatted; the standard library's handlers don't raise either
-            event = f"a line of {record.name} could not be written"
-        self._lines.msg(str(event))
+            message = record.getMessage()
+        except Exception:  # arguments that don't fit the message; the standard library's handlers don't raise either
+            message = str(record.msg)
+        line: Any = {"event": message, "logger": record.name, "exc_info": record.exc_info}
+        for processor in self._chain:
+            line = processor(None, record.levelname.lower(), line)
+        self._lines.msg(line)
 
 
 # ------------------------------------------------------------------------------------------------------------- masking
@@ -226,7 +227,7 @@ _SECRET_NAMES: Final = frozenset({"auth", "body", "content", "data", "input", "k
 #: Secrets inside text, and what stands there instead.
 _SECRETS_IN_TEXT: Final = (
     # The user and password of a URL; all before the last "@", for a password may hold one. Bounded,
-    # or a text of nothing but "://" would take minutes.
+    # or a text of nothing but "://" would be read again from each of them.
     (re.compile(r"://[^\s'\"<>]{0,1024}@"), f"://{MASK}@"),
     (re.compile(r"\b(bearer|basic)\s+[^\s'\",]+", re.IGNORECASE), rf"\1 {MASK}"),
     # The gateway's own keys and OpenAI's.

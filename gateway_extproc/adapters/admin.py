@@ -19,7 +19,7 @@ import re
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from importlib import resources
-from typing import Any, Final
+from typing import Any, Final, cast
 from urllib.parse import urlsplit
 
 import msgspec
@@ -341,13 +341,14 @@ class _Connection(web.RequestHandler):
         self._end: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
         super().connection_made(transport)
         if len(self._connections) >= CONNECTIONS:
             self.force_close()
             return
         self._connections.add(self)
-        self._end = asyncio.get_running_loop().call_later(CONNECTION_AGE, self._expire, transport)
+        self._end = asyncio.get_running_loop().call_later(
+            CONNECTION_AGE, self._expire, cast(asyncio.Transport, transport)
+        )
 
     def _expire(self, transport: asyncio.Transport) -> None:
         # No answer is being made now, since no handler waits for anything; what is written already is still sent.
