@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import secrets
 import signal
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from random import Random
 from typing import Any, Final
@@ -91,12 +90,13 @@ def spec_of(pod: PodConfig, address: str, host: str, name: str) -> PodSpec:
 
 
 class Gateway:
-    """One gateway process. ``run`` serves until a signal; ``start`` and ``stop`` do it by hand."""
+    """One gateway process. ``run`` serves until a signal; ``start`` and ``stop`` do it by hand. ``file`` is watched,
+    and read again by ``read`` when it changes."""
 
-    def __init__(self, config: Config, file: Path | None = None, environ: Mapping[str, str] = os.environ) -> None:
+    def __init__(self, config: Config, file: Path | None = None, read: Callable[[Path], Config] = load) -> None:
         self.config = config
         self._file = file
-        self._environ = environ
+        self._read = read
         self._rng = Random()
         self.fleet = Fleet()
         # Ids must differ between gateways and starts: a random name for this start, and a count.
@@ -133,7 +133,7 @@ class Gateway:
         return f"{self._name}-{self._admissions:x}"
 
     def _make_store(self, config: Config) -> Store:
-        memory = MemoryStore(time.time)
+        memory = MemoryStore(_clock)
         if not config.store.url:
             return memory
         self._redis = RedisStore(config.store.url, prefix=config.store.prefix, timeout=config.store.timeout)
@@ -142,7 +142,7 @@ class Gateway:
             memory,
             policy=config.limits.on_store_failure,
             gateway=self._name,
-            clock=time.time,
+            clock=_clock,
             on_mode_change=self._store_changed,
         )
 
@@ -238,8 +238,8 @@ class Gateway:
             self.extproc.drain()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(STOP_WAIT):
-                    while self.extproc.streams:
-                        await asyncio.sleep(0.01)
+                    await self.extproc.drained()
+            # What is left are Envoys' xDS streams, which have no end of their own.
             await self._server.stop(0)
             await stopping
         self.xds.close()
@@ -337,7 +337,7 @@ class Gateway:
         """Take up the file as it is now; an invalid one is reported and the old configuration stays."""
         assert self._file is not None
         try:
-            config = load(self._file, self._environ)
+            config = self._read(self._file)
         except ConfigError as error:
             self.metrics.reloaded(False)
             log.error("configuration not taken up", errors=str(error).splitlines())
@@ -397,6 +397,15 @@ class Gateway:
         )
 
 
+#: Unix time at the start, less the monotonic clock's.
+_EPOCH: Final = time.time() - time.monotonic()
+
+
+def _clock() -> float:
+    """Unix seconds that never go back: windows kept in this process must not wait for a clock that was set back."""
+    return _EPOCH + time.monotonic()
+
+
 def _stamp(file: Path) -> tuple[int, int, int]:
     """Changes when the file does, also where it is a link that is moved (as Kubernetes does)."""
     try:
@@ -406,12 +415,12 @@ def _stamp(file: Path) -> tuple[int, int, int]:
     return (found.st_mtime_ns, found.st_size, found.st_ino)
 
 
-def run(config: Config, file: Path | None) -> None:
+def run(config: Config, file: Path | None, read: Callable[[Path], Config] = load) -> None:
     """Serve until told to stop. Raises Unavailable."""
     logs.configure(config.logging.level, sys.stderr)
 
     async def main() -> None:
-        await Gateway(config, file).run()
+        await Gateway(config, file, read).run()
 
     try:
         import uvloop

@@ -16,18 +16,21 @@ import yaml
 
 from .config import Config
 from .core import refusal
+from .core.address import is_ip, split_address
 from .core.refusal import Refusal
 from .wire.extproc import BODY_WAIT, DETAILS_PREFIX, NODE_METADATA, RESPONSE_ATTRIBUTES
-from .wire.resources import MODEL_HEADER, NOWHERE, ROUTE_CONFIGURATION, TARGET_HEADER, split_address
+from .wire.resources import MODEL_HEADER, NOWHERE, ROUTE_CONFIGURATION, TARGET_HEADER
 
 _T: Final = "type.googleapis.com/envoy."
 #: Request headers that the gateway reads. Others, among them cookies, never leave Envoy.
 FORWARDED: Final = (
-    ":method", ":path", "authorization", "content-encoding", "content-length", "content-type", "model", "routing-strategy",
-    "target-pod", "upgrade", "user", "x-api-key", "x-request-id", "x-session-id", ":status",
+    ":method", ":path", "authorization", "content-encoding", "content-length", "content-type", "model",
+    "routing-strategy", "target-pod", "upgrade", "user", "x-api-key", "x-request-id", "x-session-id", ":status",
 )  # fmt: skip
 #: Seconds for which Envoy holds a request while the gateway restarts; it tries to reach it again in between.
 RESTART_WAIT: Final = 15.0
+#: Most connections of clients at once; Envoy itself has no limit, and warns.
+CONNECTIONS: Final = 50_000
 
 
 class Bootstrap(msgspec.Struct, frozen=True, kw_only=True):
@@ -99,17 +102,6 @@ def build(settings: Bootstrap) -> dict[str, Any]:
             "clusters": [_gateway(settings), {"name": NOWHERE, "type": "STATIC"}],
         },
         "overload_manager": _overload(settings.max_heap),
-        "layered_runtime": {
-            "layers": [
-                {
-                    "name": "static",
-                    "static_layer": {
-                        # Envoy's own guard against too many connections, off by default and warned about.
-                        "overload.global_downstream_max_connections": 50_000
-                    },
-                }
-            ]
-        },
     }
 
 
@@ -151,7 +143,10 @@ def _listener(settings: Bootstrap) -> dict[str, Any]:
 
 
 def _http(settings: Bootstrap) -> dict[str, Any]:
-    filters = [_ext_proc(settings), _filter("router", "extensions.filters.http.router.v3.Router")]
+    router = _filter("router", "extensions.filters.http.router.v3.Router")
+    # Neither clients nor pods are told how long Envoy waits and how often it tries.
+    router["typed_config"]["suppress_envoy_headers"] = True
+    filters = [_ext_proc(settings), router]
     if settings.cors:
         filters.insert(0, _filter("cors", "extensions.filters.http.cors.v3.Cors"))
     return {
@@ -180,12 +175,14 @@ def _http(settings: Bootstrap) -> dict[str, Any]:
                         {"remove": MODEL_HEADER},
                         {"remove": TARGET_HEADER},
                         {"remove_on_match": {"key_matcher": {"prefix": "x-gateway-", "ignore_case": True}}},
+                        # Envoy obeys these from clients it takes for internal: retries, time-outs.
+                        {"remove_on_match": {"key_matcher": {"prefix": "x-envoy-", "ignore_case": True}}},
                     ],
                 },
             }
         ],
         "http_filters": filters,
-        "local_reply_config": {"mappers": [mapper for mapper in _local_replies(settings)]},
+        "local_reply_config": {"mappers": _local_replies(settings)},
     }
 
 
@@ -216,10 +213,12 @@ def _ext_proc(settings: Bootstrap) -> dict[str, Any]:
                 "request_header_mode": "SEND",
                 "request_body_mode": "BUFFERED",
                 "request_trailer_mode": "SKIP",
-                "response_header_mode": "SEND",
+                # The reply to the headers asks for the answer's headers, and for its trailers, with which the stream
+                # stays open until the answer ends. Here they would hold up Envoy's own answers, and lose those to
+                # requests that are not HTTP: their connection is closed before the gateway has said anything.
+                "response_header_mode": "SKIP",
                 "response_body_mode": "NONE",
-                # The stream stays open until the answer ends, trailers or not.
-                "response_trailer_mode": "SEND",
+                "response_trailer_mode": "SKIP",
             },
             "mutation_rules": {"allow_all_routing": True, "allow_envoy": True},
             "response_attributes": list(RESPONSE_ATTRIBUTES),
@@ -279,12 +278,11 @@ def _gateway(settings: Bootstrap) -> dict[str, Any]:
 def _is_static(address: str) -> bool:
     if address.startswith("unix:"):
         return True
-    host, _ = split_address(address)
-    return all(c.isdigit() or c in ".:abcdefABCDEF" for c in host) and ("." in host or ":" in host)
+    return is_ip(split_address(address)[0])
 
 
 def _overload(max_heap: int) -> dict[str, Any]:
-    """Bounds Envoy's memory: buffered bodies are the only thing in it that clients can grow."""
+    """Bounds Envoy's memory, of which clients can only grow the bodies that are buffered, and its connections."""
 
     def trigger(value: float) -> dict[str, Any]:
         return {"name": "envoy.resource_monitors.fixed_heap", "threshold": {"value": value}}
@@ -298,7 +296,14 @@ def _overload(max_heap: int) -> dict[str, Any]:
                     "@type": _T + "extensions.resource_monitors.fixed_heap.v3.FixedHeapConfig",
                     "max_heap_size_bytes": max_heap,
                 },
-            }
+            },
+            {
+                "name": "envoy.resource_monitors.global_downstream_max_connections",
+                "typed_config": {
+                    "@type": _T + "extensions.resource_monitors.downstream_connections.v3.DownstreamConnectionsConfig",
+                    "max_active_downstream_connections": CONNECTIONS,
+                },
+            },
         ],
         "actions": [
             {"name": "envoy.overload_actions.shrink_heap", "triggers": [trigger(0.85)]},
@@ -321,8 +326,8 @@ def _local_replies(settings: Bootstrap) -> list[dict[str, Any]]:
     busy = refusal.overloaded("The gateway is busy.")
     bad = Refusal(status=400, type="invalid_request_error", code="invalid_value", message="The HTTP request is not valid.")
     url = Refusal(status=404, type="invalid_request_error", code="unknown_url", message="Unknown request URL.")
-    table: list[tuple[Mapping[str, Any], Refusal]] = [
-        (_details(f"response.code_details.contains('{DETAILS_PREFIX}')"), None),  # type: ignore[list-item]
+    table: list[tuple[Mapping[str, Any], Refusal | None]] = [
+        (_details(f"response.code_details.contains('{DETAILS_PREFIX}')"), None),
         (_code(413), too_large),
         (_details("response.code_details.startsWith('overload')"), busy),
         (_flags("SI", "UT", "DT", "UMSDR"), refusal.upstream_timeout()),
@@ -377,8 +382,8 @@ def _flags(*flags: str) -> dict[str, Any]:
     return {"response_flag_filter": {"flags": list(flags)}}
 
 
-def _header(name: str, prefix: str = "") -> dict[str, Any]:
-    how: dict[str, Any] = {"string_match": {"prefix": prefix}} if prefix else {"present_match": True}
+def _header(name: str, part: str = "") -> dict[str, Any]:
+    how: dict[str, Any] = {"string_match": {"contains": part}} if part else {"present_match": True}
     return {"header_filter": {"header": {"name": name, **how}}}
 
 

@@ -1,7 +1,7 @@
 """``python -m gateway_extproc.config_reference [--check]``: docs/configuration.md, made from the schema.
 
-Owns how the schema of config.py is laid out as Markdown. Promises the same text for the same schema. Leaves out what
-the fields mean: config.py says it. ``--check`` writes nothing and exits 1 where the file is not current.
+Owns how the schema (config/schema.py) is laid out as Markdown. Promises the same text for the same schema. Leaves out
+what the fields mean: the schema says it. ``--check`` writes nothing and exits 1 where the file is not current.
 """
 
 from __future__ import annotations
@@ -15,13 +15,17 @@ from typing import Final
 
 import msgspec
 
-from .config import MAX_FILE, RECORDS, UNSUPPORTED, Config, Setting, settings, show_size, variables
+from .config.environment import variables
+from .config.forms import show_size
+from .config.part import RECORDS, Setting, settings
+from .config.schema import UNSUPPORTED, Config
+from .config.source import MAX_FILE
 
 #: The file that is written, in a checkout.
 TARGET: Final = Path(__file__).parents[1] / "docs" / "configuration.md"
 
 _INTRODUCTION: Final = f"""\
-<!-- Made from gateway_extproc/config.py by `python -m gateway_extproc.config_reference`; do not edit. -->
+<!-- Made from gateway_extproc/config/schema.py by `python -m gateway_extproc.config_reference`; do not edit. -->
 # Configuration
 
 Everything is in one YAML file of at most {show_size(MAX_FILE)}, given as `--config FILE`. What is left out has its

@@ -135,6 +135,7 @@ class ExtProc:
         self._reading: set[asyncio.Task[Any]] = set()
         self._leaving: set[asyncio.Task[Any]] = set()
         self._draining = False
+        self._ended = asyncio.Event()
 
     def handlers(self) -> grpc.GenericRpcHandler[Any, Any]:
         method = grpc.stream_stream_rpc_method_handler(
@@ -146,6 +147,12 @@ class ExtProc:
     def streams(self) -> int:
         """Requests in progress."""
         return len(self._streams)
+
+    async def drained(self) -> None:
+        """Returns when no stream is left."""
+        while self._streams:
+            self._ended.clear()
+            await self._ended.wait()
 
     def drain(self) -> None:
         """Leave each stream as soon as its request needs us no more; streams that still need a decision get it."""
@@ -219,6 +226,7 @@ class ExtProc:
             if give is not None:
                 give()
             del self._streams[task]
+            self._ended.set()
             self._leaving.discard(task)
             self._carry_out(session.feed(how))
 
@@ -268,14 +276,15 @@ class ExtProc:
 
 
 class TLSFiles(Protocol):
-    """Paths of the listener's certificate, key, and the CA that its clients' certificates must come from."""
+    """Paths of the listener's certificate, its key, and the CA that clients' certificates must come from (None or
+    empty: none are asked for)."""
 
     @property
-    def cert_file(self) -> Path: ...
+    def cert_file(self) -> str: ...
     @property
-    def key_file(self) -> Path: ...
+    def key_file(self) -> str: ...
     @property
-    def client_ca_file(self) -> Path | None: ...
+    def client_ca_file(self) -> str | None: ...
 
 
 class PortInUse(Exception):
@@ -321,6 +330,6 @@ def _credentials(tls: TLSFiles) -> grpc.ServerCredentials:
     ca = None
     if tls.client_ca_file:
         context.load_verify_locations(tls.client_ca_file)
-        ca = tls.client_ca_file.read_bytes()
-    pair = (tls.key_file.read_bytes(), tls.cert_file.read_bytes())
+        ca = Path(tls.client_ca_file).read_bytes()
+    pair = (Path(tls.key_file).read_bytes(), Path(tls.cert_file).read_bytes())
     return grpc.ssl_server_credentials([pair], ca, require_client_auth=ca is not None)

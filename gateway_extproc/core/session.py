@@ -478,7 +478,7 @@ class Session:
         request, reader = self._request, self._reader
         assert request is not None
         usage = reader.usage() if reader is not None else None
-        complete = self._ended
+        complete = self._ended or reader is None  # what is not read cannot be seen to end
         good = 200 <= self._status < 300
         if usage is not None:
             if complete and good:
@@ -563,13 +563,14 @@ class Session:
             return {}
         levels = admitted.levels
         if not self._took:
-            levels = tuple(
-                msgspec.structs.replace(
-                    level, requests=max(0, level.requests - 1), tokens=max(0, level.tokens - admission.tokens)
-                )
-                for level in levels
-            )
+            levels = tuple(_given_back(level, admission.tokens) for level in levels)
         return limit_headers(self._windows, levels)
+
+
+def _given_back(level: Level, tokens: int) -> Level:
+    """``level`` as it will be once one request and its tokens are given back."""
+    requests, rest = max(0, level.requests - 1), max(0, level.tokens - tokens)
+    return Level(requests, rest, level.requests_reset if requests else 0.0, level.tokens_reset if rest else 0.0)
 
 
 def _status_of(headers: Mapping[str, bytes]) -> int:

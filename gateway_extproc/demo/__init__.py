@@ -1,9 +1,19 @@
 """``gateway-extproc demo``: the whole system on one machine.
 
-command.py plans what runs, waits until requests are served, and says so; gateway.py is the gateway's process;
-processes.py starts the children, notices when one ends, and ends them all.
+command.py plans what runs, waits until requests are served, and says so; gateway.py is the gateway's process, and
+fill.py what that is given; processes.py starts the children, notices when one ends, and ends them all.
 """
 
-from .command import run
+from __future__ import annotations
 
-__all__ = ["run"]
+import argparse
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run it all until a signal comes. Returns the exit code."""
+    try:
+        from . import command  # here, so that the gateway's process does without, and an early Ctrl-C is no error
+
+        return command.run(args)
+    except KeyboardInterrupt:  # before any child was started
+        return 0

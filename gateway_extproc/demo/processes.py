@@ -31,6 +31,8 @@ NEWS_DELAY: Final = 0.3
 #: Lines, and bytes at most, of a dead child's log that are shown.
 TAIL_LINES: Final = 5
 TAIL_BYTES: Final = 4096
+#: Exit codes of what somebody ended: its log would not say why.
+_ASKED_TO_END: Final = (0, -signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT)
 
 
 class Unavailable(Exception):
@@ -59,13 +61,14 @@ class Part:
             self.process.send_signal(number)
 
     def epitaph(self) -> str:
-        """How it ended, in one line, and the end of its log."""
+        """How it ended, in one line; where it did not end well by itself, also the end of its log."""
         code = self.process.returncode or 0
         how = f"exit status {code}"
         if code < 0:
             with contextlib.suppress(ValueError):
                 how = signal.Signals(-code).name
-        return "\n  ".join([f"{self.name} ended ({how})", *self._tail()])
+        tail = [] if code in _ASKED_TO_END else self._tail()
+        return "\n  ".join([f"{self.name} (pid {self.pid}) ended: {how}", *tail])
 
     def _tail(self) -> list[str]:
         if self.log is None:

@@ -134,7 +134,8 @@ def encode(kind: str, action: Action) -> ProcessingResponse:
             common.body_mutation.body = action.data
         elif action.data is not None:
             common.body_mutation.clear_body = True
-    elif isinstance(action, Continue) and action.want_body:
+    elif isinstance(action, Continue) and kind == "request_headers":
+        # What we want to see of a request that we let pass; of Envoy's own answers to others we see nothing.
         mode = reply.mode_override
         mode.request_body_mode = ext_proc_mode_pb2.ProcessingMode.BUFFERED
         mode.response_header_mode = _SEND

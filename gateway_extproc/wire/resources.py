@@ -9,13 +9,14 @@ gateway's choice, not Envoy's health checks, decides who gets a request.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, Final
+from typing import Final
 
 import msgspec
 import xxhash
 from google.protobuf import any_pb2, duration_pb2
 from google.protobuf.message import Message
 
+from ..core.address import split_address as split_address
 from ..core.fleet import TLS, PodSpec
 from ..core.session import ModelPolicy
 from ._pb import (
@@ -213,16 +214,6 @@ def _assignment(model: str, specs: Iterable[PodSpec]) -> endpoint_pb2.ClusterLoa
     return assignment
 
 
-def split_address(address: str) -> tuple[str, int]:
-    """``host:port`` or ``[v6]:port`` in its parts. Raises ValueError."""
-    host, _, port = address.rpartition(":")
-    if host.startswith("[") and host.endswith("]"):
-        host = host[1:-1]
-    if not host or not port.isdigit():
-        raise ValueError(f"not host:port: {address}")
-    return host, int(port)
-
-
 def _routes(
     models: Iterable[str], policies: Mapping[str, ModelPolicy], max_body_bytes: int, cors: Cors | None
 ) -> route_pb2.RouteConfiguration:
@@ -241,9 +232,12 @@ def _routes(
 
 def _route(model: str, policy: ModelPolicy) -> route_pb2.Route:
     route = route_pb2.Route(name=cluster_name(model))
-    route.match.prefix = "/v1/"
+    # Any path: a pod's own prefix may stand before /v1/, and only the gateway can have set the header.
+    route.match.prefix = "/"
     matcher = route.match.headers.add(name=MODEL_HEADER)
     matcher.string_match.exact = model
+    # Envoy's own words about the client; the router's are off in the bootstrap.
+    route.request_headers_to_remove.extend(["x-envoy-external-address", "x-envoy-internal"])
     action = route.route
     action.cluster = cluster_name(model)
     # A stream's length has no cap; silence has.
@@ -273,5 +267,5 @@ def _cors(cors: Cors) -> cors_pb2.CorsPolicy:
         max_age=str(cors.max_age),
     )
     for origin in cors.allow_origins:
-        policy.allow_origin_string_match.add(**({"prefix": ""} if origin == "*" else {"exact": origin}))
+        policy.allow_origin_string_match.add(exact=origin)  # "*" is any, as Envoy has it
     return policy

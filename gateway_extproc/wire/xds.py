@@ -3,7 +3,7 @@
 Owns one ADS stream's state (what Envoy subscribed to, was sent and has acknowledged) and the order in which changes
 go out, so that no route ever points to a cluster that is not there: clusters, their endpoints, then routes; on
 removal routes first, then clusters. Promises one response of a type at a time, and that a resource Envoy refused is
-not sent again until it changes. Leaves out what the resources say (wire/resources.py).
+not sent again until it changes and keeps no other from going out. Leaves out what the resources say (wire/resources.py).
 
 Protocol: "xDS REST and gRPC protocol" of Envoy's documentation, incremental variant.
 """
@@ -11,6 +11,7 @@ Protocol: "xDS REST and gRPC protocol" of Envoy's documentation, incremental var
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import islice
 from typing import Final
 
 from ._pb.discovery_pb2 import DeltaDiscoveryRequest, DeltaDiscoveryResponse
@@ -33,7 +34,9 @@ class Rejected(Exception):
 class _Type:
     """One resource type of one stream."""
 
-    __slots__ = ("acknowledged", "nonce", "pending", "refused", "requested", "sent", "wanted", "wildcard")
+    __slots__ = (
+        "acknowledged", "batch", "had", "nonce", "pending", "refused", "requested", "sent", "wanted", "wildcard"
+    )  # fmt: skip
 
     def __init__(self) -> None:
         self.wildcard = False
@@ -44,6 +47,11 @@ class _Type:
         self.acknowledged: dict[str, Resource] = {}
         #: name -> the version that Envoy refused.
         self.refused: dict[str, str] = {}
+        #: The names that Envoy had when the stream began.
+        self.had: frozenset[str] = frozenset()
+        #: Most resources in one response. Envoy refuses a response and not a resource of it: which one it means
+        #: is found by halving.
+        self.batch = SUBSCRIPTIONS
         self.nonce = ""
         #: what the outstanding response holds; None: none is outstanding.
         self.pending: dict[str, Resource | None] | None = None
@@ -70,6 +78,18 @@ class _Type:
         """Whether Envoy has all additions that it subscribed to (a refused one counts: it will not come)."""
         return self.pending is None and not self.changes()[0]
 
+    def has(self, name: str) -> bool:
+        """Whether Envoy uses this resource as it is wanted, or never will."""
+        wanted, acknowledged = self.wanted.get(name), self.acknowledged.get(name)
+        if wanted is None or self.refused.get(name) == wanted.version:
+            return True
+        return acknowledged is not None and acknowledged.version == wanted.version
+
+    def forget(self, name: str) -> None:
+        """Envoy does not want this any more, and has dropped it."""
+        self.sent.pop(name, None)
+        self.acknowledged.pop(name, None)
+
 
 class DeltaStream:
     """One Envoy's stream. ``refusals`` collects what Envoy refused, for the log: ``(type, message)``."""
@@ -77,6 +97,8 @@ class DeltaStream:
     def __init__(self, resources: Resources) -> None:
         self.node = ""
         self.refusals: list[tuple[str, str]] = []
+        #: Whether Envoy has told all that it had when the stream began: only then ``routable`` is the whole truth.
+        self.known = False
         self._types = {type_url: _Type() for type_url in TYPES}
         self._serial = 0
         self.want(resources)
@@ -85,6 +107,7 @@ class DeltaStream:
         """Envoy is to have these from now on."""
         for type_url, kind in self._types.items():
             kind.wanted = resources[type_url]
+            kind.refused = {name: version for name, version in kind.refused.items() if name in kind.wanted}
 
     def received(self, request: DeltaDiscoveryRequest) -> None:
         """Take a request: a subscription, an acknowledgement, a refusal. Raises Rejected."""
@@ -94,8 +117,11 @@ class DeltaStream:
         if kind is None:
             return  # a type we do not serve stays without an answer
         first = not kind.nonce and not kind.requested and not kind.wildcard
-        if len(kind.requested) + len(request.resource_names_subscribe) > SUBSCRIPTIONS:
+        names, had = request.resource_names_subscribe, request.initial_resource_versions
+        if max(len(kind.requested) + len(names), len(kind.sent) + len(had)) > SUBSCRIPTIONS:
             raise Rejected("too many subscriptions")
+        if first:
+            kind.had = frozenset(request.initial_resource_versions)
         for name, version in request.initial_resource_versions.items():
             ours = kind.wanted.get(name)
             if ours is not None and ours.version == version:
@@ -114,29 +140,41 @@ class DeltaStream:
             kind.requested.discard(name)
             if name == "*":
                 kind.wildcard = False
-            if not kind.wildcard:
-                kind.sent.pop(name, None)
-                kind.acknowledged.pop(name, None)
+                for other in kind.sent.keys() - kind.requested:
+                    kind.forget(other)
+            elif not kind.wildcard:
+                kind.forget(name)
         if first and not request.resource_names_subscribe and request.type_url == CLUSTER:
             kind.wildcard = True
         if request.response_nonce and request.response_nonce == kind.nonce and kind.pending is not None:
             self._answered(kind, request)
+        if not self.known:
+            clusters, endpoints, routes = (self._types[type_url] for type_url in TYPES)
+            self.known = bool(routes.requested) and clusters.had <= endpoints.requested
 
     def _answered(self, kind: _Type, request: DeltaDiscoveryRequest) -> None:
         pending, kind.pending = kind.pending or {}, None
+        for name, resource in pending.items():
+            if resource is None:  # Envoy drops it whatever else it refuses.
+                kind.acknowledged.pop(name, None)
+        offered = {name: resource for name, resource in pending.items() if resource is not None}
         if request.HasField("error_detail"):
             self.refusals.append((request.type_url, request.error_detail.message))
-            for name, resource in pending.items():
-                if resource is not None:
+            kind.batch = max(1, len(offered) // 2)
+            for name, resource in offered.items():
+                if len(offered) == 1:
                     kind.refused[name] = resource.version
+                if kind.subscribes(name):
                     # What it had before is still in use.
                     kind.sent[name] = kind.acknowledged.get(name)
             return
-        for name, resource in pending.items():
+        kind.batch = min(SUBSCRIPTIONS, 2 * kind.batch)
+        for name, resource in offered.items():
             kind.refused.pop(name, None)
-            if resource is None:
-                kind.acknowledged.pop(name, None)
-            elif kind.subscribes(name):
+            if kind.subscribes(name):
+                if kind is self._types[CLUSTER] and name in kind.acknowledged:
+                    # A changed cluster waits for its endpoints, although Envoy has them and will not ask again.
+                    self._types[ENDPOINTS].sent.pop(name, None)
                 kind.acknowledged[name] = resource
 
     def due(self) -> list[DeltaDiscoveryResponse]:
@@ -146,14 +184,27 @@ class DeltaStream:
         if clusters.pending is None:
             added, removed = clusters.changes()
             # A cluster goes only when no route that Envoy uses points to it.
-            gone = [] if not routes.settled else removed
+            gone = self._unused(removed) if removed else []
             found += self._response(CLUSTER, clusters, added, gone)
         if endpoints.pending is None:
             # An assignment goes with its cluster, when Envoy gives up its subscription.
             found += self._response(ENDPOINTS, endpoints, endpoints.changes()[0], [])
-        if routes.pending is None and clusters.settled and endpoints.settled:
+        if routes.pending is None and clusters.settled and all(map(endpoints.has, clusters.acknowledged)):
             found += self._response(ROUTES, routes, *routes.changes())
         return found
+
+    def _unused(self, names: list[str]) -> list[str]:
+        """Those of these clusters to which no route points that Envoy may have."""
+        clusters, _, routes = (self._types[type_url] for type_url in TYPES)
+        used: set[str] = set()
+        if not routes.requested:
+            used |= clusters.had  # It has not told its routes yet.
+        for configuration in (*routes.acknowledged.values(), *(routes.pending or {}).values()):
+            if configuration is _OLDER:
+                used |= clusters.had
+            elif configuration is not None:
+                used.update(map(cluster_name, configuration.holds))
+        return [name for name in names if name not in used]
 
     def _response(
         self, type_url: str, kind: _Type, added: Mapping[str, Resource], removed: list[str]
@@ -161,6 +212,8 @@ class DeltaStream:
         # The first answer of a wildcard subscription goes out even when empty: Envoy starts only after it.
         if not added and not removed and (kind.nonce or not kind.wildcard):
             return []
+        if len(added) > kind.batch:
+            added = dict(islice(added.items(), kind.batch))
         self._serial += 1
         kind.nonce = str(self._serial)
         response = DeltaDiscoveryResponse(type_url=type_url, nonce=kind.nonce, system_version_info=kind.nonce)
@@ -187,7 +240,8 @@ class DeltaStream:
         for configuration in routes.acknowledged.values():
             models = configuration.holds
             if configuration is _OLDER:
-                models = frozenset(m for r in routes.wanted.values() for m in r.holds)
+                wanted = (model for resource in routes.wanted.values() for model in resource.holds)
+                models = frozenset(model for model in wanted if cluster_name(model) in clusters.had)
             for model in models:
                 name = cluster_name(model)
                 known = endpoints.acknowledged.get(name)

@@ -13,6 +13,7 @@ import asyncio
 import json
 import os
 import platform
+import shutil
 import sys
 import tempfile
 import time
@@ -63,11 +64,11 @@ class Way:
     def __init__(self, name: str, port: int, envoy_pid: int, server: int | None = None, store: int | None = None):
         self.name, self.port, self.envoy, self.server, self.store = name, port, envoy_pid, server, store
 
-    def measure(self, body: bytes, connections: int, seconds: float, path: str = "/v1/chat/completions") -> Cost:
+    def measure(self, body: bytes, connections: int, seconds: int, path: str = "/v1/chat/completions") -> Cost:
         headers = dict(HEADERS)
         if self.name == "Envoy alone":
             headers |= ALONE
-        load.run(self.port, path, body, headers, connections, 0.5)
+        load.run(self.port, path, body, headers, connections, 1)
         pids = [self.server, self.envoy, self.store]
         before = [cpu(pid) if pid else 0.0 for pid in pids]
         found = load.run(self.port, path, body, headers, connections, seconds)
@@ -162,27 +163,27 @@ async def streams(port: int, count: int, chunks: int) -> tuple[int, int]:
 
 
 def hardware() -> str:
-    model = next(
-        (line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
-        platform.processor(),
-    )  # fmt: skip
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    model = next((line.partition(":")[2].strip() for line in lines if "model name" in line), platform.processor())
     total = int(Path("/proc/meminfo").read_text().split()[1]) >> 20
-    return f"{model}, {os.cpu_count()} cores, {total} GiB, Linux {platform.release()}, Python {platform.python_version()}"
+    system = f"Linux {platform.release()}, Python {platform.python_version()}"
+    return f"{model}, {os.cpu_count()} cores, {total} GiB, {system}"
 
 
 def table(rows: list[list[str]]) -> str:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows]
+    padded = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in rows]
+    lines = ["| " + " | ".join(row) + " |" for row in padded]
     lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
     return "\n".join(lines)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="make bench", description=__doc__)
-    parser.add_argument("--seconds", type=float, default=5.0, help="of load for each figure (default 5)")
+    parser.add_argument("--seconds", type=int, default=5, help="of load for each figure (default 5)")
     parser.add_argument("--rounds", type=int, default=3, help="of all ways in turn; the median counts (default 3)")
     args = parser.parse_args()
-    print(f"{hardware()}\nEnvoy 1.40 with one worker; load by {'wrk' if load.shutil.which('wrk') else 'asyncio'}\n")
+    print(f"{hardware()}\nEnvoy 1.40 with one worker; load by {'wrk' if shutil.which('wrk') else 'asyncio'}\n")
     with tempfile.TemporaryDirectory() as name, ways(Path(name)) as (found, system):
         for connections in (1, 16):
             compare(found, connections, args.seconds, args.rounds)
@@ -190,7 +191,7 @@ def main() -> int:
     return 0
 
 
-def compare(found: list[Way], connections: int, seconds: float, rounds: int) -> None:
+def compare(found: list[Way], connections: int, seconds: int, rounds: int) -> None:
     taken: dict[str, list[Cost]] = {way.name: [] for way in found}
     for _ in range(rounds):
         for way in found:
@@ -200,7 +201,8 @@ def compare(found: list[Way], connections: int, seconds: float, rounds: int) -> 
         return sorted(figure(cost) for cost in taken[name])[rounds // 2]
 
     alone = (middle("Envoy alone", lambda c: c.load.p50), middle("Envoy alone", lambda c: c.load.p99))
-    rows = [["1 KB prompt, JSON answer", "server µs", "Envoy µs", "Valkey µs", "req/s", "p50", "added p50", "p99", "added p99", "errors"]]  # fmt: skip
+    head = "1 KB prompt, JSON answer|server µs|Envoy µs|Valkey µs|req/s|p50|to Envoy's|p99|to Envoy's|errors"
+    rows = [head.split("|")]
     for way in found:
         p50, p99 = middle(way.name, lambda c: c.load.p50), middle(way.name, lambda c: c.load.p99)
         rows.append(
@@ -219,7 +221,7 @@ def compare(found: list[Way], connections: int, seconds: float, rounds: int) -> 
     print(f"The gateway's own work: {own:.0f} µs of CPU per request (budget {BUDGET}).\n", flush=True)
 
 
-def endure(found: list[Way], system: System, seconds: float) -> None:
+def endure(found: list[Way], system: System, seconds: int) -> None:
     streamed = json.dumps({"model": MODEL, "stream": True, "messages": [{"role": "user", "content": "x"}]}).encode()
     rows = [["a stream of 1,000 chunks", "server µs", "Envoy µs", "per chunk, both", "errors"]]
     for way in found:
@@ -231,9 +233,8 @@ def endure(found: list[Way], system: System, seconds: float) -> None:
     rows = [[f"a prompt of {len(large) >> 20} MiB", "server ms", "Envoy ms", "p50", "errors"]]
     for way in found:
         cost = way.measure(large, 1, seconds)
-        rows.append(
-            [way.name, f"{cost.server / 1e3:.1f}", f"{cost.envoy / 1e3:.1f}", f"{cost.load.p50:.0f} ms", str(cost.load.errors)]
-        )  # fmt: skip
+        costs = f"{cost.server / 1e3:.1f}", f"{cost.envoy / 1e3:.1f}", f"{cost.load.p50:.0f} ms", str(cost.load.errors)
+        rows.append([way.name, *costs])
     print(table(rows) + "\n")
     gateway, proxy = system.gateway.pid, system.envoy.pid
     before = memory(gateway), memory(proxy)

@@ -26,7 +26,9 @@ CHAT = _answer(
     json.dumps(
         {
             "id": "chatcmpl-bench", "object": "chat.completion", "created": 1, "model": MODEL,
-            "choices": [{"index": 0, "message": {"role": "assistant", "content": "word " * 16}, "finish_reason": "stop"}],
+            "choices": [
+                {"index": 0, "message": {"role": "assistant", "content": "word " * 16}, "finish_reason": "stop"}
+            ],
             "usage": _USAGE,
         }
     ).encode()

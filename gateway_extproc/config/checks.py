@@ -1,0 +1,80 @@
+"""Checks across values: what is wrong with values that are right each by itself.
+
+Owns every rule that joins two settings or more: listeners, certificates, time-outs, memory, names that must be unique
+or defined. Promises to say nothing that only follows from a problem already reported. Pure: no I/O.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from ..core.address import is_loopback, split_address
+from ..core.refusal import quoted
+from .forms import show_duration, show_size
+from .problems import Steps
+from .schema import Config
+
+#: A problem: where, and what. The path may be one that the file left out.
+Found = Iterator[tuple[Steps, str]]
+#: Whether nothing was wrong at, under or above the paths, so that what follows from them is worth saying.
+Sound = Callable[..., bool]
+
+
+def across(config: Config, sound: Sound) -> Found:
+    """What is wrong with values that are right each by itself. ``sound`` takes any number of paths."""
+    yield from _listeners(config, sound)
+    yield from _envoy(config, sound)
+    if config.limits.bodies_in_memory < config.limits.max_body_bytes and sound(("limits",)):
+        least = show_size(config.limits.max_body_bytes)
+        yield ("limits", "bodies_in_memory"), f"bodies_in_memory must be at least max_body_bytes ({least})"
+    yield from _users(config, sound)
+    yield from _pods(config, sound)
+
+
+def _listeners(config: Config, sound: Sound) -> Found:
+    listen, where = config.listen, ("listen", "http")
+    if not sound(where):
+        return
+    host, port = split_address(listen.http)
+    if sound(("listen", "grpc")) and not listen.grpc.startswith("unix:") and port:
+        other, same = split_address(listen.grpc)
+        if port == same and (host == other or {host, other} & {"0.0.0.0", "::"}):
+            yield where, f"listen.http and listen.grpc ({listen.grpc}) must differ"
+    if sound(("admin",)) and not config.admin.token and not is_loopback(host):
+        yield where, f"needs admin.token_file: without a token only this machine is served, got '{host}'"
+
+
+def _envoy(config: Config, sound: Sound) -> Found:
+    tls, where = config.envoy.gateway_tls, ("envoy", "gateway_tls")
+    if tls is not None and sound(where) and bool(tls.cert_file) != bool(tls.key_file):
+        yield where, "cert_file and key_file need each other"
+    given, shortest = config.envoy.message_timeout, config.store.timeout + 1
+    if given is not None and given <= shortest and sound(("store", "timeout")):
+        message = f"must be longer than store.timeout and 1s together ({show_duration(shortest)})"
+        yield ("envoy", "message_timeout"), message
+
+
+def _users(config: Config, sound: Sound) -> Found:
+    yield from _twice("users", [user.name for user in config.users])
+    yield from _twice("teams", [team.name for team in config.teams])
+    teams = {team.name for team in config.teams}
+    for at, user in enumerate(config.users):
+        if user.team is not None and user.team not in teams and sound(("teams",)):
+            yield ("users", at, "team"), f"there is no team '{quoted(user.team)}' in teams"
+
+
+def _pods(config: Config, sound: Sound) -> Found:
+    for at, pod in enumerate(config.pods):
+        if bool(pod.address) == bool(pod.dns) and sound(("pods", at, "address"), ("pods", at, "dns")):
+            yield ("pods", at), "expected exactly one of 'address' and 'dns'"
+        if pod.models is not None and not pod.models and sound(("pods", at)):
+            yield ("pods", at, "models"), "expected at least one; leave it out to ask the pod"
+    yield from _twice("pods", [pod.address or pod.dns for pod in config.pods])
+    yield from _twice("pods", [pod.name for pod in config.pods])
+
+
+def _twice(section: str, names: list[str]) -> Found:
+    first: dict[str, int] = {}
+    for at, name in enumerate(names):
+        if name and first.setdefault(name, at) != at:
+            yield (section, at), f"'{quoted(name)}' is there twice (also {section}[{first[name]}])"

@@ -1,0 +1,267 @@
+"""Forms: what one value may be, and how the file says it.
+
+Owns each kind of value: durations, sizes, numbers, names, addresses, paths, secrets. Promises that a form accepts
+only what the gateway can act on, gives it in one unit and one spelling (seconds, bytes, canonical addresses), and
+says what it expected otherwise. A form reads any value that YAML can give, without I/O. Leaves out which setting has
+which form (schema.py) and opening the files that are named (reader.py).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from decimal import Decimal
+from typing import Any, Final
+from urllib.parse import urlsplit
+
+import msgspec
+
+from ..core.address import HOST_NAME, is_ip, join_address, split_address
+from ..core.choose import STRATEGIES
+from .problems import mask_url
+
+#: Longest name of a user, team, pod or model, in bytes of UTF-8: it becomes a key in the store and a header's value.
+MAX_NAME: Final = 256
+#: Longest path of a Unix socket, in bytes (sockaddr_un has 108 with the final zero).
+MAX_SOCKET: Final = 107
+#: Largest number a limit may have: what a double, and so Redis's Lua, counts exactly.
+MAX_COUNT: Final = 2**53 - 1
+
+#: The contract's other strategies, which a later version has.
+LATER_STRATEGIES: Final = (
+    "least-latency", "least-kv-cache", "least-gpu-cache", "least-busy-time", "power-of-two", "prefix-cache",
+    "session-affinity", "adaptive",
+)  # fmt: skip
+
+
+class Form(msgspec.Struct, frozen=True):
+    """What one value may be: ``read`` takes what YAML gave and returns what is kept, or raises ValueError with what
+    was expected; ``show`` turns that back into what the file would say. ``kind`` is for the documentation.
+
+    ``plain``: a variable's text is read as a YAML scalar first (otherwise it is taken as it is). ``path``: relative
+    to the configuration file's folder. ``here``: the gateway itself reads that file, so it must be readable."""
+
+    kind: str
+    read: Callable[[Any], Any]
+    show: Callable[[Any], Any] = lambda value: value
+    plain: bool = False
+    secret: bool = False
+    path: bool = False
+    here: bool = False
+
+
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+_DURATION = re.compile(r"([0-9]{1,12}(?:\.[0-9]{1,6})?)(ms|s|m|h)")
+_MILLISECONDS: Final = {"h": 3_600_000, "m": 60_000, "s": 1000, "ms": 1}
+_SIZE = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,6})?)(KiB|MiB|GiB)")
+_BYTES: Final = {"GiB": 1 << 30, "MiB": 1 << 20, "KiB": 1 << 10}
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise ValueError("expected text" + (" (put it in quotes)" if isinstance(value, int | float) else ""))
+    if _CONTROL.search(value):
+        raise ValueError("expected text without control characters")
+    return value
+
+
+def _some(value: object) -> str:
+    text = _text(value)
+    if not text:
+        raise ValueError("expected text that is not empty")
+    return text
+
+
+def _bool(value: object) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError("expected true or false")
+    return value
+
+
+def show_duration(seconds: float) -> str:
+    """Seconds as the file says them, in the largest unit that is whole."""
+    left = round(seconds * 1000)
+    unit = next(unit for unit, size in _MILLISECONDS.items() if left % size == 0 and (left or unit == "s"))
+    return f"{left // _MILLISECONDS[unit]}{unit}"
+
+
+def show_size(size: int) -> str | int:
+    """Bytes as the file says them, in the largest unit that is whole; a plain int where none is."""
+    return next((f"{size // factor}{unit}" for unit, factor in _BYTES.items() if size and size % factor == 0), size)
+
+
+def duration(low: float, high: float) -> Form:
+    """A duration from ``low`` to ``high`` seconds, in whole milliseconds."""
+
+    def read(value: object) -> float:
+        found = _DURATION.fullmatch(value) if isinstance(value, str) else None
+        if found is not None:
+            milliseconds = Decimal(found[1]) * _MILLISECONDS[found[2]]
+        elif value == 0 and type(value) is int:
+            milliseconds = Decimal(0)
+        else:
+            raise ValueError("expected a duration with its unit, such as 250ms, 30s, 5m or 12h")
+        if milliseconds % 1:
+            raise ValueError("expected whole milliseconds")
+        seconds = int(milliseconds) / 1000
+        if not low <= seconds <= high:
+            raise ValueError(f"expected a duration from {show_duration(low)} to {show_duration(high)}")
+        return seconds
+
+    kind = f"duration, {show_duration(low)} to {show_duration(high)}"
+    return Form(kind, read, show=show_duration, plain=True)
+
+
+def size(low: int, high: int) -> Form:
+    """A size from ``low`` to ``high`` bytes."""
+
+    def read(value: object) -> int:
+        found = _SIZE.fullmatch(value) if isinstance(value, str) else None
+        count = Decimal(found[1]) * _BYTES[found[2]] if found else Decimal(value) if type(value) is int else None
+        if count is None or count % 1:
+            raise ValueError("expected a size in bytes, or such as 64KiB, 32MiB or 1GiB")
+        if not low <= count <= high:
+            raise ValueError(f"expected a size from {show_size(low)} to {show_size(high)}")
+        return int(count)
+
+    return Form(f"size, {show_size(low)} to {show_size(high)}", read, show=show_size, plain=True)
+
+
+def whole(low: int, high: int) -> Form:
+    """A whole number from ``low`` to ``high``."""
+
+    def read(value: object) -> int:
+        if type(value) is not int:
+            raise ValueError("expected a whole number")
+        if not low <= value <= high:
+            raise ValueError(f"expected a whole number from {low} to {high}")
+        return value
+
+    return Form("whole number" + (f", {low} to {high}" if high < MAX_COUNT else ""), read, plain=True)
+
+
+def one_of(*choices: str) -> Form:
+    """One of these words."""
+
+    def read(value: object) -> str:
+        if value not in choices:
+            raise ValueError(f"expected one of {', '.join(choices)}")
+        return str(value)
+
+    return Form(f"one of {', '.join(f'`{choice}`' for choice in choices)}", read)
+
+
+def or_empty(form: Form) -> Form:
+    """The same, or empty text."""
+    return msgspec.structs.replace(form, read=lambda value: "" if value == "" else form.read(value))
+
+
+def address(*, any_port: bool = False, socket: bool = False, ip: bool | None = None) -> Form:
+    """``host:port``. ``any_port``: port 0 is allowed; ``socket``: also ``unix:/path``; ``ip``: True only IP addresses,
+    False only names."""
+
+    def read(value: object) -> str:
+        text = _text(value)
+        if socket and text.startswith("unix:"):
+            if not text.startswith("unix:/") or len(os.fsencode(text)) > len("unix:") + MAX_SOCKET:
+                raise ValueError(f"expected unix: and an absolute path of at most {MAX_SOCKET} bytes")
+            return text
+        host, port = split_address(text)
+        if "%" in host:
+            raise ValueError("expected an IPv6 address without a zone")
+        if not port and not any_port:
+            raise ValueError("expected a port from 1 to 65535")
+        if ip is not None and is_ip(host) is not ip:
+            raise ValueError(
+                "expected an IP address" if ip else "expected a host name (an IP address goes in 'address')"
+            )
+        return join_address(host, port)
+
+    kind = "`name:port`" if ip is False else "`ip:port`" if ip else "`host:port`"
+    return Form(kind + (" or `unix:/path`" if socket else ""), read)
+
+
+def _name(value: object) -> str:
+    text = _text(value)
+    # A name travels as a header's value, whose outer spaces HTTP drops. (Braces are core/directory.py's to escape.)
+    if not text.isprintable() or text != text.strip() or not 0 < len(text.encode()) <= MAX_NAME:
+        raise ValueError(f"expected 1 to {MAX_NAME} bytes of printable text without outer spaces")
+    return text
+
+
+def _strategy(value: object) -> str:
+    text = _text(value)
+    if text in STRATEGIES:
+        return text
+    known = ", ".join(STRATEGIES)
+    if any(part.partition(":")[0].strip() in LATER_STRATEGIES for part in text.split(",")):
+        raise ValueError(f"this strategy is not supported by this version (known: {known})")
+    raise ValueError(f"expected a strategy ({known})")
+
+
+def _matching(pattern: str, expected: str) -> Callable[[object], str]:
+    compiled = re.compile(pattern)
+
+    def read(value: object) -> str:
+        text = _text(value)
+        if not compiled.fullmatch(text):
+            raise ValueError(expected)
+        return text
+
+    return read
+
+
+def _url(value: object) -> str:
+    text = _text(value)
+    try:
+        parts = urlsplit(text)
+        reachable = bool(parts.path) if parts.scheme == "unix" else bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is none, or brackets that are not closed
+        reachable = False
+    if not reachable or parts.scheme not in ("redis", "rediss", "unix"):
+        raise ValueError("expected redis://host:port/0, rediss://host:port/0 or unix:///path")
+    return text
+
+
+def _hidden(value: str) -> str:
+    return "***" if value else ""
+
+
+TEXT: Final = Form("text", _text)
+SOME: Final = Form("text", _some)
+BOOL: Final = Form("`true` or `false`", _bool, plain=True)
+NAME: Final = Form("name", _name)
+MODEL: Final = Form("model's name", _name)
+PATTERN: Final = Form("pattern", _some)
+COUNT: Final = whole(0, MAX_COUNT)
+LISTENER: Final = address(any_port=True)
+FILE: Final = Form("file", _some, path=True, here=True)
+#: A file that Envoy reads, perhaps on another machine: whether it is there is not ours to say.
+ENVOY_FILE: Final = Form("Envoy's file", _some, path=True)
+#: A file with a secret; it is read while loading, with its own error.
+SECRET_FILE: Final = or_empty(Form("file", _some, path=True))
+SECRET: Final = or_empty(
+    Form(
+        "secret",
+        _matching(r"[\x21-\x7e]{1,4096}", "expected printable ASCII without spaces, at most 4096 characters"),
+        show=_hidden,
+        secret=True,
+    )
+)
+URL: Final = or_empty(Form("URL", _url, show=mask_url, secret=True))
+STRATEGY: Final = Form("strategy", _strategy)
+HOST: Final = Form("host name", _matching(HOST_NAME.pattern, "expected a host name in lower case"))
+PREFIX: Final = Form(
+    "path",
+    _matching(r"(?:/[A-Za-z0-9._~!$&'()*+,;=:@%-]+)+", "expected a path that begins, but does not end, with '/'"),
+)
+ORIGIN: Final = Form(
+    "origin",
+    _matching(r"\*|[a-z][a-z0-9+.-]*://[^/?#\s]+", "expected '*' or an origin such as https://example.com"),
+)
+HEADER: Final = Form("header's name", _matching(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+", "expected a header's name or '*'"))
+STORE_PREFIX: Final = Form(
+    "text",
+    _matching(r"[\x21-\x7a|~]{0,64}", "expected at most 64 printable ASCII characters without spaces or braces"),
+)

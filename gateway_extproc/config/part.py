@@ -1,0 +1,123 @@
+"""Parts: what reading, printing and documenting see of the schema.
+
+Owns the base of every section, the words in which the schema speaks of a field (``about``), and the one view of a
+section's fields that all others share (``settings``). Promises that printing shows every default and no secret.
+Leaves out which sections there are (schema.py).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import types
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, Final, Literal, Union, get_args, get_origin
+
+import msgspec
+import yaml
+
+from ..core.directory import Limits, Team, User
+from .forms import BOOL, COUNT, NAME, PATTERN, TEXT, Form, one_of
+
+
+def about(doc: str, form: Form | None = None, *, switch: bool = False) -> msgspec.Meta:
+    """What the schema says of a field: its meaning, for the documentation, and its form (None: its type says it).
+    ``switch``: true stands for a section with nothing but defaults, false for none."""
+    return msgspec.Meta(description=doc, extra={"form": form, "switch": switch})
+
+
+class Part(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A part of the configuration. Its docstring and its fields' descriptions are the user's documentation."""
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({masked(self)})"
+
+
+#: What the schema says of the fields of core's records, in the words of about().
+_FIELDS: Final[Mapping[tuple[type, str], msgspec.Meta]] = {
+    (Limits, "rpm"): about("Requests in any 60 seconds. Absent: no limit. 0: none at all.", COUNT),
+    (Limits, "tpm"): about("Tokens, prompt and completion, in any 60 seconds. Absent: no limit.", COUNT),
+    (User, "name"): about("The name that the `user` header or the key gives.", NAME),
+    (User, "rpm"): about("Requests in any 60 seconds. Absent: no limit. 0: none at all.", COUNT),
+    (User, "tpm"): about("Tokens, prompt and completion, in any 60 seconds. Absent: no limit.", COUNT),
+    (User, "team"): about("The team, one of `teams`, whose limits hold as well.", NAME),
+    (User, "models"): about("Models this user may use: names or patterns such as `llama-*`. Absent: all.", PATTERN),
+    (User, "per_model"): about("Further limits on single models, by real name."),
+    (Team, "name"): about("The name that `users[].team` refers to.", NAME),
+    (Team, "rpm"): about("Requests of all members in any 60 seconds. Absent: no limit.", COUNT),
+    (Team, "tpm"): about("Tokens of all members in any 60 seconds. Absent: no limit.", COUNT),
+}
+
+#: The documentation's words for those records, whose own docstrings speak to programmers.
+RECORDS: Final[Mapping[type, str]] = {
+    Limits: "Limits on requests and tokens.",
+    User: "One user's record. It replaces `limits.default` entirely: a limit left out is no limit.",
+    Team: "Limits that a team's members share.",
+}
+
+
+class Setting(msgspec.Struct, frozen=True):
+    """One field of a part, as reading, printing and documenting see it. ``form`` is what a value (or each, where there
+    are ``many``: ``[]`` a list, ``.*`` a mapping by name) may be; ``part`` the section it is instead."""
+
+    name: str
+    doc: str
+    form: Form
+    part: type[msgspec.Struct] | None
+    many: Literal["", "[]", ".*"]
+    optional: bool
+    required: bool
+    default: Any
+    switch: bool
+
+
+@functools.cache
+def settings(part: type[msgspec.Struct]) -> tuple[Setting, ...]:
+    """The fields of a part, in order."""
+    return tuple(_setting(part, field) for field in msgspec.structs.fields(part))
+
+
+def _setting(part: type, field: msgspec.structs.FieldInfo) -> Setting:
+    hint = field.type
+    if get_origin(hint) is Annotated:
+        hint, meta = get_args(hint)
+    else:
+        meta = _FIELDS[part, field.name]
+    optional = get_origin(hint) in (Union, types.UnionType)
+    if optional:
+        hint = next(kind for kind in get_args(hint) if kind is not types.NoneType)
+    many: Literal["", "[]", ".*"] = "[]" if get_origin(hint) is tuple else ".*" if get_origin(hint) is dict else ""
+    if many:
+        hint = get_args(hint)[0 if many == "[]" else 1]
+    inner = hint if isinstance(hint, type) and issubclass(hint, msgspec.Struct) else None
+    by_type = one_of(*get_args(hint)) if get_origin(hint) is Literal else BOOL if hint is bool else TEXT
+    default = field.default if field.default_factory is msgspec.NODEFAULT else field.default_factory()
+    return Setting(
+        name=field.name, doc=meta.description, form=meta.extra["form"] or by_type, part=inner, many=many,
+        optional=optional, required=field.required, default=default, switch=meta.extra["switch"],
+    )  # fmt: skip
+
+
+def masked(config: msgspec.Struct) -> dict[str, Any]:
+    """A configuration, or a part of one, as the file would say it: every default shown, secrets as ``***``. A secret
+    that was read from a file is left out; the file's path stands for it."""
+    found: dict[str, Any] = {}
+    for setting in settings(type(config)):
+        value = getattr(config, setting.name)
+        if setting.form.secret and getattr(config, f"{setting.name}_file"):
+            continue
+        show: Callable[[Any], Any] = masked if setting.part is not None else setting.form.show
+        if value is None:
+            found[setting.name] = False if setting.switch else None
+        elif setting.many == "[]":
+            found[setting.name] = [show(item) for item in value]
+        elif setting.many:
+            found[setting.name] = {key: show(item) for key, item in value.items()}
+        else:
+            found[setting.name] = show(value)
+    return found
+
+
+def effective_yaml(config: Part) -> str:
+    """What is in force, as a configuration file: loads again to the same, secrets aside."""
+    return yaml.safe_dump(masked(config), sort_keys=False, allow_unicode=True, width=math.inf)
