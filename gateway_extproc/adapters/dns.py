@@ -13,10 +13,12 @@ import contextlib
 import socket
 from collections.abc import Callable, Iterable, Sequence
 from random import Random
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-import aiodns
 import structlog
+
+if TYPE_CHECKING:
+    import aiodns
 
 log = structlog.get_logger(__name__)
 
@@ -24,8 +26,7 @@ log = structlog.get_logger(__name__)
 ADDRESSES: Final = 4096
 #: Seconds for one question.
 TIMEOUT: Final = 2.0
-#: c-ares' and the system's words for "this name has no address", as against "I could not find out".
-_GONE: Final = frozenset({aiodns.error.ARES_ENOTFOUND, aiodns.error.ARES_ENODATA})
+#: The system's words for "this name has no address", as against "I could not find out".
 _GONE_SYSTEM: Final = frozenset({socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME)})
 
 
@@ -37,7 +38,12 @@ class Resolver:
     """Asks ``servers`` (``host:port``; none: the system's resolver) for a name's addresses."""
 
     def __init__(self, servers: Sequence[str] = ()) -> None:
-        self._dns = aiodns.DNSResolver(nameservers=list(servers), timeout=1.0, tries=2) if servers else None
+        self._dns: aiodns.DNSResolver | None = None
+        if servers:
+            # Here, since c-ares starts a thread of its own, which most gateways do without.
+            import aiodns
+
+            self._dns = aiodns.DNSResolver(nameservers=list(servers), timeout=1.0, tries=2)
 
     async def addresses(self, host: str) -> list[str]:
         """Every address of ``host``, sorted; empty where the name says there is none. Raises CannotAsk."""
@@ -64,10 +70,12 @@ class Resolver:
 
     @staticmethod
     async def _ask(dns: aiodns.DNSResolver, host: str) -> list[str]:
+        from aiodns import error as failure
+
         try:
             result = await dns.getaddrinfo(host, family=socket.AF_UNSPEC)
-        except aiodns.error.DNSError as error:
-            if error.args and error.args[0] in _GONE:
+        except failure.DNSError as error:
+            if error.args and error.args[0] in (failure.ARES_ENOTFOUND, failure.ARES_ENODATA):
                 return []
             raise CannotAsk(str(error.args[-1]) if error.args else "failed") from error
         family = min(node.family for node in result.nodes)
