@@ -324,7 +324,9 @@ def _local_replies(settings: Bootstrap) -> list[dict[str, Any]]:
         retry_after=1.0,
     )  # fmt: skip
     busy = refusal.overloaded("The gateway is busy.")
-    bad = Refusal(status=400, type="invalid_request_error", code="invalid_value", message="The HTTP request is not valid.")
+    bad = Refusal(
+        status=400, type="invalid_request_error", code="invalid_value", message="The HTTP request is not valid."
+    )
     url = Refusal(status=404, type="invalid_request_error", code="unknown_url", message="Unknown request URL.")
     table: list[tuple[Mapping[str, Any], Refusal | None]] = [
         (_details(f"response.code_details.contains('{DETAILS_PREFIX}')"), None),

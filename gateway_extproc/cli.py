@@ -84,7 +84,8 @@ def _with_config(args: argparse.Namespace) -> int:
     if args.command == "envoy":
         from .bootstrap import of, to_yaml
 
-        print(to_yaml(of(config)), end="")
+        comment = "Made by `gateway-extproc envoy`: change the gateway's configuration instead."
+        print(to_yaml(of(config), comment), end="")
         return FINE
     from .app import Unavailable, run
 
@@ -96,5 +97,13 @@ def _with_config(args: argparse.Namespace) -> int:
     return FINE
 
 
+def entry() -> int:
+    """``main`` for the installed program: a Ctrl-C that comes before anything runs is no error."""
+    try:
+        return main()
+    except KeyboardInterrupt:
+        return FINE
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(entry())

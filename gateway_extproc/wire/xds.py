@@ -2,8 +2,9 @@
 
 Owns one ADS stream's state (what Envoy subscribed to, was sent and has acknowledged) and the order in which changes
 go out, so that no route ever points to a cluster that is not there: clusters, their endpoints, then routes; on
-removal routes first, then clusters. Promises one response of a type at a time, and that a resource Envoy refused is
-not sent again until it changes and keeps no other from going out. Leaves out what the resources say (wire/resources.py).
+removal routes first, then clusters. Promises one response of a type at a time, and that a resource which Envoy refused
+is not sent again until it changes and keeps no other from going out. Leaves out what the resources say
+(wire/resources.py).
 
 Protocol: "xDS REST and gRPC protocol" of Envoy's documentation, incremental variant.
 """

