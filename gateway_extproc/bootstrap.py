@@ -160,6 +160,8 @@ def _http(settings: Bootstrap) -> dict[str, Any]:
         "xff_num_trusted_hops": settings.trusted_hops,
         "preserve_external_request_id": True,
         "always_set_request_id_in_response": True,
+        # What nginx speaks to what is behind it, unless told otherwise.
+        "http_protocol_options": {"accept_http_10": True, "default_host_for_http_10": "gateway"},
         "normalize_path": True,
         "path_with_escaped_slashes_action": "KEEP_UNCHANGED",
         "merge_slashes": False,
@@ -198,9 +200,11 @@ def _ext_proc(settings: Bootstrap) -> dict[str, Any]:
             "grpc_service": {
                 "envoy_grpc": {"cluster_name": "gateway"},
                 "initial_metadata": [{"key": NODE_METADATA, "value": settings.node}],
-                # While the gateway restarts its streams are opened again, so that requests wait rather than fail.
+                # While the gateway restarts its streams are opened again, so that requests wait rather than fail. A
+                # gRPC server that stops answers streams it has not taken up with "cancelled". Past the gateway's first
+                # reply nothing is sent again.
                 "retry_policy": {
-                    "retry_on": "connect-failure,refused-stream,reset-before-request",
+                    "retry_on": "connect-failure,refused-stream,reset-before-request,reset,cancelled,unavailable",
                     "num_retries": 1000,
                     "retry_back_off": {"base_interval": "0.05s", "max_interval": "0.25s"},
                 },
@@ -335,6 +339,7 @@ def _local_replies(settings: Bootstrap) -> list[dict[str, Any]]:
         (_flags("SI", "UT", "DT", "UMSDR"), refusal.upstream_timeout()),
         (_both(chosen, _status_from(500)), refusal.upstream_unavailable()),
         (_code(503), away),
+        (_code(501), bad),  # Envoy's word for a transfer-encoding other than chunked
         (_status_from(500), refusal.internal_error()),
         (_header("upgrade"), url),
         (_code(404), url),
@@ -360,7 +365,9 @@ def _mapper(condition: Mapping[str, Any], refused: Refusal, *, anthropic: bool) 
         "headers_to_add": [
             {"header": {"key": name, "value": value}, "append_action": "OVERWRITE_IF_EXISTS_OR_ADD"}
             for name, value in refused.headers().items()
-        ],
+        ]
+        # A request that was no HTTP was given no id.
+        + [{"header": {"key": "x-request-id", "value": "%UNIQUE_ID%"}, "append_action": "ADD_IF_ABSENT"}],
     }
 
 

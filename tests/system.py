@@ -149,8 +149,8 @@ class System:
             made = subprocess.run([*command, "envoy", "--config", str(self.file)], capture_output=True, check=False)
             assert made.returncode == 0, made.stderr.decode()
             bootstrap.write_bytes(made.stdout)
-            self.gateway = self._run("gateway", [*command, "serve", "--config", str(self.file)])
-            self.envoy = self._run(
+            self.gateway = self.run("gateway", [*command, "serve", "--config", str(self.file)])
+            self.envoy = self.run(
                 "envoy",
                 [
                     BINARY, "-c", str(bootstrap), "--disable-hot-restart", "--concurrency", "1",
@@ -164,7 +164,8 @@ class System:
 
     # --- parts -------------------------------------------------------------------------------------------------------
 
-    def _run(self, name: str, command: list[str]) -> Process:
+    def run(self, name: str, command: list[str]) -> Process:
+        """One more process of this system, which ends with it."""
         process = Process(name, command, self.directory / f"{name}.log")
         self._parts.callback(process.kill)
         return process
@@ -174,7 +175,7 @@ class System:
         port = port or free_port()
         number = len(self.pods)
         command = [sys.executable, "-m", "gateway_extproc.simulator", "--port", str(port), "--name", f"pod-{number}"]
-        self.pods.append(self._run(f"pod-{number}", [*command, *options]))
+        self.pods.append(self.run(f"pod-{number}", [*command, *options]))
         self.pod_ports.append(port)
         return port
 

@@ -250,7 +250,8 @@ class TestAnswers:
     async def test_what_only_envoy_and_the_gateway_may_say_comes_from_nobody_else(self, served: Served) -> None:
         reply = await served.front.ask(
             "POST", "/v1/completions", {"model": "m", "prompt": "hi"}, x_envoy_max_retries="9",
-            x_envoy_upstream_rq_timeout_ms="1", X_Envoy_Foo="1", x_gateway_node="other", x_gateway_foo="1", target_pod="127.0.0.1:1", model="other",
+            x_envoy_upstream_rq_timeout_ms="1", X_Envoy_Foo="1", x_gateway_node="other", x_gateway_foo="1",
+            target_pod="127.0.0.1:1", model="other",
         )  # fmt: skip
         assert reply.status == 200
         assert not [name for name in reply.headers if name.lower().startswith(("x-envoy", "x-gateway"))]

@@ -47,10 +47,15 @@ class Refusal(msgspec.Struct, frozen=True, kw_only=True):
         found: dict[str, str] = {}
         if self.retry_after is not None:
             found["retry-after"] = str(max(1, math.ceil(self.retry_after)))
-            found["retry-after-ms"] = str(max(1, math.ceil(self.retry_after * 1000)))
+            found["retry-after-ms"] = str(_milliseconds(self.retry_after))
         if not self.retry:
             found["x-should-retry"] = "false"
         return found
+
+
+def _milliseconds(seconds: float) -> int:
+    """As clients are told to wait: rounded up, so that whoever obeys is not early."""
+    return max(1, math.ceil(seconds * 1000))
 
 
 def quoted(text: str) -> str:
@@ -117,7 +122,7 @@ def rate_limit_exceeded(kind: str, scope: str, limit: int, used: int, asked: int
     """A window is full. ``kind`` is ``rpm`` or ``tpm``; ``retry_after`` in seconds."""
     message = (
         f"Rate limit reached for {scope} on {UNITS[kind]}: limit {limit}, used {used}, requested {asked}. "
-        f"Please try again in {retry_after:.3f}s."
+        f"Please try again in {_milliseconds(retry_after) / 1000:.3f}s."
     )
     return Refusal(
         status=429, type="rate_limit_error", code="rate_limit_exceeded", message=message,

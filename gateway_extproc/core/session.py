@@ -474,7 +474,7 @@ class Session:
             self._status, reason = CLIENT_GONE, "client_gone"
         return self._settle(prompt, reason, estimated=True)
 
-    def _on_closed_answering(self, _: Closed) -> list[Action]:
+    def _on_closed_answering(self, _: Closed | Drain) -> list[Action]:
         request, reader = self._request, self._reader
         assert request is not None
         usage = reader.usage() if reader is not None else None
@@ -493,11 +493,12 @@ class Session:
             return self._settle(Usage(prompt, reader.chunks, 0), "ok" if complete else "cut", estimated=True)
         return self._settle(None, "ok" if complete else "cut", estimated=True)
 
-    def _on_drain(self, _: Drain) -> list[Action]:
+    def _on_drain(self, event: Drain) -> list[Action]:
         reader = self._reader
         if isinstance(reader, SseUsage) and reader.holding:
             return []  # bytes the client must still get: leave with the next event's end
-        actions = self._settle(None, "drained", estimated=True)
+        known = self._ended  # it has, then, and only its stream has not
+        actions = self._on_closed_answering(event) if known else self._settle(None, "drained", estimated=True)
         self._state = _State.OVER
         return [*actions, Leave()]
 

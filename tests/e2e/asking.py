@@ -200,8 +200,8 @@ def settled(system: System, user: str, requests: int, tokens: int, model: str = 
 
 #: What tells of the inside. Addresses are added for each system.
 _INSIDE = (
-    "traceback", ".py", "gateway_extproc", "envoy", "grpc", "ext_proc", "valkey", "redis", "upstream connect", "reset reason",
-    "127.0.0.1", "localhost",
+    "traceback", ".py", "gateway_extproc", "envoy", "grpc", "ext_proc", "valkey", "redis", "upstream connect",
+    "reset reason", "127.0.0.1", "localhost",
 )  # fmt: skip
 
 

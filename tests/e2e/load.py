@@ -13,7 +13,6 @@ import json
 import threading
 import time
 from collections import Counter
-from collections.abc import Mapping
 from typing import Any
 
 import aiohttp
@@ -41,8 +40,8 @@ def whole(content_type: str, body: bytes) -> bool:
 
 
 class Load:
-    """``with Load(url) as load:`` asks all the while. Every other client asks for streams. ``pause`` is what each
-    client waits, in seconds, before it asks again: it leaves the machine's few cores to what is tested.
+    """``with Load(url) as load:`` asks all the while. With ``streams``, every other client asks for them. ``pause`` is
+    what each client waits, in seconds, before it asks again: it leaves the machine's few cores to what is tested.
 
     ``answered`` counts good answers, ``wrong`` tells of the others, ``pods`` counts answers by the pod that gave them,
     ``slowest`` is the longest answer in seconds."""
@@ -52,16 +51,12 @@ class Load:
         url: str,
         *,
         clients: int = 16,
-        model: str = "your-model-name",
-        headers: Mapping[str, str] | None = None,
-        max_tokens: int = 8,
+        streams: bool = True,
         pause: float = 0.02,
     ) -> None:
         self._url = f"{url}/v1/chat/completions"
         self._clients = clients
-        self._model = model
-        self._headers = dict(headers or {})
-        self._max_tokens = max_tokens
+        self._streams = streams
         self._pause = pause
         self._ending = threading.Event()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._run()), name="load")
@@ -102,14 +97,16 @@ class Load:
         timeout = aiohttp.ClientTimeout(total=DEADLINE)
         connector = aiohttp.TCPConnector(limit=0)
         async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
-            await asyncio.gather(*(self._client(session, stream=bool(i % 2)) for i in range(self._clients)))
+            await asyncio.gather(
+                *(self._client(session, stream=self._streams and i % 2 == 1) for i in range(self._clients))
+            )
 
     async def _client(self, session: aiohttp.ClientSession, *, stream: bool) -> None:
-        body = chat(self._model, stream=stream, max_tokens=self._max_tokens)
+        body = chat(stream=stream)
         while not self._ending.is_set() and len(self.wrong) < KEPT:
             began = time.monotonic()
             try:
-                async with session.post(self._url, json=body, headers=self._headers) as answer:
+                async with session.post(self._url, json=body) as answer:
                     text = await answer.read()
             except (aiohttp.ClientError, TimeoutError) as error:
                 self.wrong.append(f"{type(error).__name__}: {error}")
