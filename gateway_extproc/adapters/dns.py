@@ -13,12 +13,9 @@ import contextlib
 import socket
 from collections.abc import Callable, Iterable, Sequence
 from random import Random
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import structlog
-
-if TYPE_CHECKING:
-    import aiodns
 
 log = structlog.get_logger(__name__)
 
@@ -38,18 +35,13 @@ class Resolver:
     """Asks ``servers`` (``host:port``; none: the system's resolver) for a name's addresses."""
 
     def __init__(self, servers: Sequence[str] = ()) -> None:
-        self._dns: aiodns.DNSResolver | None = None
-        if servers:
-            # Here, since c-ares starts a thread of its own, which most gateways do without.
-            import aiodns
-
-            self._dns = aiodns.DNSResolver(nameservers=list(servers), timeout=1.0, tries=2)
+        self._servers = list(servers)
 
     async def addresses(self, host: str) -> list[str]:
         """Every address of ``host``, sorted; empty where the name says there is none. Raises CannotAsk."""
         try:
             async with asyncio.timeout(TIMEOUT):
-                found = await (self._ask(self._dns, host) if self._dns is not None else self._system(host))
+                found = await (self._ask(host) if self._servers else self._system(host))
         except TimeoutError as error:
             raise CannotAsk("no answer in time") from error
         return sorted(set(found))[:ADDRESSES]
@@ -68,30 +60,29 @@ class Resolver:
         family = found[0][0]
         return [str(entry[4][0]) for entry in found if entry[0] == family]
 
-    @staticmethod
-    async def _ask(dns: aiodns.DNSResolver, host: str) -> list[str]:
-        from aiodns import error as failure
+    async def _ask(self, host: str) -> list[str]:
+        # Here, since c-ares starts a thread of its own, which most gateways do without.
+        import aiodns
 
+        # A channel for each question (some 1.5 ms): one that stays would answer from its memory for as long as the TTL
+        # says, which cannot be turned off, and pods that come and go must be seen within dns_refresh.
+        dns = aiodns.DNSResolver(nameservers=self._servers, timeout=1.0, tries=2)
         try:
             result = await dns.getaddrinfo(host, family=socket.AF_UNSPEC)
-        except failure.DNSError as error:
-            if error.args and error.args[0] in (failure.ARES_ENOTFOUND, failure.ARES_ENODATA):
+        except aiodns.error.DNSError as error:
+            if error.args and error.args[0] in (aiodns.error.ARES_ENOTFOUND, aiodns.error.ARES_ENODATA):
                 return []
             raise CannotAsk(str(error.args[-1]) if error.args else "failed") from error
+        finally:
+            await dns.close()
         family = min(node.family for node in result.nodes)
         return [node.addr[0].decode() for node in result.nodes if node.family == family]
-
-    async def close(self) -> None:
-        if self._dns is not None:
-            await self._dns.close()
 
 
 class Watcher:
     """Keeps ``names`` resolved: calls ``found(name, addresses)`` after each good answer. ``period`` in seconds."""
 
-    def __init__(
-        self, resolver: Resolver, period: float, found: Callable[[str, list[str]], None], rng: Random
-    ) -> None:
+    def __init__(self, resolver: Resolver, period: float, found: Callable[[str, list[str]], None], rng: Random) -> None:
         self._resolver = resolver
         self._period = period
         self._found = found
@@ -135,4 +126,3 @@ class Watcher:
             with contextlib.suppress(asyncio.CancelledError):
                 await task
         self._loops.clear()
-        await self._resolver.close()

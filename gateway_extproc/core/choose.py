@@ -9,7 +9,6 @@ one step, so that a burst that arrives between two polls spreads. Leaves out whi
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from heapq import nsmallest
 from random import Random
 from typing import Final
 
@@ -25,7 +24,8 @@ def _random(candidates: Sequence[Pod], wanted: int, now: float, rng: Random) -> 
 def _least(cost: Callable[[Pod, float], float]) -> Strategy:
     def order(candidates: Sequence[Pod], wanted: int, now: float, rng: Random) -> list[Pod]:
         ranked = [(cost(pod, now), rng.random(), i) for i, pod in enumerate(candidates)]
-        return [candidates[i] for _, _, i in nsmallest(wanted, ranked)]
+        ranked.sort()
+        return [candidates[i] for _, _, i in ranked[:wanted]]
 
     return order
 

@@ -9,10 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
+from typing import Final
 
 import msgspec
 
 from .store import Window
+
+#: Users and models whose windows are remembered, so that a request's are not made anew. Names without a record come
+#: from clients and have no end.
+REMEMBERED: Final = 8192
 
 
 class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -50,6 +55,7 @@ class Directory(msgspec.Struct, frozen=True):
     users: Mapping[str, User] = {}
     teams: Mapping[str, Team] = {}
     default: Limits | None = None
+    _known: dict[tuple[str, str], tuple[Window, ...]] = {}
 
     @classmethod
     def of(cls, users: Iterable[User], teams: Iterable[Team] = (), default: Limits | None = None) -> Directory:
@@ -65,6 +71,14 @@ class Directory(msgspec.Struct, frozen=True):
         """The windows a request must fit in, each with at least one limit. No user: none."""
         if user is None:
             return ()
+        found = self._known.get((user, model))
+        if found is None:
+            if len(self._known) >= REMEMBERED:
+                self._known.clear()
+            found = self._known[user, model] = self._windows(user, model)
+        return found
+
+    def _windows(self, user: str, model: str) -> tuple[Window, ...]:
         record = self.users.get(user)
         if record is None:
             if self.default is None:

@@ -21,7 +21,7 @@ the gateway left before the answer ended        its reservation
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from enum import Enum, auto
+from enum import IntEnum, auto
 from random import Random
 from typing import Any, Final
 
@@ -111,7 +111,7 @@ class World:
         self.started = started
 
 
-class _State(Enum):
+class _State(IntEnum):  # of ints, whose hash costs nothing: the table is asked for every message
     NEW = auto()  # nothing has come yet
     BODY = auto()  # headers accepted, waiting for the body
     ASKING = auto()  # the store was asked
@@ -144,7 +144,7 @@ class Session:
     """Feed it events in order; carry out the actions in order. ``node`` names the Envoy that asks."""
 
     __slots__ = (
-        "_admission", "_admitted", "_ended", "_headers", "_lease", "_model", "_node", "_parts", "_reader", "_refused",
+        "_admission", "_admitted", "_ended", "_headers", "_lease", "_leaving", "_model", "_node", "_parts", "_reader", "_refused",
         "_request", "_size", "_state", "_status", "_strategy", "_strip", "_target", "_took", "_user", "_windows",
         "_world", "declared_length",
     )  # fmt: skip
@@ -497,8 +497,8 @@ class Session:
         reader = self._reader
         if isinstance(reader, SseUsage) and reader.holding:
             return []  # bytes the client must still get: leave with the next event's end
-        known = self._ended  # it has, then, and only its stream has not
-        actions = self._on_closed_answering(event) if known else self._settle(None, "drained", estimated=True)
+        whole = self._ended  # the answer is all there, and only its stream is still open
+        actions = self._on_closed_answering(event) if whole else self._settle(None, "drained", estimated=True)
         self._state = _State.OVER
         return [*actions, Leave()]
 

@@ -94,7 +94,10 @@ def _headers(headers: core_pb2.HeaderMap) -> Headers:
 
 
 def encode(kind: str, action: Action) -> ProcessingResponse:
-    """The reply that carries ``action``, to a message of ``kind``."""
+    """The reply that carries ``action``, to a message of ``kind``. Replies that change nothing are shared: only to be
+    sent."""
+    if isinstance(action, Continue) or (isinstance(action, Replace) and action.data is None):
+        return _UNCHANGED[kind]
     if isinstance(action, Refuse):
         headers = {"content-type": "application/json", **action.refusal.headers(), **action.headers}
         body = action.refusal.body(anthropic=action.anthropic)
@@ -102,12 +105,9 @@ def encode(kind: str, action: Action) -> ProcessingResponse:
     if isinstance(action, Answer):
         return _immediate(200, {"content-type": "application/json"}, action.body, "models")
     reply = ProcessingResponse()
-    if kind.endswith("_trailers"):
-        getattr(reply, kind).SetInParent()
-        return reply
     part: ext_proc_pb2.HeadersResponse | ext_proc_pb2.BodyResponse = getattr(reply, kind)
     common = part.response
-    # Without this an empty reply has no kind, and Envoy answers 500.
+    # Without this a reply without changes has no kind, and Envoy answers 500.
     common.SetInParent()
     if isinstance(action, Route):
         common.clear_route_cache = True
@@ -129,18 +129,33 @@ def encode(kind: str, action: Action) -> ProcessingResponse:
             mode = reply.mode_override
             mode.response_body_mode = ext_proc_mode_pb2.ProcessingMode.STREAMED
             mode.response_trailer_mode = _SEND
+    elif isinstance(action, Replace) and action.data:
+        common.body_mutation.body = action.data
     elif isinstance(action, Replace):
-        if action.data:
-            common.body_mutation.body = action.data
-        elif action.data is not None:
-            common.body_mutation.clear_body = True
-    elif isinstance(action, Continue) and kind == "request_headers":
+        common.body_mutation.clear_body = True
+    return reply
+
+
+def _unchanged(kind: str) -> ProcessingResponse:
+    """The reply that lets a message of ``kind`` through."""
+    reply = ProcessingResponse()
+    # Without this an empty reply has no kind, and Envoy answers 500.
+    part = getattr(reply, kind)
+    (part if kind.endswith("_trailers") else part.response).SetInParent()
+    if kind == "request_headers":
         # What we want to see of a request that we let pass; of Envoy's own answers to others we see nothing.
         mode = reply.mode_override
         mode.request_body_mode = ext_proc_mode_pb2.ProcessingMode.BUFFERED
         mode.response_header_mode = _SEND
         mode.response_trailer_mode = _SEND
     return reply
+
+
+_UNCHANGED: Final = {
+    f"{side}_{part}": _unchanged(f"{side}_{part}")
+    for side in ("request", "response")
+    for part in ("headers", "body", "trailers")
+}
 
 
 def _set(mutation: ext_proc_pb2.HeaderMutation, name: str, value: bytes) -> None:

@@ -190,7 +190,7 @@ class DeltaStream:
         if endpoints.pending is None:
             # An assignment goes with its cluster, when Envoy gives up its subscription.
             found += self._response(ENDPOINTS, endpoints, endpoints.changes()[0], [])
-        if routes.pending is None and clusters.settled:
+        if routes.pending is None and clusters.settled and all(map(endpoints.has, clusters.acknowledged)):
             found += self._response(ROUTES, routes, *routes.changes())
         return found
 

@@ -960,6 +960,17 @@ def test_the_gateway_leaves_an_answer_and_the_reservation_is_the_charge(kind: st
     assert in_flight(play.world) == {}
 
 
+def test_an_answer_that_is_whole_when_the_gateway_leaves_pays_what_it_used() -> None:
+    play = answering().through(chunk({"usage": usage(9, 3)}, end=True))
+    assert play >> Drain() << settled("ok", tokens=12 - RESERVED, estimated=False) << Leave()
+    assert play >> Closed("reset") << NOTHING
+
+
+def test_a_request_that_no_pod_took_gives_back_all_it_took_when_the_gateway_leaves() -> None:
+    play = taken().through(local_reply(503, "no_healthy_upstream"))
+    assert play >> Drain() << settled("drained", requests=-1, tokens=-RESERVED) << Leave()
+
+
 def test_the_gateway_leaves_a_stream_only_when_it_holds_nothing_of_it() -> None:
     play = streaming()
     assert play >> chunk(b"data: ha") << Replace(b"")
