@@ -18,6 +18,7 @@ from pathlib import Path
 from random import Random
 from typing import Any, Final
 
+import msgspec
 import structlog
 
 from . import __version__, logs
@@ -53,6 +54,8 @@ STOP_WAIT: Final = 3.0
 FLUSH_WAIT: Final = 1.0
 #: Settings that only a start takes up.
 AT_START: Final = ("listen", "store", "admin", "discovery", "logging", "usage")
+#: The like in ``limits``: what receives and holds bodies has its size from the start.
+LIMITS_AT_START: Final = ("max_body_bytes", "bodies_in_memory")
 
 
 class Unavailable(Exception):
@@ -343,10 +346,14 @@ class Gateway:
             log.error("configuration not taken up", errors=str(error).splitlines())
             return
         late = [name for name in AT_START if getattr(config, name) != getattr(self.config, name)]
+        old = {name: getattr(self.config.limits, name) for name in LIMITS_AT_START}
+        late += [f"limits.{name}" for name, value in old.items() if getattr(config.limits, name) != value]
         if late:
-            log.warning("some changes are taken up at the next start", sections=late)
-        self.config = config
+            log.warning("some changes are taken up at the next start", settings=late)
+        self.config = config = msgspec.structs.replace(config, limits=msgspec.structs.replace(config.limits, **old))
         self.world.policy = policy_of(config)
+        if isinstance(self.store, GuardedStore):
+            self.store.change_policy(config.limits.on_store_failure)
         self._configure_pods()
         self._publish()
         self.metrics.reloaded(True)

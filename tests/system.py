@@ -18,7 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import yaml
 
@@ -71,11 +71,14 @@ def free_port() -> int:
 class Process:
     """One child. Its output goes to a file, shown when it does not do what it should."""
 
-    def __init__(self, name: str, command: list[str], log: Path, env: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, name: str, command: list[str], log: Path, env: Mapping[str, str] | None = None, cwd: Path | None = None
+    ) -> None:
         self.name = name
         self.command = command
         self.log = log
         self._env = dict(env) if env is not None else None
+        self._cwd = cwd
         self._child: subprocess.Popen[bytes] | None = None
         self.start()
 
@@ -87,8 +90,9 @@ class Process:
     def start(self) -> None:
         with self.log.open("ab") as out:
             self._child = subprocess.Popen(
-                wrapped(self.command), stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=self._env
-            )
+                wrapped(self.command), stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=self._env,
+                cwd=self._cwd,
+            )  # fmt: skip
 
     def signal(self, number: signal.Signals) -> None:
         assert self._child is not None
@@ -206,7 +210,7 @@ class System:
     def close(self) -> None:
         self._parts.close()
 
-    def __enter__(self) -> System:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

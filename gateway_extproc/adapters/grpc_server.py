@@ -158,8 +158,10 @@ class ExtProc:
         """Leave each stream as soon as its request needs us no more; streams that still need a decision get it."""
         self._draining = True
         for task in self._reading:
-            # One that is not reading looks by itself once its reply is out.
-            if not self._streams[task].deciding and task not in self._leaving:
+            # One that is not reading looks by itself once its reply is out. A read that was cancelled can't be made
+            # again, so only who is sure to leave is woken.
+            session = self._streams[task]
+            if not (session.deciding or session.holding or task in self._leaving):
                 self._leaving.add(task)
                 task.cancel()
 

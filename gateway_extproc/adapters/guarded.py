@@ -124,11 +124,9 @@ class GuardedStore:
         beat: float = BEAT,
         on_mode_change: Callable[[str, str], None] = lambda mode, reason: None,
     ) -> None:
-        if policy not in POLICIES:
-            raise ValueError(f"unknown policy '{policy}', known: {', '.join(POLICIES)}")
         self._primary = primary
         self._local = local
-        self._policy = policy
+        self._policy = _known(policy)
         self._gateway = gateway
         self._clock = clock
         self._probe = probe
@@ -156,6 +154,13 @@ class GuardedStore:
     def mode(self) -> str:
         """``ok``, or the policy in force."""
         return self._policy if self._away.is_set() else OK
+
+    def change_policy(self, policy: str) -> None:
+        """Another policy, in force at once where the primary is away. Raises ValueError for one that is not known."""
+        if _known(policy) != self._policy:
+            self._policy = policy
+            if self._away.is_set():
+                self._on_mode_change(policy, self._reason)
 
     def start(self) -> None:
         """Begin the heartbeat."""
@@ -278,6 +283,12 @@ class GuardedStore:
                     await self._away.wait()
             if self._away.is_set():
                 await asyncio.sleep(self._probe * random.uniform(1 - SPREAD, 1 + SPREAD))
+
+
+def _known(policy: str) -> str:
+    if policy not in POLICIES:
+        raise ValueError(f"unknown policy '{policy}', known: {', '.join(POLICIES)}")
+    return policy
 
 
 def _trim(seconds: OrderedDict[int, int]) -> None:

@@ -144,9 +144,9 @@ class Session:
     """Feed it events in order; carry out the actions in order. ``node`` names the Envoy that asks."""
 
     __slots__ = (
-        "_admission", "_admitted", "_ended", "_headers", "_lease", "_leaving", "_model", "_node", "_parts", "_reader", "_refused",
-        "_request", "_size", "_state", "_status", "_strategy", "_strip", "_target", "_took", "_user", "_windows",
-        "_world", "declared_length",
+        "_admission", "_admitted", "_ended", "_headers", "_lease", "_leaving", "_model", "_node", "_parts", "_reader",
+        "_refused", "_request", "_size", "_state", "_status", "_strategy", "_strip", "_target", "_took", "_user",
+        "_windows", "_world", "declared_length",
     )  # fmt: skip
 
     def __init__(self, world: World, node: str = "") -> None:
@@ -169,6 +169,7 @@ class Session:
         self._status = 0
         self._took = True
         self._ended = False
+        self._leaving = False
         self._reader: JsonUsage | SseUsage | None = None
         self._refused: Refusal | None = None
         #: Bytes of the body still to come, as the client declared them; None where it did not.
@@ -185,6 +186,11 @@ class Session:
     def deciding(self) -> bool:
         """Whether the request still needs an answer from us before Envoy can go on without us."""
         return self._state in (_State.NEW, _State.BODY, _State.ASKING)
+
+    @property
+    def holding(self) -> bool:
+        """Whether bytes of the answer are held back: the client gets them with our reply to the next ones."""
+        return self._state is _State.ANSWERING and isinstance(self._reader, SseUsage) and self._reader.holding
 
     # --- the request -------------------------------------------------------------------------------------------------
 
@@ -404,7 +410,10 @@ class Session:
         self._ended = self._ended or event.end
         reader = self._reader
         if isinstance(reader, SseUsage):
-            return [Replace(reader.feed(event.data, event.end))]
+            shown = reader.feed(event.data, event.end)
+            if self._leaving and reader.holding:
+                shown = (shown or b"") + reader.release()
+            return [Replace(shown)]
         if reader is not None:
             reader.feed(event.data)
         return [Replace(None)]
@@ -494,9 +503,9 @@ class Session:
         return self._settle(None, "ok" if complete else "cut", estimated=True)
 
     def _on_drain(self, event: Drain) -> list[Action]:
-        reader = self._reader
-        if isinstance(reader, SseUsage) and reader.holding:
-            return []  # bytes the client must still get: leave with the next event's end
+        if self.holding:
+            self._leaving = True  # the client must still get these bytes: they go with the next ones
+            return []
         whole = self._ended  # the answer is all there, and only its stream is still open
         actions = self._on_closed_answering(event) if whole else self._settle(None, "drained", estimated=True)
         self._state = _State.OVER

@@ -36,7 +36,7 @@ class _Type:
     """One resource type of one stream."""
 
     __slots__ = (
-        "acknowledged", "batch", "had", "nonce", "pending", "refused", "requested", "sent", "wanted", "wildcard"
+        "acknowledged", "again", "batch", "had", "nonce", "pending", "refused", "requested", "sent", "wanted", "wildcard"
     )  # fmt: skip
 
     def __init__(self) -> None:
@@ -48,6 +48,8 @@ class _Type:
         self.acknowledged: dict[str, Resource] = {}
         #: name -> the version that Envoy refused.
         self.refused: dict[str, str] = {}
+        #: Names to be sent even if they were sent before.
+        self.again: set[str] = set()
         #: The names that Envoy had when the stream began.
         self.had: frozenset[str] = frozenset()
         #: Most resources in one response. Envoy refuses a response and not a resource of it: which one it means
@@ -67,7 +69,7 @@ class _Type:
         for name, resource in self.wanted.items():
             if self.subscribes(name) and self.refused.get(name) != resource.version:
                 sent = self.sent.get(name)
-                if sent is None or sent.version != resource.version:
+                if sent is None or sent.version != resource.version or name in self.again:
                     added[name] = resource
         removed = [name for name, sent in self.sent.items() if sent is not None and name not in self.wanted]
         # Asked for and not there: Envoy waits until it is told so.
@@ -90,6 +92,7 @@ class _Type:
         """Envoy does not want this any more, and has dropped it."""
         self.sent.pop(name, None)
         self.acknowledged.pop(name, None)
+        self.again.discard(name)
 
 
 class DeltaStream:
@@ -109,6 +112,7 @@ class DeltaStream:
         for type_url, kind in self._types.items():
             kind.wanted = resources[type_url]
             kind.refused = {name: version for name, version in kind.refused.items() if name in kind.wanted}
+            kind.again &= kind.wanted.keys()
 
     def received(self, request: DeltaDiscoveryRequest) -> None:
         """Take a request: a subscription, an acknowledgement, a refusal. Raises Rejected."""
@@ -173,9 +177,6 @@ class DeltaStream:
         for name, resource in offered.items():
             kind.refused.pop(name, None)
             if kind.subscribes(name):
-                if kind is self._types[CLUSTER] and name in kind.acknowledged:
-                    # A changed cluster waits for its endpoints, although Envoy has them and will not ask again.
-                    self._types[ENDPOINTS].sent.pop(name, None)
                 kind.acknowledged[name] = resource
 
     def due(self) -> list[DeltaDiscoveryResponse]:
@@ -187,6 +188,11 @@ class DeltaStream:
             # A cluster goes only when no route that Envoy uses points to it.
             gone = self._unused(removed) if removed else []
             found += self._response(CLUSTER, clusters, added, gone)
+            for name, resource in (clusters.pending or {}).items():
+                # A changed cluster waits for endpoints, also for those that Envoy has and does not ask for again.
+                # Until they come, for 15 s, it acknowledges no cluster.
+                if resource is not None and resource != clusters.acknowledged.get(name):
+                    endpoints.again.add(name)
         if endpoints.pending is None:
             # An assignment goes with its cluster, when Envoy gives up its subscription.
             found += self._response(ENDPOINTS, endpoints, endpoints.changes()[0], [])
@@ -224,6 +230,7 @@ class DeltaStream:
             item.resource.type_url = type_url
             item.resource.value = resource.value
             kind.pending[name] = kind.sent[name] = resource
+            pass
         for name in removed:
             response.removed_resources.append(name)
             kind.pending[name] = None

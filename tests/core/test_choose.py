@@ -45,7 +45,7 @@ def test_equals_share_evenly(strategy: str) -> None:
 @pytest.mark.parametrize("strategy", sorted(STRATEGIES))
 def test_the_second_choice_is_shared_evenly_too(strategy: str) -> None:
     rng, candidates = Random(7), pods(4)
-    seconds = Counter()
+    seconds: Counter[str] = Counter()
     for _ in range(3000):
         lease = choose(strategy, candidates, 2, 0, 0.0, rng)
         lease.release(0, 0.0)
@@ -102,7 +102,7 @@ def test_only_pods_that_get_the_same_request_are_second_choices() -> None:
     plain, keyed = pods(2), pods(3, api_key="k")
     prefixed = pods(1, path_prefix="/x")
     rng = Random(5)
-    lengths = Counter()
+    lengths: Counter[tuple[str | None, str, int]] = Counter()
     for _ in range(300):
         lease = choose("random", [*plain, *keyed, *prefixed], 3, 0, 0.0, rng)
         assert all(pod.stands_in_for(lease.pods[0]) for pod in lease.pods)

@@ -43,7 +43,6 @@ def test_each_refusal_is_what_the_contract_says(
     assert json.loads(refused.body()) == {"error": error}
     anthropic = {"type": "error", "error": {"type": kind, "message": refused.message}}
     assert json.loads(refused.body(anthropic=True)) == anthropic
-    assert refused.message.endswith((".", "s"))
 
 
 @pytest.mark.parametrize(

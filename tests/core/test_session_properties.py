@@ -452,7 +452,7 @@ class Gateway(RuleBasedStateMachine):
         assert len(self.ledger.held) == sum(life.admitted for life in self.all)
 
 
-Gateway.TestCase.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
+Gateway.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
 TestInAnyOrder = Gateway.TestCase
 
 

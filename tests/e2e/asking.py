@@ -92,15 +92,21 @@ class Raw:
         return self
 
     def status(self) -> int:
-        """The status of the next answer, interim ones included; 0 where the connection is closed instead."""
+        """The status of the next answer; 0 where the connection is closed instead."""
         line = self._file.readline()
         return int(line.split()[1]) if line else 0
 
+    def interim(self) -> int:
+        """The status of an answer before the answer."""
+        status = self.status()
+        assert 100 <= status < 200
+        http.client.parse_headers(self._file)
+        return status
+
     def reply(self, method: str = "POST") -> Reply | None:
-        """The next final answer; None where the connection is closed instead."""
+        """The next answer; None where the connection is closed instead."""
         try:
-            while (status := self.status()) in range(100, 200):
-                http.client.parse_headers(self._file)
+            status = self.status()
             return self._rest(status, method) if status else None
         except ConnectionError:
             return None
@@ -121,6 +127,18 @@ class Raw:
         if "content-length" in headers:
             return Reply(status, headers, self._file.read(int(headers["content-length"])))
         return Reply(status, headers, self._file.read())
+
+    def events(self, count: int) -> list[bytes]:
+        """The first ``count`` events of an answer that streams, which goes on."""
+        assert self.status() == 200
+        assert http.client.parse_headers(self._file)["transfer-encoding"] == "chunked"
+        found = b""
+        while len(events := found.split(b"\n\n")) <= count:
+            size = int(self._file.readline(), 16)
+            assert size, found
+            found += self._file.read(size)
+            self._file.readline()
+        return events[:count]
 
     def rest(self) -> bytes:
         """All that still comes until the connection is closed."""
@@ -172,8 +190,8 @@ class Left(NamedTuple):
     tokens: int | None
 
 
-#: A prompt of 100 KB, which no ``tpm`` of these tests allows: it is refused whatever was learned of the model.
-_TOO_MUCH: Mapping[str, Any] = {"messages": [{"role": "user", "content": "x" * 100_000}]}
+#: A prompt of 400 KB, which no ``tpm`` of these tests allows: it is refused whatever was learned of the model.
+_TOO_MUCH: Mapping[str, Any] = {"messages": [{"role": "user", "content": "x" * 400_000}]}
 
 
 def left(system: System, user: str, model: str = MODEL) -> Left:
@@ -186,7 +204,7 @@ def left(system: System, user: str, model: str = MODEL) -> Left:
 
 def settled(system: System, user: str, requests: int, tokens: int, model: str = MODEL) -> None:
     """Wait until exactly this is left to ``user``: what was reserved has become what was used."""
-    found: list[Left] = []
+    found = [Left(None, None)]
 
     def reached() -> bool:
         found[:] = [left(system, user, model)]

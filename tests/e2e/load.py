@@ -122,13 +122,13 @@ class Load:
 
 class Stream:
     """One answer as a stream, begun: its status and headers are there, the rest is read when asked for. ``fault`` is
-    what the simulated pod does to it."""
+    what the simulated pod does to it. Underscores in a header's name become hyphens."""
 
     def __init__(
         self, port: int, *, max_tokens: int = 8, model: str = "your-model-name", fault: str = "", **headers: str
     ) -> None:
         self._connection = http.client.HTTPConnection("127.0.0.1", port, timeout=DEADLINE)
-        sent = {"content-type": "application/json", **headers}
+        sent = {name.replace("_", "-"): value for name, value in headers.items()}
         if fault:
             sent["x-sim-fault"] = fault
         body = json.dumps(chat(model, stream=True, max_tokens=max_tokens))

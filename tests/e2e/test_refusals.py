@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-import openai
 import pytest
 
 from gateway_extproc.core.choose import STRATEGIES
@@ -395,36 +394,6 @@ def test_what_a_pod_refuses_passes_through_and_costs_a_request(system: System) -
     assert (reply.status, reply.body) == (422, b"the pod's own words")
     _limit_headers(reply)
     settled(system, user, 9, 1000)
-
-
-# --- clients ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("error", "model", "headers"),
-    [
-        (openai.BadRequestError, MODEL, {"routing-strategy": "fastest"}),
-        (openai.AuthenticationError, MODEL, {"authorization": "Bearer sk-gw-nobody"}),
-        (openai.PermissionDeniedError, "other-model", {"user": "picky"}),
-        (openai.NotFoundError, "gpt-0", {}),
-        (openai.RateLimitError, MODEL, {"user": "rpm-0"}),
-        (openai.InternalServerError, "dead-model", {}),
-        (openai.InternalServerError, MODEL, {"x-sim-fault": "cut-before"}),
-    ],
-)  # fmt: skip
-def test_openais_client_raises_its_own_class(
-    system: System, error: type[openai.APIStatusError], model: str, headers: dict[str, str]
-) -> None:
-    until(lambda: system.chat().status == 200, "the pod is taken for ready")
-    with (
-        openai.OpenAI(base_url=f"{system.url}/v1", api_key="none", max_retries=0) as client,
-        pytest.raises(error) as raised,
-    ):
-        client.chat.completions.create(
-            model=model, messages=[{"role": "user", "content": "hello"}], extra_headers=headers
-        )
-    assert raised.value.code
-    assert raised.value.request_id
 
 
 # --- parts that die --------------------------------------------------------------------------------------------------

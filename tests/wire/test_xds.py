@@ -113,7 +113,7 @@ class Talk:
 
 
 def routable(talk: Talk) -> dict[str, set[str] | None]:
-    return {model: addresses and set(addresses) for model, addresses in talk.stream.routable().items()}
+    return {model: None if addresses is None else set(addresses) for model, addresses in talk.stream.routable().items()}
 
 
 # --- additions -------------------------------------------------------------------------------------------------------
@@ -153,12 +153,13 @@ def test_a_change_is_sent_alone() -> None:
 
 
 def test_a_changed_cluster_is_given_its_endpoints_again() -> None:
-    """Envoy makes a new cluster of it, which waits for endpoints; it does not ask, since it has them."""
+    """Envoy makes a new cluster of it, which waits for endpoints; it does not ask, since it has them. It takes the
+    cluster only once it has."""
     talk = Talk(wanted({"a": "1/7"})).set_up("a")
-    assert talk.wants(wanted({"a": "2/7"})) == ["clusters +a=2"]
-    assert talk.takes(CLUSTER) == ["endpoints +a=7"]
-    assert routable(talk) == {"a": {"a:7"}}
+    assert talk.wants(wanted({"a": "2/7"})) == ["clusters +a=2", "endpoints +a=7"]
     assert talk.takes(ENDPOINTS) == []
+    assert talk.takes(CLUSTER) == []
+    assert routable(talk) == {"a": {"a:7"}}
 
 
 def test_one_response_of_a_kind_is_out_at_a_time_and_what_came_meanwhile_follows() -> None:
@@ -203,11 +204,12 @@ def test_a_model_that_comes_back_is_given_its_endpoints_again() -> None:
     talk.wants(wanted("a"))
     talk.takes(ROUTES)
     assert talk.wants(wanted("ab")) == []
-    assert talk.takes(CLUSTER) == ["clusters +b=1"]
-    talk.says(request(ENDPOINTS, gone=[cluster_name("b")]))
-    assert talk.takes(CLUSTER) == []
-    assert talk.says(request(ENDPOINTS, cluster_name("b"))) == ["endpoints +b=1"]
-    assert talk.takes(ENDPOINTS) == ["routes +gateway=r:a,b"]
+    assert talk.takes(CLUSTER) == ["clusters +b=1", "endpoints +b=1"]
+    talk.says(request(ENDPOINTS, gone=[cluster_name("b")]))  # Of the cluster that went; it crossed our answer.
+    talk.says(request(ENDPOINTS, cluster_name("b")))
+    assert talk.takes(ENDPOINTS) == ["endpoints +b=1"]
+    assert talk.takes(ENDPOINTS) == []
+    assert talk.takes(CLUSTER) == ["routes +gateway=r:a,b"]
 
 
 # --- subscriptions ---------------------------------------------------------------------------------------------------
@@ -230,7 +232,7 @@ def test_the_end_of_a_wildcard_leaves_what_was_named() -> None:
     assert talk.says(request(CLUSTER, cluster_name("a"))) == ["clusters +a=1"]
     talk.takes(CLUSTER)
     assert talk.says(request(CLUSTER, gone=["*"])) == []
-    assert talk.wants(wanted({"a": "2/1", "b": "2/1"})) == ["clusters +a=2"]
+    assert talk.wants(wanted({"a": "2/1", "b": "2/1"})) == ["clusters +a=2", "endpoints +a=1"]
 
 
 def test_too_many_subscriptions_end_the_stream(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -327,7 +329,7 @@ def test_an_envoy_that_has_older_state_keeps_it_in_use_until_it_has_the_new() ->
     assert routable(talk) == {"a": None}
     talk.takes(ENDPOINTS)
     assert routable(talk) == {"a": {"a:2"}}
-    assert talk.takes(CLUSTER) == ["endpoints +a=2", "routes +gateway=s:a"]
+    assert talk.takes(CLUSTER) == ["routes +gateway=s:a"]
 
 
 def test_a_cluster_that_went_while_the_gateway_was_away_outlives_its_route() -> None:
@@ -385,16 +387,23 @@ fleets = st.dictionaries(
 
 class ModelEnvoy:
     """What Envoy does with what it is sent: it takes what is good of a response, and refuses the response if anything
-    in it is not. It asks for the endpoints of each cluster it has."""
+    in it is not. It asks for the endpoints of each cluster it has, once, and answers for clusters only when each new
+    one was sent its endpoints, or after a while."""
 
     def __init__(self) -> None:
         self.has: dict[str, dict[str, str]] = {kind: {} for kind in xds.TYPES}
         self.asked: set[str] = set()
+        self.warming: set[str] = set()
+        self.held: list[DeltaDiscoveryRequest] = []
+        self.patient = True
         self.inbox: deque[DeltaDiscoveryResponse] = deque()
         self.outbox: deque[DeltaDiscoveryRequest] = deque()
         self.connect()
 
     def connect(self) -> None:
+        # It says that it has the endpoints for which a changed cluster still waits.
+        self.patient = not self.warming
+        self.held.clear()
         self.inbox.clear()
         self.outbox.clear()
         self.outbox.append(request(CLUSTER, "*", had=self.has[CLUSTER], node="envoy"))
@@ -415,10 +424,15 @@ class ModelEnvoy:
         for item in response.resources:
             if BAD in item.version:
                 refused = f"{item.name} is bad"
-            else:
-                self.has[kind][item.name] = item.version
+                continue
+            if kind == CLUSTER and self.has[kind].get(item.name) != item.version:
+                self.warming.add(item.name)
+            if kind == ENDPOINTS:
+                self.warming.discard(item.name)
+            self.has[kind][item.name] = item.version
         for name in response.removed_resources:
             self.has[kind].pop(name, None)
+            self.warming.discard(name)
         asked = []
         if kind == CLUSTER:
             new, old = self.has[CLUSTER].keys() - self.asked, self.asked - self.has[CLUSTER].keys()
@@ -428,7 +442,18 @@ class ModelEnvoy:
             if new or old:
                 asked.append(request(ENDPOINTS, *new, gone=old))
         answered = [answer(response, refused)]
+        if kind == CLUSTER:
+            self.held, answered = answered, []
+        if not self.warming:
+            self.held, answered = [], self.held + answered
         self.outbox.extend(asked + answered if asks_first else answered + asked)
+
+    def wait(self) -> None:
+        """So long that it does without the endpoints."""
+        self.warming.clear()
+        self.outbox.extend(self.held)
+        self.held.clear()
+        self.patient = True
 
 
 def _is(response: DeltaDiscoveryResponse, kind: str) -> bool:
@@ -458,6 +483,10 @@ class AnyOrder(RuleBasedStateMachine):
             elif turn == "gateway" and self.envoy.outbox:
                 self.stream.received(self.envoy.outbox.popleft())
                 self.send()
+
+    @rule()
+    def time_passes(self) -> None:
+        self.envoy.wait()
 
     @rule()
     def the_gateway_restarts(self) -> None:
@@ -496,7 +525,12 @@ class AnyOrder(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         """Left alone, the two come to agree."""
-        self.messages_arrive(["envoy", "gateway"] * 200)
+        for _ in range(4):
+            self.messages_arrive(["envoy", "gateway"] * 100)
+            for name in self.envoy.warming if self.envoy.patient else ():
+                wish = self.resources[ENDPOINTS].get(name)
+                assert wish is None or wish.version == BAD, f"{name} waits for endpoints"
+            self.envoy.wait()
         assert not self.envoy.inbox
         assert not self.envoy.outbox
         good = {
