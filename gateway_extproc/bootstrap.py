@@ -244,7 +244,12 @@ def _gateway(settings: Bootstrap) -> dict[str, Any]:
                 "explicit_http_config": {
                     "http2_protocol_options": {
                         # A gateway that hangs is noticed, not waited for.
-                        "connection_keepalive": {"interval": "10s", "timeout": "5s"}
+                        "connection_keepalive": {"interval": "10s", "timeout": "5s"},
+                        # Envoy's bounds of 10,000 and 1,000 frames that wait to be sent are for strangers. Past them
+                        # it drops the connection, and with it all that is being decided: clients that hang up in
+                        # large numbers while the gateway is busy would take the others along (measured).
+                        "max_outbound_frames": 10**6,
+                        "max_outbound_control_frames": 10**6,
                     }
                 },
             }

@@ -93,6 +93,8 @@ class Plane:
         (listener,) = made["static_resources"]["listeners"]
         manager = listener["filter_chains"][0]["filters"][0]["typed_config"]
         del manager["early_header_mutation_extensions"]
+        # A client may say how often to try, as the gateway does.
+        manager["internal_address_config"] = {"cidr_ranges": [{"address_prefix": "127.0.0.0", "prefix_len": 8}]}
         manager["http_filters"] = [f for f in manager["http_filters"] if not f["name"].endswith("ext_proc")]
         return made
 

@@ -473,17 +473,17 @@ class Session:
         return self._settle(None, "client_gone" if event.how != "failed" else "internal_error")
 
     def _on_closed_routed(self, event: Closed) -> list[Action]:
-        """Routed, and no answer was seen. Envoy either resets (the client has gone) or says goodbye because it was
-        configured to show no answers: then the reservation is the charge."""
+        """Routed, and no answer was seen: the client has gone. Only an Envoy whose configuration is not ours (that one
+        tells its name) may just not show answers, and then says goodbye at once: the reservation is the charge."""
         prompt = None
         reason = "unseen"
-        if event.how == "reset":
+        if event.how == "reset" or (event.how == "done" and self._node):
             assert self._request is not None
             prompt = Usage(self._world.estimates.prompt(self._model, self._request.prompt_bytes), 0, 0)
             self._status, reason = CLIENT_GONE, "client_gone"
         return self._settle(prompt, reason, estimated=True)
 
-    def _on_closed_answering(self, _: Closed | Drain) -> list[Action]:
+    def _on_closed_answering(self, event: Closed | Drain) -> list[Action]:
         request, reader = self._request, self._reader
         assert request is not None
         usage = reader.usage() if reader is not None else None
@@ -497,7 +497,8 @@ class Session:
             return self._settle(None, "no_pod")
         if not good:
             return self._settle(Usage(0, 0, 0), "upstream_error")
-        if isinstance(reader, SseUsage):
+        left = isinstance(event, Closed) and event.how == "failed" and not complete  # and the answer goes on
+        if isinstance(reader, SseUsage) and not left:
             prompt = self._world.estimates.prompt(self._model, request.prompt_bytes)
             return self._settle(Usage(prompt, reader.chunks, 0), "ok" if complete else "cut", estimated=True)
         return self._settle(None, "ok" if complete else "cut", estimated=True)

@@ -56,6 +56,9 @@ POD_IDLE: Final = 3.0
 #: Requests, connections and retries that a cluster may have at once. Envoy's default of 3 retries turns a pod's death
 #: under load into 503s (measured); the gateway's own limits are the ones that count.
 UNLIMITED: Final = 1_000_000
+#: Whom the system trusts, where Debian, Ubuntu, Alpine and Envoy's own images keep it. Envoy has no word for "the
+#: system's" that goes with checking names.
+SYSTEM_CA_FILE: Final = "/etc/ssl/certs/ca-certificates.crt"
 #: Where Envoy looks up which TLS an endpoint speaks.
 _TLS_MATCH: Final = "envoy.transport_socket_match"
 
@@ -162,11 +165,11 @@ def _cluster(model: str, specs: Iterable[PodSpec], ca_file: str) -> cluster_pb2.
     cluster.typed_extension_protocol_options["envoy.extensions.upstreams.http.v3.HttpProtocolOptions"].CopyFrom(
         _any(options)
     )
-    for tls in sorted({spec.tls for spec in specs if spec.tls is not None}, key=_tls_key):
-        match = cluster.transport_socket_matches.add(name=_tls_key(tls))
-        match.match["tls"] = _tls_key(tls)
+    for key, (tls, ip) in sorted({_tls_key(spec): _tls_of(spec) for spec in specs if spec.tls is not None}.items()):
+        match = cluster.transport_socket_matches.add(name=key)
+        match.match["tls"] = key
         match.transport_socket.name = "envoy.transport_sockets.tls"
-        match.transport_socket.typed_config.CopyFrom(_any(_tls(tls, ca_file)))
+        match.transport_socket.typed_config.CopyFrom(_any(_tls(tls, ip, ca_file)))
     if cluster.transport_socket_matches:
         plain = cluster.transport_socket_matches.add(name="plain")
         plain.match.SetInParent()
@@ -175,11 +178,18 @@ def _cluster(model: str, specs: Iterable[PodSpec], ca_file: str) -> cluster_pb2.
     return cluster
 
 
-def _tls_key(tls: TLS) -> str:
-    return xxhash.xxh3_64_hexdigest(msgspec.json.encode(tls))
+def _tls_of(spec: PodSpec) -> tuple[TLS, str]:
+    """How to speak TLS to a pod, and the IP address that its certificate must be for where the pod has no name."""
+    tls = spec.tls or TLS()
+    named = tls.server_name or spec.host or not tls.verify
+    return tls, "" if named else split_address(spec.address)[0]
 
 
-def _tls(tls: TLS, ca_file: str) -> tls_pb2.UpstreamTlsContext:
+def _tls_key(spec: PodSpec) -> str:
+    return xxhash.xxh3_64_hexdigest(msgspec.json.encode(_tls_of(spec)))
+
+
+def _tls(tls: TLS, ip: str, ca_file: str) -> tls_pb2.UpstreamTlsContext:
     context = tls_pb2.UpstreamTlsContext()
     if tls.server_name:
         context.sni = tls.server_name
@@ -189,11 +199,13 @@ def _tls(tls: TLS, ca_file: str) -> tls_pb2.UpstreamTlsContext:
     if not tls.verify:
         validation.trust_chain_verification = tls_pb2.CertificateValidationContext.ACCEPT_UNTRUSTED
         return context
-    context.auto_sni_san_validation = True
-    if tls.ca_file or ca_file:
-        validation.trusted_ca.filename = tls.ca_file or ca_file
+    if ip:
+        # No name is sent, so Envoy would check none.
+        san = validation.match_typed_subject_alt_names.add(san_type=tls_pb2.SubjectAltNameMatcher.IP_ADDRESS)
+        san.matcher.exact = ip
     else:
-        validation.system_root_certs.SetInParent()
+        context.auto_sni_san_validation = True
+    validation.trusted_ca.filename = tls.ca_file or ca_file or SYSTEM_CA_FILE
     return context
 
 
@@ -207,7 +219,7 @@ def _assignment(model: str, specs: Iterable[PodSpec]) -> endpoint_pb2.ClusterLoa
         entry.endpoint.address.socket_address.port_value = port
         entry.endpoint.hostname = spec.host
         if spec.tls is not None:
-            entry.metadata.filter_metadata[_TLS_MATCH]["tls"] = _tls_key(spec.tls)
+            entry.metadata.filter_metadata[_TLS_MATCH]["tls"] = _tls_key(spec)
     return assignment
 
 

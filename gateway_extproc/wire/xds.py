@@ -230,7 +230,7 @@ class DeltaStream:
             item.resource.type_url = type_url
             item.resource.value = resource.value
             kind.pending[name] = kind.sent[name] = resource
-            pass
+            kind.again.discard(name)
         for name in removed:
             response.removed_resources.append(name)
             kind.pending[name] = None

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway_extproc.core.directory import Directory, Limits, Team, User
+from gateway_extproc.core.directory import REMEMBERED, Directory, Limits, Team, User
 from gateway_extproc.core.store import Window
 
 
@@ -94,3 +94,12 @@ def test_a_users_counters_share_a_slot_and_no_name_reaches_anothers(one: str, ot
     if one != other:
         assert {own, its_model, team}.isdisjoint(keys(directory, other, model))
         assert tag(own) not in {tag(key) for key in keys(directory, other, model)}
+
+
+def test_names_that_clients_make_up_are_not_remembered_without_end() -> None:
+    directory = Directory.of([], default=Limits(rpm=1))
+    for number in range(3 * REMEMBERED // 2):
+        assert keys(directory, f"u{number}") == [f"{{user:u{number}}}:*"]
+    assert len(directory._known) <= REMEMBERED
+    assert keys(directory, "u0") == ["{user:u0}:*"]
+    assert keys(Directory(), "u0") == []

@@ -280,12 +280,29 @@ def test_a_client_gone_before_the_answer_pays_its_prompt() -> None:
     assert in_flight(play.world) == {}
 
 
+def test_a_goodbye_of_an_envoy_that_shows_answers_means_that_the_client_has_gone() -> None:
+    play = Playbook(one_pod(), "envoy").through(headers(user="alice"), body(max_tokens=4), admitted(LEVEL))
+    assert (
+        play
+        >> Closed("done")
+        << settled("client_gone", tokens=10 - RESERVED, status=499, prompt_tokens=10, output_tokens=0, estimated=True)
+    )
+
+
 def test_answers_that_are_not_shown_pay_the_reservation() -> None:
     for how in ("done", "failed"):
         play = taken()
         assert play >> Closed(how) << settled("unseen", estimated=True, prompt_tokens=10, output_tokens=4)
         assert play.settlement is None
         assert in_flight(play.world) == {}
+
+
+def test_a_failure_of_ours_in_the_answer_pays_the_reservation_since_the_answer_goes_on() -> None:
+    play = streaming().through(chunk(delta()))
+    assert play >> Closed("failed") << settled("cut", estimated=True)
+    assert play.settlement is None
+    whole = streaming().through(chunk(delta(), end=True))
+    assert whole >> Closed("failed") << settled("ok", tokens=11 - RESERVED, estimated=True)
 
 
 @pytest.mark.parametrize(

@@ -188,6 +188,9 @@ class Life:
         self._kind = ""
         self._ended = False
         self._trailed = False
+        #: Told to leave while it held bytes: it lets them go with the next ones.
+        self.leaving = False
+        self._let_go = False
         self._came = b""
         self._shown = b""
         self._cut = b""
@@ -210,10 +213,13 @@ class Life:
         if isinstance(event, ResponseBody) and self.phase == "answering":
             self._came += event.data
             self._ended = self._ended or event.end
+            self._let_go = self.leaving
         if isinstance(event, ResponseTrailers) and self.phase == "answering":
             self._trailed = True
         if isinstance(event, Closed | Drain):
             self._account(event)
+        if isinstance(event, Drain):
+            self.leaving = self.leaving or self.holds
 
     def draw(self, data: st.DataObject, kind: type) -> Event:
         """An event of that kind; a stream's bytes are whole events, cut anywhere."""
@@ -234,19 +240,20 @@ class Life:
             # Answered by nobody; or the gateway leaves before.
             self.owed = (1, prompt if event == Closed("reset") else reserved)
         elif self.phase == "answering":
-            self.owed = self._owed_for_the_answer(prompt, reserved, left=isinstance(event, Drain))
+            self.owed = self._owed_for_the_answer(event, prompt, reserved)
 
-    def _owed_for_the_answer(self, prompt: int, reserved: int, *, left: bool) -> tuple[int, int]:
-        told = self._told()
+    def _owed_for_the_answer(self, event: Closed | Drain, prompt: int, reserved: int) -> tuple[int, int]:
+        told, whole = self._told(), self._ended or self._trailed
         if not self._taken:
             return 0, 0
-        if left and not (self._ended or self._trailed):
+        if isinstance(event, Drain) and not whole:
             return 1, reserved
         if told is not None:
             return 1, told
         if not self._good:
             return 1, 0
-        if self._kind == "text/event-stream":
+        failed = event == Closed("failed") and not whole
+        if self._kind == "text/event-stream" and not failed:
             return 1, prompt + sum(one.count(b'"content"') for one in self._events())
         return 1, reserved
 
@@ -280,7 +287,7 @@ class Life:
         """Whether bytes of the answer are still owed to the client."""
         reads = self._kind == "text/event-stream" and self._strips
         unfinished = self._came != b"" and not self._came.endswith(b"\n\n")
-        return self.phase == "answering" and reads and unfinished and not self._ended
+        return self.phase == "answering" and reads and unfinished and not (self._ended or self._let_go)
 
     def follow(self, event: Event, actions: list[Action]) -> None:
         """After the event: what it called for is one reply, and says what comes next."""
@@ -318,6 +325,8 @@ class Life:
         if self._kind == "text/event-stream" and self._strips:
             whole = [one + b"\n\n" for one in self._events() if one]
             expected = b"".join(one for one in whole if b'"usage"' not in one)
+            if self._let_go and not self._ended:
+                expected += self._came.rpartition(b"\n\n")[2]
         assert self._shown == expected
 
 
@@ -428,6 +437,8 @@ class Gateway(RuleBasedStateMachine):
         for action in actions:
             if isinstance(action, Settle) and action.settlement is not None:
                 self.ledger.settle(action.settlement)
+        if life.leaving and isinstance(event, ResponseBody):
+            self.feed(life, Drain())  # as the listener does
 
     @invariant()
     def loads_are_what_is_on_its_way(self) -> None:

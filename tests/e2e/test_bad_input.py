@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import gzip
+import io
 import json
 import threading
 from collections import Counter
@@ -78,6 +79,12 @@ def _total(system: System) -> int:
     return sum(int(request(port, "GET", "/sim/requests?last=0").json["total"]) for port in system.pod_ports)
 
 
+def _alone(system: System, before: int) -> None:
+    """Nothing of what was just sent reached a pod: a request that comes after it is the first since ``before``."""
+    assert system.chat().status == 200
+    assert _total(system) == before + 1
+
+
 def _refused(system: System, reply: Reply | None, status: int, code: str, param: str | None = None) -> Reply:
     assert reply is not None
     assert reply.status == status, reply
@@ -111,7 +118,8 @@ UNREADABLE = {
     "a thousand members too many": b"{" + b",".join(b'"k%d":1' % i for i in range(3000)) + b',"model":"m"}',
     "a key of a megabyte": b'{"%b":1,"model":"m"}' % (b"k" * (1 << 20)),
     "half a character": _body().replace(b"hello", b"x")[:-2] + b"\xc3\x28}",
-    "half a pair": b'{"mod\\ud800el":1,"model":"m"}',
+    "half a pair of surrogates": _body()[:-1] + b',"x":"\\ud800"}',
+    "half a pair in a key": b'{"mod\\ud800el":1,"model":"m"}',
 }
 
 
@@ -140,13 +148,12 @@ ODD = {
     "a negative maximum": _body(max_tokens=-5),
     "words for numbers": _body(max_tokens="many", n="some", stream="perhaps"),
     "the same member twice": _body()[:-1] + b',"x":1,"x":2}',
-    "half a pair in a value": _body()[:-1] + b',"x":"\\ud800"}',
 }
 
 
 @pytest.mark.parametrize("body", ODD.values(), ids=ODD)
 def test_what_is_only_odd_is_the_pods_business(system: System, body: bytes) -> None:
-    reply = system.post(CHAT, body, user="odd")
+    reply = system.post(CHAT, body)
     assert reply.headers["x-pod-name"] == "pod-0"
     assert reply.status in (200, 400)
     assert system.seen()[0]["length"] == len(body)
@@ -154,7 +161,7 @@ def test_what_is_only_odd_is_the_pods_business(system: System, body: bytes) -> N
 
 @pytest.mark.parametrize(
     "model",
-    ["\0", "m\r\ntarget-pod: 1.2.3.4:5", "../admin", "*", "your-*", "<script>", "' OR 1=1", "\u202e", "%s{0}%n", "m" * 256],
+    ["\0", "m\r\ntarget-pod: 1.2.3.4:5", "../admin", "*", "your-*", "<script>", "\u202e", "%s{0}%n", "m" * 256],
 )  # fmt: skip
 def test_a_model_that_is_none_is_not_found_and_shown_harmless(system: System, model: str) -> None:
     reply = _refused(system, system.post(CHAT, _body(model)), 404, "model_not_found", "model")
@@ -200,7 +207,7 @@ def test_the_largest_body_is_exactly_as_configured(system: System, over: bool) -
     body = _body()
     body = body[:-1] + b" " * (MAX_BODY - len(body) + over) + b"}"
     if over:
-        _refused(system, system.post(CHAT, body), 413, "request_too_large")
+        _refused(system, ask(system.port, post(body=body)), 413, "request_too_large")
         return
     assert system.post(CHAT, body).status == 200
     assert system.seen()[0]["length"] == MAX_BODY
@@ -208,11 +215,11 @@ def test_the_largest_body_is_exactly_as_configured(system: System, over: bool) -
 
 async def _many(system: System, count: int, size: int) -> Counter[int]:
     """So many requests of so many bytes at once; their statuses. 503s are the documented ones."""
-    body = _body()[:-1] + b" " * size + b"}"
+    body = _body()[:-1] + b" " * size + b"}"  # BytesIO shares it.
     statuses: Counter[int] = Counter()
 
     async def one(session: aiohttp.ClientSession) -> None:
-        async with session.post(system.url + CHAT, data=body) as answer:
+        async with session.post(system.url + CHAT, data=io.BytesIO(body)) as answer:
             reply = Reply(answer.status, {k.lower(): v for k, v in answer.headers.items()}, await answer.read())
         statuses[reply.status] += 1
         if reply.status != 200:
@@ -253,8 +260,9 @@ def _steering(system: System) -> list[tuple[str, str]]:
         ("x-gateway-destination-endpoint", elsewhere), ("x-gateway-inference-x", "evil"), ("x-gateway-", "evil"),
         ("x-envoy-original-dst-host", elsewhere), ("x-envoy-retry-on", "5xx"), ("x-envoy-max-retries", "100"),
         ("x-envoy-upstream-rq-timeout-ms", "1"), ("x-envoy-expected-rq-timeout-ms", "1"),
-        ("x-envoy-upstream-alt-stat-name", "evil"), ("x-envoy-decorator-operation", "evil"), ("x-envoy-internal", "true"),
-        ("x-envoy-original-path", "/evil"), ("x-envoy-external-address", "10.0.0.1"), ("x-envoy-ip-tags", "evil"),
+        ("x-envoy-upstream-alt-stat-name", "evil"), ("x-envoy-decorator-operation", "evil"),
+        ("x-envoy-internal", "true"), ("x-envoy-original-path", "/evil"), ("x-envoy-external-address", "10.0.0.1"),
+        ("x-envoy-ip-tags", "evil"),
     ]  # fmt: skip
 
 
@@ -287,10 +295,8 @@ def test_internal_headers_of_http2_clients_are_removed(system: System) -> None:
 @pytest.mark.parametrize("name", ["model", "target-pod", "user", "x-request-id", "content-length", "authorization"])
 def test_no_header_is_lost_by_being_named_in_connection(system: System, name: str) -> None:
     """What a connection's own headers are is between client and Envoy: it takes away nothing that the gateway set."""
-    reply = ask(system.port, post("user: hop", f"Connection: keep-alive, {name}", f"TE: {name}", body=_body()))
-    _unsteered(system, reply)
-    assert reply is not None
-    assert reply.headers["x-ratelimit-limit-requests"] == str(RPM)
+    for te in ((), (f"TE: {name}",)):
+        _unsteered(system, ask(system.port, post("user: hop", f"Connection: keep-alive, {name}", *te, body=_body())))
 
 
 def test_trailers_steer_nothing(system: System) -> None:
@@ -302,7 +308,14 @@ def test_trailers_steer_nothing(system: System) -> None:
 
 
 def test_names_that_only_look_internal_are_passed_on_and_mean_nothing(system: System) -> None:
-    lines = [f"target_pod: 127.0.0.1:{system.pod_ports[1]}", f"x-model: {OTHER}", "xgateway-a: 1", f"model-: {OTHER}"]
+    pod = f"127.0.0.1:{system.pod_ports[1]}"
+    lines = [
+        f"target_pod: {pod}",
+        f"x-model: {OTHER}",
+        "xgateway-a: 1",
+        f"x-a: b\rtarget-pod: {pod}",
+        f"x-b: c\r\n model: {OTHER}",
+    ]
     _unsteered(system, ask(system.port, post(*lines, body=_body())))
 
 
@@ -375,13 +388,11 @@ BROKEN = {
     "a first line that goes on": head("POST", CHAT, f" {LENGTH}") + _body(),
     "a zero byte in a value": head("POST", CHAT, LENGTH, b"x: a\0b") + _body(),
     "a control character in a value": head("POST", CHAT, LENGTH, b"user: a\x01b") + _body(),
-    "a carriage return in a value": head("POST", CHAT, LENGTH, b"x: a\rtarget-pod: evil") + _body(),
     "a header without a name": head("POST", CHAT, LENGTH, ": a") + _body(),
     "a header without a colon": head("POST", CHAT, LENGTH, "target-pod") + _body(),
     "a name that is none": head("POST", CHAT, LENGTH, "a(b): c") + _body(),
     "a name beyond ASCII": head("POST", CHAT, LENGTH, "mödel: c") + _body(),
     "no host": head("POST", CHAT, LENGTH, host=None) + _body(),
-    "an unknown version": head("POST", CHAT, LENGTH, version="3.0") + _body(),
     "an unknown method": head("BREW", CHAT) ,
     "a method in small letters": head("post", CHAT, LENGTH) + _body(),
     "a path without a slash": head("POST", "v1/chat/completions", LENGTH) + _body(),
@@ -405,8 +416,8 @@ def test_what_is_no_http_is_refused_and_what_follows_it_is_not_read(system: Syst
     with Raw(system.port) as raw:
         reply = _refused(system, raw.send(data + SECOND).reply(), 400, "invalid_value")
         assert reply.error["message"] == NOT_HTTP
-        assert raw.rest() == b""
-    assert _total(system) == before
+        assert raw.end().rest() == b""
+    _alone(system, before)
 
 
 @pytest.mark.parametrize(
@@ -415,16 +426,15 @@ def test_what_is_no_http_is_refused_and_what_follows_it_is_not_read(system: Syst
         head("POST", CHAT, "Transfer-Encoding: chunked") + b"zz\r\n" + _body(),
         head("POST", CHAT, "Transfer-Encoding: chunked") + b"-1\r\n" + _body(),
         head("POST", CHAT, "Transfer-Encoding: chunked") + b"fffffffffffffffff\r\n" + _body(),
-        head("POST", CHAT, "Transfer-Encoding: chunked") + b"2\r\n{}X\r\n0\r\n\r\n",
     ],
-    ids=["no number", "negative", "beyond 64 bits", "longer than said"],
+    ids=["no number", "negative", "beyond 64 bits"],
 )  # fmt: skip
 def test_chunks_that_are_none_are_refused(system: System, data: bytes) -> None:
     before = _total(system)
     with Raw(system.port) as raw:
         _refused(system, raw.send(data + SECOND).reply(), 400, "invalid_value")
-        assert raw.rest() == b""
-    assert _total(system) == before
+        assert raw.end().rest() == b""
+    _alone(system, before)
 
 
 @pytest.mark.parametrize(
@@ -457,8 +467,8 @@ def test_a_body_is_read_to_its_length_and_what_follows_is_the_next_request(syste
     with Raw(system.port) as raw:
         raw.send(head("POST", CHAT, "Content-Length: 2") + b"{}" + post("Connection: close", body=_body()))
         _refused(system, raw.reply(), 400, "missing_model", "model")
-        assert raw.rest() == b""  # As Envoy does after a 400.
-    assert _total(system) == before
+        assert raw.end().rest() == b""  # As Envoy does after a 400.
+    _alone(system, before)
 
 
 HTTP2 = [(":method", "POST"), (":scheme", "http"), (":authority", "x"), (":path", CHAT)]
@@ -494,7 +504,7 @@ def test_broken_http2_is_refused_or_reset(system: System, headers: list[tuple[st
 
 
 def test_an_empty_or_foreign_host_is_served(system: System) -> None:
-    for host in ("", "evil.example", "127.0.0.1:1", "[::1]:80", "a" * 1000):
+    for host in ("", "else.example", "127.0.0.1:1", "[::1]:80", "a" * 1000):
         _unsteered(system, ask(system.port, head("POST", CHAT, LENGTH, host=host) + _body()))
     _unsteered(system, ask(system.port, head("POST", f"http://elsewhere.example{CHAT}", LENGTH) + _body()))
 
@@ -514,10 +524,10 @@ def test_a_client_that_does_not_finish_its_head_is_sent_away(system: System) -> 
 NOWHERE = [
     "/", "/v1", "/v1/", "/v2/chat/completions", "/V1/chat/completions", "/chat/completions", "//v1/chat/completions",
     "/v1//chat/completions", "/v1/chat/completions/", "/v1/chat/completions;x", "/v1/chat%2fcompletions",
-    "/v1/chat%2Fcompletions", "/v1/%63hat/completions", "/v1/chat/completions%3fa", "/v1/chat/completions%20",
-    "/v1/../admin", "/v1/%2e%2e/admin", "/v1/..%2fadmin", "/v1/.%2e/.%2e/admin", "/v1/..;/admin", "/v1/../../etc/passwd",
+    "/v1/chat%2Fcompletions", "/v1/chat/completions%3fa", "/v1/chat/completions%20",
+    "/v1/../admin", "/v1/%2e%2e/admin", "/v1/..%2fadmin", "/v1/.%2e/.%2e/admin", "/v1/..;/admin", "/v1/../../etc/x",
     "/admin/users", "/metrics", "/healthz", "/readyz", "/sim/requests", "/v1/../sim/fault", "/health", "/tokenize",
-    "/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/v1/x/../load_lora_adapter", "/v1/models", "/v1/models/x",
+    "/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/v1/x/../load_lora_adapter",
     "/v1/completions" + "/x" * 20_000 + "%",
 ]  # fmt: skip
 
@@ -533,7 +543,11 @@ def test_what_is_no_endpoint_is_an_unknown_url(system: System, path: str) -> Non
 
 
 @pytest.mark.parametrize(
-    "path", ["/v1/./chat/completions", "/v1/x/../chat/completions", "/v1/%2e%2e/v1/chat/completions", "/v1\\chat\\completions"]
+    "path",
+    [
+        "/v1/./chat/completions", "/v1/x/../chat/completions", "/v1/%2e%2e/v1/chat/completions",
+        "/v1/%63hat/completions", "/v1\\chat\\completions",
+    ],
 )  # fmt: skip
 def test_ways_to_write_a_path_end_in_the_one_that_the_pod_sees(system: System, path: str) -> None:
     for query in ("", "?a=/../%2e%2e//b;c&d=%00"):
@@ -570,8 +584,8 @@ def test_no_tunnel_is_opened(system: System) -> None:
         with Raw(system.port) as raw:
             reply = raw.send(head("CONNECT", target, host=target) + SECOND).reply()
             _refused(system, reply, 404, "unknown_url")
-            assert b"200 OK" not in raw.rest()
-    assert _total(system) == before
+            assert b"200 OK" not in raw.end().rest()
+    _alone(system, before)
 
 
 def test_a_body_on_a_get_is_not_looked_at(system: System) -> None:

@@ -60,8 +60,8 @@ HOSTS = {"envoy": 2, "redis": 3, "gateway": 4, "pod": 101}
 NAME_SERVER = 53
 #: The ports that the containers listen on.
 PORTS = (6379, 8000, 8888, 9002, 9090, 9901)
-#: Where a run shows that a block of addresses is its own.
-CLAIM = 48_888
+#: The UDP port that shows that a block of addresses is in use.
+CLAIM = 28_888
 #: Asks what the container's healthcheck asks: ``-e -h HOST -p PORT COMMAND``.
 VALKEY_CLI = (
     "import redis, sys; e, h, host, p, port, ask = sys.argv[1:]; redis.Redis(host, int(port)).execute_command(ask)"
@@ -225,14 +225,15 @@ class Deployment:
 @contextlib.contextmanager
 def block() -> Iterator[str]:
     """Three numbers of addresses that no other run uses as long as this one does."""
-    with contextlib.ExitStack() as held:
-        for number in range(16, 256):
-            claim = held.enter_context(socket.socket())
-            with contextlib.suppress(OSError):
+    for number in range(16, 256):
+        with socket.socket(type=socket.SOCK_DGRAM) as claim:
+            try:
                 claim.bind((f"127.0.{number}.1", CLAIM))
-                yield f"127.0.{number}"
-                return
-        raise AssertionError("every block of addresses is taken")
+            except OSError:
+                continue
+            yield f"127.0.{number}"
+            return
+    raise AssertionError("every block of addresses is taken")
 
 
 def free(host: str, port: int) -> int:

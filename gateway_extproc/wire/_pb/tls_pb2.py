@@ -23,25 +23,28 @@ _sym_db = _symbol_database.Default()
 
 
 from gateway_extproc.wire._pb import core_pb2 as gateway__extproc_dot_wire_dot___pb_dot_core__pb2
+from gateway_extproc.wire._pb import matcher_pb2 as gateway__extproc_dot_wire_dot___pb_dot_matcher__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"gateway_extproc/wire/_pb/tls.proto\x12)envoy.extensions.transport_sockets.tls.v3\x1a#gateway_extproc/wire/_pb/core.proto\"\x84\x01\n\x0eTlsCertificate\x12;\n\x11\x63\x65rtificate_chain\x18\x01 \x01(\x0b\x32 .envoy.config.core.v3.DataSource\x12\x35\n\x0bprivate_key\x18\x02 \x01(\x0b\x32 .envoy.config.core.v3.DataSource\"\xa6\x03\n\x1c\x43\x65rtificateValidationContext\x12\x34\n\ntrusted_ca\x18\x01 \x01(\x0b\x32 .envoy.config.core.v3.DataSource\x12\x80\x01\n\x18trust_chain_verification\x18\n \x01(\x0e\x32^.envoy.extensions.transport_sockets.tls.v3.CertificateValidationContext.TrustChainVerification\x12r\n\x11system_root_certs\x18\x11 \x01(\x0b\x32W.envoy.extensions.transport_sockets.tls.v3.CertificateValidationContext.SystemRootCerts\x1a\x11\n\x0fSystemRootCerts\"F\n\x16TrustChainVerification\x12\x16\n\x12VERIFY_TRUST_CHAIN\x10\x00\x12\x14\n\x10\x41\x43\x43\x45PT_UNTRUSTED\x10\x01\"\x81\x02\n\x10\x43ommonTlsContext\x12S\n\x10tls_certificates\x18\x02 \x03(\x0b\x32\x39.envoy.extensions.transport_sockets.tls.v3.TlsCertificate\x12\x65\n\x12validation_context\x18\x03 \x01(\x0b\x32G.envoy.extensions.transport_sockets.tls.v3.CertificateValidationContextH\x00\x12\x16\n\x0e\x61lpn_protocols\x18\x04 \x03(\tB\x19\n\x17validation_context_type\"\xb2\x01\n\x12UpstreamTlsContext\x12W\n\x12\x63ommon_tls_context\x18\x01 \x01(\x0b\x32;.envoy.extensions.transport_sockets.tls.v3.CommonTlsContext\x12\x0b\n\x03sni\x18\x02 \x01(\t\x12\x15\n\rauto_host_sni\x18\x06 \x01(\x08\x12\x1f\n\x17\x61uto_sni_san_validation\x18\x07 \x01(\x08\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"gateway_extproc/wire/_pb/tls.proto\x12)envoy.extensions.transport_sockets.tls.v3\x1a#gateway_extproc/wire/_pb/core.proto\x1a&gateway_extproc/wire/_pb/matcher.proto\"\x84\x01\n\x0eTlsCertificate\x12;\n\x11\x63\x65rtificate_chain\x18\x01 \x01(\x0b\x32 .envoy.config.core.v3.DataSource\x12\x35\n\x0bprivate_key\x18\x02 \x01(\x0b\x32 .envoy.config.core.v3.DataSource\"\x88\x03\n\x1c\x43\x65rtificateValidationContext\x12\x34\n\ntrusted_ca\x18\x01 \x01(\x0b\x32 .envoy.config.core.v3.DataSource\x12\x80\x01\n\x18trust_chain_verification\x18\n \x01(\x0e\x32^.envoy.extensions.transport_sockets.tls.v3.CertificateValidationContext.TrustChainVerification\x12g\n\x1dmatch_typed_subject_alt_names\x18\x0f \x03(\x0b\x32@.envoy.extensions.transport_sockets.tls.v3.SubjectAltNameMatcher\"F\n\x16TrustChainVerification\x12\x16\n\x12VERIFY_TRUST_CHAIN\x10\x00\x12\x14\n\x10\x41\x43\x43\x45PT_UNTRUSTED\x10\x01\"\x8c\x02\n\x15SubjectAltNameMatcher\x12Z\n\x08san_type\x18\x01 \x01(\x0e\x32H.envoy.extensions.transport_sockets.tls.v3.SubjectAltNameMatcher.SanType\x12\x35\n\x07matcher\x18\x02 \x01(\x0b\x32$.envoy.type.matcher.v3.StringMatcher\"`\n\x07SanType\x12\x18\n\x14SAN_TYPE_UNSPECIFIED\x10\x00\x12\t\n\x05\x45MAIL\x10\x01\x12\x07\n\x03\x44NS\x10\x02\x12\x07\n\x03URI\x10\x03\x12\x0e\n\nIP_ADDRESS\x10\x04\x12\x0e\n\nOTHER_NAME\x10\x05\"\x81\x02\n\x10\x43ommonTlsContext\x12S\n\x10tls_certificates\x18\x02 \x03(\x0b\x32\x39.envoy.extensions.transport_sockets.tls.v3.TlsCertificate\x12\x65\n\x12validation_context\x18\x03 \x01(\x0b\x32G.envoy.extensions.transport_sockets.tls.v3.CertificateValidationContextH\x00\x12\x16\n\x0e\x61lpn_protocols\x18\x04 \x03(\tB\x19\n\x17validation_context_type\"\xb2\x01\n\x12UpstreamTlsContext\x12W\n\x12\x63ommon_tls_context\x18\x01 \x01(\x0b\x32;.envoy.extensions.transport_sockets.tls.v3.CommonTlsContext\x12\x0b\n\x03sni\x18\x02 \x01(\t\x12\x15\n\rauto_host_sni\x18\x06 \x01(\x08\x12\x1f\n\x17\x61uto_sni_san_validation\x18\x07 \x01(\x08\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'gateway_extproc.wire._pb.tls_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_TLSCERTIFICATE']._serialized_start=119
-  _globals['_TLSCERTIFICATE']._serialized_end=251
-  _globals['_CERTIFICATEVALIDATIONCONTEXT']._serialized_start=254
-  _globals['_CERTIFICATEVALIDATIONCONTEXT']._serialized_end=676
-  _globals['_CERTIFICATEVALIDATIONCONTEXT_SYSTEMROOTCERTS']._serialized_start=587
-  _globals['_CERTIFICATEVALIDATIONCONTEXT_SYSTEMROOTCERTS']._serialized_end=604
-  _globals['_CERTIFICATEVALIDATIONCONTEXT_TRUSTCHAINVERIFICATION']._serialized_start=606
-  _globals['_CERTIFICATEVALIDATIONCONTEXT_TRUSTCHAINVERIFICATION']._serialized_end=676
-  _globals['_COMMONTLSCONTEXT']._serialized_start=679
-  _globals['_COMMONTLSCONTEXT']._serialized_end=936
-  _globals['_UPSTREAMTLSCONTEXT']._serialized_start=939
-  _globals['_UPSTREAMTLSCONTEXT']._serialized_end=1117
+  _globals['_TLSCERTIFICATE']._serialized_start=159
+  _globals['_TLSCERTIFICATE']._serialized_end=291
+  _globals['_CERTIFICATEVALIDATIONCONTEXT']._serialized_start=294
+  _globals['_CERTIFICATEVALIDATIONCONTEXT']._serialized_end=686
+  _globals['_CERTIFICATEVALIDATIONCONTEXT_TRUSTCHAINVERIFICATION']._serialized_start=616
+  _globals['_CERTIFICATEVALIDATIONCONTEXT_TRUSTCHAINVERIFICATION']._serialized_end=686
+  _globals['_SUBJECTALTNAMEMATCHER']._serialized_start=689
+  _globals['_SUBJECTALTNAMEMATCHER']._serialized_end=957
+  _globals['_SUBJECTALTNAMEMATCHER_SANTYPE']._serialized_start=861
+  _globals['_SUBJECTALTNAMEMATCHER_SANTYPE']._serialized_end=957
+  _globals['_COMMONTLSCONTEXT']._serialized_start=960
+  _globals['_COMMONTLSCONTEXT']._serialized_end=1217
+  _globals['_UPSTREAMTLSCONTEXT']._serialized_start=1220
+  _globals['_UPSTREAMTLSCONTEXT']._serialized_end=1398
 # @@protoc_insertion_point(module_scope)

@@ -1,0 +1,131 @@
+"""A new user's first minutes: the last commit cloned into an empty folder with a space in its name, and what the
+documents say to type there.
+
+What is not committed is not tested. The set-up downloads wheels, from wherever this machine's pip or uv finds them.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.documents import ROOT, named_commands, typed_commands
+from tests.e2e.readme import curl, curls
+from tests.e2e.terminal import Typed, environment
+
+#: Seconds for what downloads, or measures, on a machine that may have other things to do.
+SET_UP = 900.0
+
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.skipif(not (ROOT / ".git").exists() or shutil.which("git") is None, reason="needs a git checkout"),
+]
+
+
+class Clone:
+    """A clone, and the environment of someone who has nothing but it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder / "a new user" / "gateway-extproc"
+        self.temporary = folder / "tmp"
+        self.temporary.mkdir()
+        self.folder.parent.mkdir()
+        self.environment = environment(self.temporary)
+        self.run(f"git clone --quiet --no-hardlinks '{ROOT}' '{self.folder}'", folder)
+
+    def run(self, command: str, folder: Path | None = None) -> str:
+        """Run a command that must go well; its stdout."""
+        done = subprocess.run(
+            ["sh", "-c", command], cwd=folder or self.folder, env=self.environment, stdin=subprocess.DEVNULL,
+            capture_output=True, text=True, timeout=SET_UP, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, f"{command}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+        return done.stdout
+
+    def changes(self) -> str:
+        """What is not as it was cloned, and not ignored."""
+        return self.run("git status --porcelain")
+
+    def says(self, document: str, command: str) -> bool:
+        """Whether the document has this command: what it had is what is tried."""
+        text = (self.folder / document).read_text(encoding="utf-8")
+        return command in typed_commands(text) + named_commands(text)
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Clone]:
+    folder = tmp_path_factory.mktemp("first")
+    yield Clone(folder)
+    shutil.rmtree(folder)  # Two hundred megabytes of programs are not worth keeping.
+
+
+def test_the_demo_runs_and_leaves_nothing(clone: Clone, tmp_path: Path) -> None:
+    assert clone.says("README.md", "make demo")
+    command = "make demo ARGS='--json --port 0 --admin-port 0'"
+    demo = Typed(command, clone.folder, clone.environment, tmp_path / "stderr")
+    try:
+        facts = json.loads(demo.line(SET_UP))
+        assert facts["ready"] is True
+        answer = curl(curls()[0], "127.0.0.1", int(facts["url"].rpartition(":")[2]), tmp_path)
+        assert (answer.status, answer.json["object"]) == (200, "chat.completion")
+        pids = {facts["pids"]["gateway"], facts["pids"]["envoy"], facts["pids"]["redis"], *facts["pids"]["pods"]}
+        assert pids <= demo.family()
+        assert demo.interrupt() == ""
+    finally:
+        demo.close()
+    first, *others = demo.stderr.splitlines()
+    assert re.fullmatch(r"gateway-extproc: setting up \.venv for 'make demo' \(.*\)", first)
+    assert [line for line in others if not line.startswith("make: ")] == []
+    assert list(clone.temporary.iterdir()) == []
+    assert clone.changes() == ""
+
+
+def test_the_programs_are_where_the_readme_says(clone: Clone) -> None:
+    clone.run("make -s demo ARGS=--help")
+    assert "`make demo` leaves `gateway-extproc` and `envoy` in `.venv/bin`" in " ".join(
+        (clone.folder / "README.md").read_text(encoding="utf-8").split()
+    )
+    assert clone.run(".venv/bin/gateway-extproc --version").startswith("gateway-extproc ")
+    assert "/1.40." in clone.run(".venv/bin/envoy --version")
+
+
+def test_the_tests_run(clone: Clone) -> None:
+    assert clone.says("README.md", "make test")
+    command = "make test ARGS='tests/core -k window -x'"
+    assert clone.says("CONTRIBUTING.md", command)
+    told = clone.run(command)
+    assert re.search(r"^=+ \d+ passed, \d+ deselected in .* =+$", told, re.MULTILINE), told
+    assert clone.changes() == ""
+
+
+def test_what_is_made_is_as_it_was_checked_in(clone: Clone) -> None:
+    for document, command in (
+        ("proto/README.md", "make proto"),
+        ("CONTRIBUTING.md", ".venv/bin/python -m gateway_extproc.config_reference"),
+        ("CONTRIBUTING.md", "make format"),
+    ):
+        assert clone.says(document, command)
+        clone.run("make venv-dev")
+        clone.run(command)
+        assert clone.changes() == ""
+
+
+def test_the_pins_are_kept_when_they_are_made_anew(clone: Clone) -> None:
+    """A package may get another wheel, and so another hash, at any time; versions stay."""
+    assert clone.says("CONTRIBUTING.md", "make requirements")
+    clone.run("make requirements")
+    assert re.findall(r"^[-+][^-+ ].*==.*$", clone.run("git diff requirements"), re.MULTILINE) == []
+    clone.run("git checkout --quiet requirements")
+    assert clone.changes() == ""
+
+
+def test_the_benchmark_runs(clone: Clone) -> None:
+    assert clone.says("README.md", "make bench")
+    assert "The gateway's own work: " in clone.run("make bench ARGS='--seconds 1 --rounds 1'")
+    assert clone.changes() == ""
