@@ -45,7 +45,12 @@ class Plane:
 
     def _build(self, endpoints: Endpoints, routed: frozenset[str]) -> Resources:
         return resources.build(
-            endpoints, self.policies, routed=routed, max_body_bytes=MAX_BODY, upstream_ca_file=self.ca_file, cors=self.cors
+            endpoints,
+            self.policies,
+            routed=routed,
+            max_body_bytes=MAX_BODY,
+            upstream_ca_file=self.ca_file,
+            cors=self.cors,
         )
 
     async def start(self) -> None:

@@ -144,7 +144,11 @@ async def test_a_gateway_that_starts_again_takes_nothing_away() -> None:
     async with plane() as control, control.envoy() as envoy:
         control.has(pod(A, "a"), pod(B, "b"))
         await control.until_offered("ab")
-        counters = ("cluster_manager.cluster_updated", "cluster.model/a.update_success", "http.clients.rds.gateway.update_success")
+        counters = (
+            "cluster_manager.cluster_updated",
+            "cluster.model/a.update_success",
+            "http.clients.rds.gateway.update_success",
+        )
         before = [await envoy.stat(name) for name in counters]
         held_back = []
         acknowledged = control.fleet.acknowledged
