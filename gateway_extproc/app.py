@@ -14,6 +14,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
+from itertools import count
 from pathlib import Path
 from random import Random
 from typing import Any, Final
@@ -33,7 +34,7 @@ from .adapters.redis import RedisStore
 from .adapters.scrape import Poller
 from .adapters.xds_server import Endpoints, XdsServer
 from .config import Config, ConfigError, PodConfig, load, masked
-from .core.address import is_ip, split_address
+from .core.address import is_ip, join_address, split_address
 from .core.directory import Directory
 from .core.events import Outcome
 from .core.fleet import TLS, Fleet, PodSpec
@@ -123,6 +124,7 @@ class Gateway:
         self._poller = Poller(self.fleet, config.discovery.poll, config.discovery.timeout, self._rng)
         self._watcher: Watcher | None = None
         self._named: dict[str, list[tuple[int, PodConfig]]] = {}
+        self._numbers: dict[str, str] = {}
         self._wake = asyncio.Event()
         self.fleet.on_change = self._wake.set
         self._tasks: list[asyncio.Task[None]] = []
@@ -272,7 +274,7 @@ class Gateway:
             target = pod.address or pod.dns
             host, port = split_address(target)
             if is_ip(host):
-                fixed.append(spec_of(pod, target, "", pod.name or target))
+                fixed.append(spec_of(pod, target, "", pod.name or self._numbered("pod", target)))
             else:
                 named.setdefault(host, []).append((port, pod))
         for host in set(self._named) - set(named):
@@ -286,10 +288,19 @@ class Gateway:
         for port, pod in self._named.get(host, ()):
             chosen = addresses if pod.dns else addresses[:1]
             for ip in chosen:
-                address = f"[{ip}]:{port}" if ":" in ip else f"{ip}:{port}"
-                base = pod.name or host
-                specs.append(spec_of(pod, address, host, base if len(chosen) == 1 else f"{base}@{ip}"))
+                address = join_address(ip, port)
+                name = self._numbered(pod.name or host, address) if pod.dns else pod.name or host
+                specs.append(spec_of(pod, address, host, name))
         self.fleet.configure(f"dns {host}", specs)
+
+    def _numbered(self, base: str, address: str) -> str:
+        """A name for a pod that has none of its own: clients may see it, so it must not tell the address. It stays
+        while the pod does."""
+        names = self._numbers
+        if address not in names:
+            taken = set(names.values())
+            names[address] = next(name for n in count(1) if (name := f"{base}-{n}") not in taken)
+        return names[address]
 
     async def _follow_fleet(self) -> None:
         """Carry the fleet's changes on: to the poller and to Envoy."""
@@ -299,6 +310,8 @@ class Gateway:
         while True:
             if self.fleet.version != version:
                 version = self.fleet.version
+                for address in [known for known in self._numbers if self.fleet.member(known) is None]:
+                    del self._numbers[address]
                 self._poller.sync()
                 if self._polled.is_set():
                     self._publish()

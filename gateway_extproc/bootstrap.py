@@ -146,7 +146,11 @@ def _http(settings: Bootstrap) -> dict[str, Any]:
     router = _filter("router", "extensions.filters.http.router.v3.Router")
     # Neither clients nor pods are told how long Envoy waits and how often it tries.
     router["typed_config"]["suppress_envoy_headers"] = True
-    filters = [_ext_proc(settings), router]
+    # Bodies are complete, and their length is known, before the gateway hears of a request: a slow sender costs it
+    # nothing, and it decides how many bodies it takes at once.
+    buffer = _filter("buffer", "extensions.filters.http.buffer.v3.Buffer")
+    buffer["typed_config"]["max_request_bytes"] = settings.max_body_bytes
+    filters = [buffer, _ext_proc(settings), router]
     if settings.cors:
         filters.insert(0, _filter("cors", "extensions.filters.http.cors.v3.Cors"))
     return {
@@ -298,6 +302,8 @@ def _overload(max_heap: int) -> dict[str, Any]:
 
     return {
         "refresh_interval": "0.1s",
+        # Requests with more than 2^20 bytes in Envoy are those that can be ended for the others' sake.
+        "buffer_factory_config": {"minimum_account_to_track_power_of_two": 20},
         "resource_monitors": [
             {
                 "name": "envoy.resource_monitors.fixed_heap",
@@ -316,7 +322,17 @@ def _overload(max_heap: int) -> dict[str, Any]:
         ],
         "actions": [
             {"name": "envoy.overload_actions.shrink_heap", "triggers": [trigger(0.85)]},
-            {"name": "envoy.overload_actions.stop_accepting_requests", "triggers": [trigger(0.92)]},
+            {"name": "envoy.overload_actions.stop_accepting_requests", "triggers": [trigger(0.9)]},
+            # Bodies that were accepted keep coming, so refusing new ones is not enough: the largest go first.
+            {
+                "name": "envoy.overload_actions.reset_high_memory_stream",
+                "triggers": [
+                    {
+                        "name": "envoy.resource_monitors.fixed_heap",
+                        "scaled": {"scaling_threshold": 0.92, "saturation_threshold": 1.0},
+                    }
+                ],
+            },
         ],
     }
 

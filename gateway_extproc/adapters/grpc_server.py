@@ -25,6 +25,7 @@ from ..core.events import (
     Action,
     Ask,
     Closed,
+    Crowded,
     Drain,
     Event,
     Leave,
@@ -34,7 +35,7 @@ from ..core.events import (
     Suspect,
     Unavailable,
 )
-from ..core.refusal import internal_error, overloaded
+from ..core.refusal import internal_error
 from ..core.session import Session, World
 from ..core.store import Settlement, Store, StoreUnavailable
 from ..wire import extproc
@@ -51,8 +52,10 @@ WAITING_BODIES: Final = 4096
 #: Seconds after which a body that has not come gives its room back. Envoy sends a body only once it has all of it,
 #: so a slow sender holds memory there (bounded by the bootstrap's heap limit) and must not hold ours.
 BODY_HOLD: Final = 2.0
-#: What a body of undeclared length is taken for, in bytes.
+#: What a body of undeclared length is taken for, in bytes. Our bootstrap's Envoy always declares it.
 UNDECLARED_BODY: Final = 1 << 20
+#: How often a body is in memory while it is read: as grpc received it, as one string, as a message, as its field.
+COPIES: Final = 4
 
 _Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -197,18 +200,21 @@ class ExtProc:
                     break
                 kind, event = extproc.decode(message)
                 del message
-                left = await self._reply(session, kind, event, context)
-                del event
-                if give is not None:
-                    give()
-                    give = None
-                if kind == "request_headers" and session.deciding:
-                    try:
-                        give = await self._make_room(session.declared_length)
-                    except TimeoutError:
-                        refused = Refuse(overloaded("Too many large requests at once."), {})
-                        await context.write(extproc.encode("", refused))
-                        left = True
+                if kind == "request_headers":
+                    # Held back until there is room, for Envoy copies the body once it has the reply.
+                    actions = session.feed(event)
+                    if session.deciding:
+                        try:
+                            give = await self._make_room(session.declared_length)
+                        except TimeoutError:
+                            actions = session.feed(Crowded())
+                    left = await self._write(kind, actions, context)
+                else:
+                    left = await self._reply(session, kind, event, context)
+                    del event
+                    if give is not None:
+                        give()
+                        give = None
                 if self._draining and not left and not session.deciding:
                     left = await self._reply(session, "", Drain(), context)
         except asyncio.CancelledError:
@@ -236,7 +242,7 @@ class ExtProc:
         """Before a body is read: room for it. What is not read stays in Envoy. Raises TimeoutError."""
         if declared is not None and declared <= SMALL_BODY:
             return None
-        return await self._room.take(UNDECLARED_BODY if declared is None else declared)
+        return await self._room.take(COPIES * (UNDECLARED_BODY if declared is None else declared))
 
     async def _reply(self, session: Session, kind: str, event: Event, context: _Context) -> bool:
         """Feed one event and carry out what follows; whether the stream is to end."""
@@ -254,6 +260,10 @@ class ExtProc:
             actions = session.feed(answer)
         if kind == "request_body":
             self._sink.decided(time.perf_counter() - began)
+        return await self._write(kind, actions, context)
+
+    async def _write(self, kind: str, actions: list[Action], context: _Context) -> bool:
+        """Carry out the actions; whether the stream is to end."""
         left = False
         for action in self._carry_out(actions):
             if isinstance(action, Leave):

@@ -39,6 +39,10 @@ class Unavailable(msgspec.Struct, frozen=True):
     """The store could not answer and the policy is to refuse."""
 
 
+class Crowded(msgspec.Struct, frozen=True):
+    """There is no room for the request's body now."""
+
+
 class ResponseHeaders(msgspec.Struct, frozen=True):
     """The answer began. ``upstream`` is the address that sent it ("" where unknown), ``details`` Envoy's
     response code details ("" where unknown): anything but ``via_upstream`` is an answer of Envoy's own."""
@@ -80,6 +84,7 @@ Event = (
     | Admitted
     | Denied
     | Unavailable
+    | Crowded
     | ResponseHeaders
     | ResponseBody
     | ResponseTrailers

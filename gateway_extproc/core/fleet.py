@@ -93,9 +93,6 @@ class View(msgspec.Struct, frozen=True):
 
     models: Mapping[str, tuple[Pod, ...]]
 
-    def by_address(self, model: str, address: str) -> Pod | None:
-        return next((pod for pod in self.models.get(model, ()) if pod.address == address), None)
-
 
 class Member(msgspec.Struct):
     """A configured pod's state. ``models`` is what it last named, ``polled`` whether a first poll has ended."""
@@ -146,7 +143,7 @@ class Fleet:
                     members[spec.address] = known
                     continue
                 load = known.load if known is not None else Load()
-                models = spec.models or (known.models if known is not None else ())
+                models = tuple(dict.fromkeys(spec.models or ())) or (known.models if known is not None else ())
                 pod = Pod(spec.name, spec.address, load, spec.api_key, spec.path_prefix)
                 member = Member(spec, load, models, pod)
                 if known is not None and known.spec.models == spec.models:

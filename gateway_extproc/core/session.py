@@ -37,6 +37,7 @@ from .events import (
     Ask,
     Closed,
     Continue,
+    Crowded,
     Drain,
     Event,
     Headers,
@@ -323,6 +324,9 @@ class Session:
     def _on_unavailable(self, _: Unavailable) -> list[Action]:
         return self._refuse(refusals.limits_unavailable())
 
+    def _on_crowded(self, _: Crowded) -> list[Action]:
+        return self._refuse(refusals.overloaded("Too many large requests at once."))
+
     def _route(self) -> list[Action]:
         """The request may go: choose, and say where to."""
         world, admission = self._world, self._admission
@@ -388,8 +392,10 @@ class Session:
             nowhere = any(reason in event.details for reason in _NOT_SENT)
             unconnected = any(reason in event.details for reason in _NOT_CONNECTED)
             self._took = not (nowhere or unconnected)
-            if nowhere or not (unconnected or "reset" in event.details):
-                return []  # Envoy's own doing, a time-out, or the client's fault: says nothing about connections
+            if not unconnected:
+                # Envoy's own doing, a time-out, the client's fault, or a connection that a request itself may have
+                # ended: one that crashes pods must not take all of them out for the others.
+                return []
             return [Suspect(tuple(pod.address for pod in lease.pods), event.details)]
         if not event.upstream or event.upstream == lease.pod.address:
             return []
@@ -624,6 +630,7 @@ _TABLE: Final[Mapping[tuple[_State, type], _Handler]] = {
     (_State.NEW, Closed): _S._on_closed_over,
     (_State.NEW, Drain): _S._on_nothing,
     (_State.BODY, RequestBody): _S._on_body,
+    (_State.BODY, Crowded): _S._on_crowded,
     (_State.BODY, ResponseHeaders): _S._on_early_answer,
     (_State.BODY, Closed): _S._on_closed_early,
     (_State.BODY, Drain): _S._on_nothing,

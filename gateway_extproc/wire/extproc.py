@@ -38,7 +38,7 @@ METHOD: Final = "Process"
 NODE_METADATA: Final = "x-gateway-node"
 #: Longest time in seconds that a request waits for room for its body before the gateway answers; the bootstrap's
 #: message time-out is longer.
-BODY_WAIT: Final = 5.0
+BODY_WAIT: Final = 10.0
 
 _BODY_MODES: Final[Mapping[int, BodyMode]] = {
     ext_proc_mode_pb2.ProcessingMode.NONE: "none",

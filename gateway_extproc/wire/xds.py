@@ -24,7 +24,7 @@ METHOD: Final = "DeltaAggregatedResources"
 TYPES: Final = (CLUSTER, ENDPOINTS, ROUTES)
 #: Most resource names that one Envoy may subscribe to.
 SUBSCRIPTIONS: Final = 100_000
-#: A resource an Envoy kept from an earlier stream, in a version that is not ours.
+#: A resource that an Envoy has, or may have, in a version that is not known here.
 _OLDER: Final = Resource("", b"")
 
 
@@ -36,7 +36,8 @@ class _Type:
     """One resource type of one stream."""
 
     __slots__ = (
-        "acknowledged", "again", "batch", "had", "nonce", "pending", "refused", "requested", "sent", "wanted", "wildcard"
+        "acknowledged", "again", "batch", "had", "nonce", "pending", "refused", "requested", "sent", "wanted",
+        "wildcard",
     )  # fmt: skip
 
     def __init__(self) -> None:
@@ -86,7 +87,8 @@ class _Type:
         wanted, acknowledged = self.wanted.get(name), self.acknowledged.get(name)
         if wanted is None or self.refused.get(name) == wanted.version:
             return True
-        return acknowledged is not None and acknowledged.version == wanted.version
+        on_its_way = name in self.again or (self.pending is not None and name in self.pending)
+        return acknowledged is not None and acknowledged.version == wanted.version and not on_its_way
 
     def forget(self, name: str) -> None:
         """Envoy does not want this any more, and has dropped it."""
@@ -167,11 +169,15 @@ class DeltaStream:
             self.refusals.append((request.type_url, request.error_detail.message))
             kind.batch = max(1, len(offered) // 2)
             for name, resource in offered.items():
+                before = kind.acknowledged.get(name)
                 if len(offered) == 1:
                     kind.refused[name] = resource.version
+                elif kind.subscribes(name):
+                    # Envoy may have taken it, and refused the response because of another.
+                    kind.again.add(name)
+                    before = before or _OLDER
                 if kind.subscribes(name):
-                    # What it had before is still in use.
-                    kind.sent[name] = kind.acknowledged.get(name)
+                    kind.sent[name] = before
             return
         kind.batch = min(SUBSCRIPTIONS, 2 * kind.batch)
         for name, resource in offered.items():
@@ -188,7 +194,8 @@ class DeltaStream:
             # A cluster goes only when no route that Envoy uses points to it.
             gone = self._unused(removed) if removed else []
             found += self._response(CLUSTER, clusters, added, gone)
-            for name, resource in (clusters.pending or {}).items():
+            sent: dict[str, Resource | None] = clusters.pending or {}
+            for name, resource in sent.items():
                 # A changed cluster waits for endpoints, also for those that Envoy has and does not ask for again.
                 # Until they come, for 15 s, it acknowledges no cluster.
                 if resource is not None and resource != clusters.acknowledged.get(name):

@@ -550,7 +550,7 @@ def test_an_invalid_file_is_reported_and_the_old_one_taken(system: Shared) -> No
 def test_a_change_that_only_a_start_can_take_up_is_told_and_the_rest_is_taken_up(system: Shared) -> None:
     system.reconfigure(limits={"max_body_bytes": "64MiB"}, users=[{"name": "rest", "rpm": 7}])
     assert "limits.max_body_bytes" in system.gateway.output()
-    assert system.admin("/admin/config")["limits"]["max_body_bytes"] == 32 * 1024 * 1024
+    assert system.admin("/admin/config")["limits"]["max_body_bytes"] == "32MiB"
     assert system.chat(user="rest").headers["x-ratelimit-limit-requests"] == "7"
 
 
