@@ -24,7 +24,10 @@ def _parser() -> argparse.ArgumentParser:
     serve = commands.add_parser("serve", help="run the gateway", description="Run the gateway until SIGTERM or SIGINT.")
     serve.add_argument("--config", type=Path, required=True, metavar="FILE", help="the configuration file")
 
-    demo = commands.add_parser("demo", help="run the whole system on this machine")
+    demo = commands.add_parser(
+        "demo", help="run the whole system on this machine",
+        description="Run Envoy, Valkey, the gateway and simulated pods on this machine until Ctrl-C.",
+    )  # fmt: skip
     demo.add_argument("--config", type=Path, metavar="FILE", help="users and limits instead of the demo's")
     demo.add_argument("--port", type=_port, default=8888, help="where clients connect; 0: any free one (default 8888)")
     demo.add_argument("--admin-port", type=_port, default=9090, help="the admin side; 0: any (default 9090)")
@@ -38,10 +41,14 @@ def _parser() -> argparse.ArgumentParser:
     # Listed here for --help; main() hands over before parsing, since its options live with the simulator.
     commands.add_parser("pod", help="run one simulated pod", add_help=False)
 
-    check = commands.add_parser("check", help="validate a configuration file and print what it amounts to")
+    check = commands.add_parser(
+        "check", help="validate a configuration file", description="Validate a configuration file, and print all of it."
+    )
     check.add_argument("--config", type=Path, required=True, metavar="FILE", help="the configuration file")
 
-    envoy = commands.add_parser("envoy", help="print Envoy's bootstrap for a configuration file")
+    envoy = commands.add_parser(
+        "envoy", help="print Envoy's bootstrap", description="Print Envoy's bootstrap for a configuration file."
+    )
     envoy.add_argument("--config", type=Path, required=True, metavar="FILE", help="the configuration file")
     return parser
 

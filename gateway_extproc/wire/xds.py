@@ -114,7 +114,7 @@ class DeltaStream:
         for type_url, kind in self._types.items():
             kind.wanted = resources[type_url]
             kind.refused = {name: version for name, version in kind.refused.items() if name in kind.wanted}
-            kind.again &= kind.wanted.keys()
+            kind.again &= kind.wanted.keys() | kind.sent.keys()
 
     def received(self, request: DeltaDiscoveryRequest) -> None:
         """Take a request: a subscription, an acknowledgement, a refusal. Raises Rejected."""

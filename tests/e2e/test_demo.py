@@ -354,7 +354,8 @@ def test_a_port_in_use_is_named_in_one_line(tmp_path: Path, option: str) -> None
         port = str(taken.getsockname()[1])
         with running(tmp_path, option, port) as started:
             assert started.ended() == 3
-            assert started.stderr == f"gateway-extproc demo: port {port} is not to be had: it is in use\n"
+            why = "it is in use; choose others with --port and --admin-port"
+            assert started.stderr == f"gateway-extproc demo: port {port} is not to be had: {why}\n"
             assert list(started.temporary.iterdir()) == []
 
 

@@ -553,4 +553,4 @@ class AnyOrder(RuleBasedStateMachine):
 
 
 TestAnyOrder = AnyOrder.TestCase
-TestAnyOrder.settings = settings(max_examples=3000, stateful_step_count=20, deadline=None)
+TestAnyOrder.settings = settings(max_examples=600, stateful_step_count=20, deadline=None)
