@@ -156,7 +156,8 @@ class Ports:
             held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             held.bind((host, port))
         except OSError as error:
-            why = "it is in use; choose others with --port and --admin-port" if error.errno == errno.EADDRINUSE else error.strerror
+            in_use = "it is in use; choose others with --port and --admin-port"
+            why = in_use if error.errno == errno.EADDRINUSE else error.strerror
             raise Unavailable(f"port {port} is not to be had: {why}") from error
         found: int = held.getsockname()[1]
         if sys.platform != "linux":

@@ -169,15 +169,12 @@ class DeltaStream:
             self.refusals.append((request.type_url, request.error_detail.message))
             kind.batch = max(1, len(offered) // 2)
             for name, resource in offered.items():
-                before = kind.acknowledged.get(name)
                 if len(offered) == 1:
                     kind.refused[name] = resource.version
-                elif kind.subscribes(name):
-                    # Envoy may have taken it, and refused the response because of another.
-                    kind.again.add(name)
-                    before = before or _OLDER
                 if kind.subscribes(name):
-                    kind.sent[name] = before
+                    # Alone, it is as if it had not been sent. Of several, Envoy may have taken this one.
+                    kind.sent[name] = kind.acknowledged.get(name, None if len(offered) == 1 else _OLDER)
+                    kind.again.add(name)
             return
         kind.batch = min(SUBSCRIPTIONS, 2 * kind.batch)
         for name, resource in offered.items():

@@ -9,9 +9,9 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,12 @@ class Shared(System):
     def __init__(self) -> None:
         super().__init__(
             [["--model", M], ["--model", M], ["--model", "lone", "--gpu", "l20"]],
-            {"routing": {"expose": True}, "users": [{"name": "limited", "tpm": 10_000_000}]},
+            {
+                "routing": {"expose": True},
+                "users": [{"name": "limited", "tpm": 10_000_000}],
+                # So long can a test hold a request that is being decided.
+                "store": {"timeout": "3s"},
+            },
         )
         self._base = json.dumps(self.settings)
         self._pods = len(self.pods)
@@ -142,25 +147,6 @@ def answers(port: int, path: str = "/health") -> bool:
         return request(port, "GET", path).status == 200
     except (OSError, http.client.HTTPException):
         return False
-
-
-class Upload:
-    """A request whose body is still on its way: the gateway has its headers, and can't decide yet."""
-
-    def __init__(self, system: Shared) -> None:
-        self._connection = http.client.HTTPConnection("127.0.0.1", system.port, timeout=DEADLINE)
-        body = json.dumps(chat()).encode()
-        self._connection.putrequest("POST", "/v1/chat/completions")
-        self._connection.putheader("content-length", str(len(body)))
-        self._connection.endheaders(body[:10])
-        self._rest = body[10:]
-        until(lambda: system.metric("gateway_requests_in_flight") == 1)
-
-    def finish(self) -> Reply:
-        self._connection.send(self._rest)
-        answer = self._connection.getresponse()
-        with contextlib.closing(self._connection):
-            return Reply(answer.status, {k.lower(): v for k, v in answer.getheaders()}, answer.read())
 
 
 @pytest.fixture(scope="module")
@@ -341,16 +327,26 @@ def test_a_gateway_that_is_killed_costs_at_most_what_it_was_deciding_then(system
 
 def test_a_request_that_comes_while_the_gateway_is_away_waits_for_it(system: Shared) -> None:
     system.stop_gateway()
-    replies: list[Reply] = []
-    asking = threading.Thread(target=lambda: replies.append(system.chat()))
-    asking.start()
-    try:
+    with ThreadPoolExecutor(1) as threads:
+        asked = threads.submit(system.chat)
         until(lambda: envoy_counter(system, "cluster.gateway.upstream_rq_retry"), "Envoy tries to reach it")
-        assert not replies
+        assert not asked.done()
         system.gateway.start()
-    finally:
-        asking.join(DEADLINE)
-    assert [reply.status for reply in replies] == [200]
+        assert asked.result().status == 200
+
+
+def test_a_body_that_comes_slowly_may_take_longer_than_a_restart(system: Shared) -> None:
+    body = json.dumps(chat()).encode()
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", system.port, timeout=DEADLINE)) as connection:
+        connection.putrequest("POST", "/v1/chat/completions")
+        connection.putheader("content-length", str(len(body)))
+        connection.endheaders(body[:10])
+        until(lambda: envoy_counter(system, "http.clients.downstream_rq_active"), "Envoy has its beginning")
+        system.stop_gateway()
+        system.gateway.start()
+        system.wait_until_served()
+        connection.send(body[10:])
+        assert connection.getresponse().status == 200
 
 
 def envoy_counter(system: Shared, name: str) -> int:
@@ -497,20 +493,27 @@ def test_a_gateway_is_not_serving_before_its_pods_were_polled_and_requests_wait(
 
 
 def test_a_gateway_that_drains_says_so_and_still_decides_what_it_has_begun(system: Shared) -> None:
-    upload = Upload(system)
-    with channel(system) as to:
+    assert system.valkey is not None
+    with channel(system) as to, ThreadPoolExecutor(1) as threads:
         watch: Any = to.unary_stream(
             "/grpc.health.v1.Health/Watch",
             request_serializer=HealthCheckRequest.SerializeToString,
             response_deserializer=HealthCheckResponse.FromString,
         )(HealthCheckRequest(), timeout=DEADLINE)
         assert next(watch).status == HealthCheckResponse.SERVING
-        system.gateway.signal(signal.SIGTERM)
-        assert next(watch).status == HealthCheckResponse.NOT_SERVING
-        answer = readyz(system)
-        assert (answer.status, answer.json["parts"]["draining"]) == (503, True)
+        system.valkey.pause()
+        try:
+            asked = threads.submit(system.chat, user="limited")
+            until(lambda: system.metric("gateway_requests_in_flight") == 1, "the store is asked")
+            system.gateway.signal(signal.SIGTERM)
+            assert next(watch).status == HealthCheckResponse.NOT_SERVING
+            answer = readyz(system)
+            assert (answer.status, answer.json["parts"]["draining"]) == (503, True)
+            assert not asked.done()
+        finally:
+            system.valkey.resume()
         watch.cancel()
-    assert upload.finish().status == 200
+        assert asked.result().status == 200
     assert system.gateway.wait() == 0
 
 

@@ -57,6 +57,8 @@ from tests.system import DEADLINE, Process, Reply, free_port, request, until
 from tests.valkey import Valkey
 
 FIRST_RUN = "tests/e2e/test_first_run.py::"
+#: What needs an engine; tests/e2e/test_compose.py runs the same services without one.
+DOCKER = "tests/docker/test_compose_docker.py::"
 
 #: What runs each command that a document holds: a test of this file or another, or a line of CI's script.
 RUN_BY = {
@@ -70,6 +72,8 @@ RUN_BY = {
     r"gateway-extproc serve --config \S+": "test_what_the_readme_starts_serves_the_example_configuration",
     r"envoy -c \S+ --disable-hot-restart": "test_what_the_readme_starts_serves_the_example_configuration",
     r"gateway-extproc \w+": "test_the_program_has_every_command_that_is_named",
+    r"docker compose up --build": DOCKER + "test_the_three_curls_of_the_readme_work_as_they_are",
+    r"docker compose up -d --scale pod=\d": DOCKER + "test_scaled_pods_are_found_by_dns_and_no_request_fails",
     # on a fresh clone
     r"make test( ARGS='tests/core -k window -x')?": FIRST_RUN + "test_the_tests_run",
     r"make (proto|format)": FIRST_RUN + "test_what_is_made_is_as_it_was_checked_in",
