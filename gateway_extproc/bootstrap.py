@@ -150,7 +150,7 @@ def _http(settings: Bootstrap) -> dict[str, Any]:
     # nothing, and it decides how many bodies it takes at once.
     buffer = _filter("buffer", "extensions.filters.http.buffer.v3.Buffer")
     buffer["typed_config"]["max_request_bytes"] = settings.max_body_bytes
-    filters = [buffer, _ext_proc(settings), router]
+    filters = [_unless_tunnel(buffer), _ext_proc(settings), router]
     if settings.cors:
         filters.insert(0, _filter("cors", "extensions.filters.http.cors.v3.Cors"))
     return {
@@ -194,6 +194,30 @@ def _http(settings: Bootstrap) -> dict[str, Any]:
 
 def _filter(name: str, kind: str) -> dict[str, Any]:
     return {"name": f"envoy.filters.http.{name}", "typed_config": {"@type": _T + kind}}
+
+
+def _unless_tunnel(inner: dict[str, Any]) -> dict[str, Any]:
+    """A filter that is left out for CONNECT: what follows its headers is no body, and has no end to wait for."""
+    method = {
+        "name": "method",
+        "typed_config": {"@type": _T + "type.matcher.v3.HttpRequestHeaderMatchInput", "header_name": ":method"},
+    }
+    skip = {
+        "name": "skip",
+        "typed_config": {"@type": _T + "extensions.filters.common.matcher.action.v3.SkipFilter"},
+    }
+    matcher = {
+        "predicate": {"single_predicate": {"input": method, "value_match": {"exact": "CONNECT"}}},
+        "on_match": {"action": skip},
+    }
+    return {
+        "name": inner["name"],
+        "typed_config": {
+            "@type": _T + "extensions.common.matching.v3.ExtensionWithMatcher",
+            "extension_config": inner,
+            "xds_matcher": {"matcher_list": {"matchers": [matcher]}},
+        },
+    }
 
 
 def _ext_proc(settings: Bootstrap) -> dict[str, Any]:

@@ -116,7 +116,7 @@ def test_a_wheel_holds_the_whole_package_with_its_data_and_nothing_else(tmp_path
     with zipfile.ZipFile(wheel) as archive:
         held = {name for name in archive.namelist() if ".dist-info/" not in name}
         (entry_points,) = (name for name in archive.namelist() if name.endswith("entry_points.txt"))
-        assert "gateway-extproc = gateway_extproc.cli:main" in archive.read(entry_points).decode()
+        assert "gateway-extproc = gateway_extproc.cli:entry" in archive.read(entry_points).decode()
     assert held == expected
     suffixes = {Path(name).suffix for name in held}
     assert {".py", ".pyi", ".lua"} <= suffixes

@@ -164,7 +164,9 @@ class ExtProc:
             # One that is not reading looks by itself once its reply is out. A read that was cancelled can't be made
             # again, so only who is sure to leave is woken.
             session = self._streams[task]
-            if not (session.deciding or session.holding or task in self._leaving):
+            if session.holding:
+                session.feed(Drain())  # so that the next bytes of the answer take along those held back
+            elif not (session.deciding or task in self._leaving):
                 self._leaving.add(task)
                 task.cancel()
 

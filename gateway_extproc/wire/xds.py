@@ -84,11 +84,11 @@ class _Type:
 
     def has(self, name: str) -> bool:
         """Whether Envoy uses this resource as it is wanted, or never will."""
-        wanted, acknowledged = self.wanted.get(name), self.acknowledged.get(name)
+        wanted, sent = self.wanted.get(name), self.sent.get(name)
         if wanted is None or self.refused.get(name) == wanted.version:
             return True
         on_its_way = name in self.again or (self.pending is not None and name in self.pending)
-        return acknowledged is not None and acknowledged.version == wanted.version and not on_its_way
+        return sent is not None and sent.version == wanted.version and not on_its_way
 
     def forget(self, name: str) -> None:
         """Envoy does not want this any more, and has dropped it."""
@@ -172,9 +172,8 @@ class DeltaStream:
                 if len(offered) == 1:
                     kind.refused[name] = resource.version
                 if kind.subscribes(name):
-                    # Alone, it is as if it had not been sent. Of several, Envoy may have taken this one.
-                    kind.sent[name] = kind.acknowledged.get(name, None if len(offered) == 1 else _OLDER)
-                    kind.again.add(name)
+                    # What it had before is still in use; or it took this one, and refused the response for another.
+                    kind.sent[name] = _OLDER
             return
         kind.batch = min(SUBSCRIPTIONS, 2 * kind.batch)
         for name, resource in offered.items():
@@ -191,12 +190,6 @@ class DeltaStream:
             # A cluster goes only when no route that Envoy uses points to it.
             gone = self._unused(removed) if removed else []
             found += self._response(CLUSTER, clusters, added, gone)
-            sent: dict[str, Resource | None] = clusters.pending or {}
-            for name, resource in sent.items():
-                # A changed cluster waits for endpoints, also for those that Envoy has and does not ask for again.
-                # Until they come, for 15 s, it acknowledges no cluster.
-                if resource is not None and resource != clusters.acknowledged.get(name):
-                    endpoints.again.add(name)
         if endpoints.pending is None:
             # An assignment goes with its cluster, when Envoy gives up its subscription.
             found += self._response(ENDPOINTS, endpoints, endpoints.changes()[0], [])
@@ -233,6 +226,10 @@ class DeltaStream:
             item = response.resources.add(name=name, version=resource.version)
             item.resource.type_url = type_url
             item.resource.value = resource.value
+            if type_url == CLUSTER and kind.sent.get(name) != resource:
+                # A changed cluster waits for endpoints, also for those that Envoy has and does not ask for again. Until
+                # they come, for 15 s, it acknowledges no cluster.
+                self._types[ENDPOINTS].again.add(name)
             kind.pending[name] = kind.sent[name] = resource
             kind.again.discard(name)
         for name in removed:

@@ -238,7 +238,7 @@ async def _many(system: System, count: int, body: bytes) -> Counter[int]:
     return statuses
 
 
-@pytest.mark.parametrize("size", [1 << 20, pytest.param(8 << 20, marks=pytest.mark.long)])
+@pytest.mark.parametrize("size", [1 << 19, pytest.param(8 << 20, marks=pytest.mark.long)])
 async def test_500_large_bodies_at_once_are_served_or_refused_and_memory_is_bounded(size: int) -> None:
     config = {
         "limits": {"max_body_bytes": 2 * size, "bodies_in_memory": 8 * size},
@@ -250,10 +250,11 @@ async def test_500_large_bodies_at_once_are_served_or_refused_and_memory_is_boun
         statuses = await _many(system, 500, body[:-1] + b" " * (size - len(body)) + b"}")
         assert statuses[200] > 0
         assert statuses.total() == 500
-        print({p.name: (memory(p.pid)-before[p])>>20 for p in before}, statuses)
-        assert memory(system.gateway.pid) - before[system.gateway] < 8 * size + (32 << 20)
-        # What was on its way when the heap was full comes on top: Envoy ends no HTTP/1 request for others' sake.
-        assert memory(system.envoy.pid) - before[system.envoy] < HEAP + 500 * size
+        assert statuses[0] == 0 or 500 * size > HEAP
+        # Twice the room: allocators keep some of what was given back.
+        assert memory(system.gateway.pid) - before[system.gateway] < 2 * 8 * size + (32 << 20)
+        # What was on its way when the heap was full comes on top.
+        assert memory(system.envoy.pid) - before[system.envoy] < HEAP + 250 * size
         at_rest(system)
         until(lambda: system.chat().status == 200, "served again")
 
@@ -522,9 +523,7 @@ def test_an_empty_or_foreign_host_is_served(system: System) -> None:
 def test_a_client_that_does_not_finish_its_head_is_sent_away(system: System) -> None:
     with Raw(system.port) as raw:
         raw.send(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\n")
-        reply = raw.reply()
-        assert reply is not None
-        assert reply.error["code"] in ("invalid_value", "upstream_timeout")
+        _refused(system, raw.reply(), 400, "invalid_value")
         assert raw.rest() == b""
 
 

@@ -340,7 +340,7 @@ def test_pods_that_come_and_go_by_dns_are_followed_and_no_request_fails(tmp_path
 
         # A name that goes before its container.
         started.know([1, 2])
-        until(lambda: "pod@" + started.address("pod") not in names(started), "the pod is gone", SOON)
+        until(lambda: f"{started.address('pod')}:8000" not in addresses(started), "the pod is gone", SOON)
         load.more(8)  # what was decided before is answered now
         before = started.served(0)
         load.more(50)
@@ -362,8 +362,8 @@ def test_pods_that_come_and_go_by_dns_are_followed_and_no_request_fails(tmp_path
         until(lambda: started.ask(*ask).status == 200, "the model is back", SOON)
 
 
-def names(started: Deployment) -> set[str]:
-    return {pod["name"] for pod in started.ask("gateway", 9090, "GET", "/admin/pods").json}
+def addresses(started: Deployment) -> set[str]:
+    return {pod["address"] for pod in started.ask("gateway", 9090, "GET", "/admin/pods").json}
 
 
 @linux

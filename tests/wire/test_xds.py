@@ -229,8 +229,9 @@ def test_what_is_given_up_is_not_sent_any_more() -> None:
 
 def test_the_end_of_a_wildcard_leaves_what_was_named() -> None:
     talk = Talk(wanted("ab")).set_up("a", "b")
-    assert talk.says(request(CLUSTER, cluster_name("a"))) == ["clusters +a=1"]
+    assert talk.says(request(CLUSTER, cluster_name("a"))) == ["clusters +a=1", "endpoints +a=1"]
     talk.takes(CLUSTER)
+    talk.takes(ENDPOINTS)
     assert talk.says(request(CLUSTER, gone=["*"])) == []
     assert talk.wants(wanted({"a": "2/1", "b": "2/1"})) == ["clusters +a=2", "endpoints +a=1"]
 
@@ -300,7 +301,8 @@ def test_a_model_that_was_refused_is_tried_again_when_it_comes_back() -> None:
     talk.refuses(CLUSTER)
     talk.takes(ROUTES)
     assert talk.wants(wanted("")) == ["routes +gateway=r:"]
-    talk.takes(ROUTES)
+    assert talk.takes(ROUTES) == ["clusters -a"]  # It may have taken it: a refusal is of a response as a whole.
+    talk.takes(CLUSTER)
     assert talk.wants(wanted({"a": "bad"})) == ["clusters +a=bad"]
 
 
@@ -516,8 +518,10 @@ class AnyOrder(RuleBasedStateMachine):
 
     @invariant()
     def what_is_routable_envoy_can_route(self) -> None:
-        """Nothing is on its way: then what the gateway believes is so."""
-        if self.stream.known and not self.envoy.outbox and not self.envoy.inbox:
+        """Nothing is on its way, and its routes are not of before the gateway started: what we believe is so."""
+        route = self.resources[ROUTES][ROUTE_CONFIGURATION].version
+        current = self.envoy.has[ROUTES].get(ROUTE_CONFIGURATION) == route
+        if self.stream.known and current and not self.envoy.outbox and not self.envoy.inbox:
             for model in self.stream.routable():
                 assert cluster_name(model) in self.envoy.has[CLUSTER]
                 assert cluster_name(model) in self.envoy.has[ENDPOINTS]
@@ -553,4 +557,4 @@ class AnyOrder(RuleBasedStateMachine):
 
 
 TestAnyOrder = AnyOrder.TestCase
-TestAnyOrder.settings = settings(max_examples=600, stateful_step_count=20, deadline=None)
+TestAnyOrder.settings = settings(max_examples=200, stateful_step_count=20, deadline=None)
