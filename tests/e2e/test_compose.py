@@ -372,7 +372,7 @@ def test_a_name_server_that_fails_takes_no_pod_away(tmp_path: Path) -> None:
         started.names.failing = True
         asked = started.names.asked["pod"]
         until(lambda: started.names.asked["pod"] > asked + 2, "it was asked again")
-        assert len(names(started)) == 2
+        assert len(addresses(started)) == 2
         load.more(20)
         assert load.wrong == []
 
