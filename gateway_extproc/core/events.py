@@ -15,8 +15,6 @@ from .refusal import Refusal
 from .store import Admission, Admitted, Denied, Settlement
 
 Headers = list[tuple[str, bytes]]
-#: How Envoy's filter was configured to send request bodies.
-BodyMode = Literal["none", "buffered", "other"]
 
 
 # --- events ----------------------------------------------------------------------------------------------------------
@@ -27,7 +25,6 @@ class RequestHeaders(msgspec.Struct, frozen=True):
 
     headers: Headers
     end: bool
-    body_mode: BodyMode = "buffered"
 
 
 class RequestBody(msgspec.Struct, frozen=True):
@@ -97,9 +94,7 @@ Event = (
 
 
 class Continue(msgspec.Struct, frozen=True):
-    """Go on unchanged. ``want_body``: ask Envoy to buffer the request's body and send it."""
-
-    want_body: bool = False
+    """Go on unchanged. After request headers: with the whole body, however the filter was configured."""
 
 
 class Ask(msgspec.Struct, frozen=True):

@@ -226,7 +226,7 @@ class Session:
             return self._refuse(refusals.unknown_strategy(strategy, tuple(STRATEGIES)))
         self._strategy = strategy
         self._state = _State.BODY
-        return [Continue(want_body=event.body_mode != "buffered")]
+        return [Continue()]
 
     def _take_headers(self, headers: Headers) -> str | None:
         """Keep the headers by name; the first name that came twice and must not."""

@@ -13,7 +13,6 @@ from typing import Final
 from ..core.events import (
     Action,
     Answer,
-    BodyMode,
     Continue,
     Event,
     Headers,
@@ -40,10 +39,16 @@ NODE_METADATA: Final = "x-gateway-node"
 #: message time-out is longer.
 BODY_WAIT: Final = 10.0
 
-_BODY_MODES: Final[Mapping[int, BodyMode]] = {
-    ext_proc_mode_pb2.ProcessingMode.NONE: "none",
-    ext_proc_mode_pb2.ProcessingMode.BUFFERED: "buffered",
-}
+#: Ways of the filter to send request bodies in which a reply can ask for the whole body instead. In the others Envoy
+#: expects replies of another kind.
+_BODY_MODES: Final = frozenset(
+    {
+        ext_proc_mode_pb2.ProcessingMode.NONE,
+        ext_proc_mode_pb2.ProcessingMode.BUFFERED,
+        ext_proc_mode_pb2.ProcessingMode.STREAMED,
+        ext_proc_mode_pb2.ProcessingMode.BUFFERED_PARTIAL,
+    }
+)
 _OVERWRITE: Final = core_pb2.HeaderValueOption.OVERWRITE_IF_EXISTS_OR_ADD
 _SEND: Final = ext_proc_mode_pb2.ProcessingMode.SEND
 #: What `response_attributes` of our filter carries: who answered, and in which way (Envoy's attributes reference).
@@ -53,7 +58,7 @@ RESPONSE_ATTRIBUTES: Final = (UPSTREAM_ADDRESS, CODE_DETAILS)
 
 
 class UnknownMessage(Exception):
-    """A message without a request in it, or of a kind we do not know."""
+    """A message without a request in it, of a kind we do not know, or of a filter in a mode that we do not serve."""
 
 
 def decode(message: ProcessingRequest) -> tuple[str, Event]:
@@ -61,10 +66,11 @@ def decode(message: ProcessingRequest) -> tuple[str, Event]:
     kind = message.WhichOneof("request")
     if kind == "request_headers":
         part = message.request_headers
-        mode: BodyMode = "buffered"
         if message.HasField("protocol_config"):
-            mode = _BODY_MODES.get(message.protocol_config.request_body_mode, "other")
-        return kind, RequestHeaders(_headers(part.headers), part.end_of_stream, mode)
+            mode = message.protocol_config.request_body_mode
+            if mode not in _BODY_MODES:
+                raise UnknownMessage(f"request_body_mode {mode} of Envoy's filter is not served: make it BUFFERED")
+        return kind, RequestHeaders(_headers(part.headers), part.end_of_stream)
     if kind == "request_body":
         body = message.request_body
         return kind, RequestBody(body.body, body.end_of_stream)

@@ -510,7 +510,8 @@ def big(room: Room, requests: int = 1) -> str:
     return str(room._size // grpc_server.COPIES // requests)
 
 
-async def test_a_body_waits_in_envoy_until_there_is_room() -> None:
+async def test_a_body_waits_in_envoy_until_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grpc_server, "BODY_HOLD", 10 * DEADLINE)
     async with gateway(room=4 << 20) as to:
         first, second = to.open(), to.open()
         await first.through(asks(content_length=big(to.room)))
@@ -658,16 +659,17 @@ async def test_requests_are_held_until_the_gateway_is_ready() -> None:
     async with gateway() as to:
         to.ready.clear()
         stream, gone = to.open(), to.open()
-        await stream.send(asks())
-        await gone.send(asks())
+        await stream.send(asks("/nothing"))
+        await gone.send(asks("/nothing"))
         await until(lambda: to.service.streams == 2)
         gone.reset()
         await until(lambda: to.service.streams == 1)
-        answer = asyncio.create_task(stream.receive())
+        assert to.sink.outcomes == []
         to.ready.set()
-        assert (await answer).WhichOneof("response") == "request_headers"
+        assert immediate(await stream.receive())[0] == 404
         stream.reset()
         await to.over()
+        assert to.sink.reasons == ["unknown_url"]
 
 
 async def test_an_envoy_is_given_what_it_acknowledged() -> None:

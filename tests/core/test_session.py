@@ -558,12 +558,6 @@ def test_what_follows_a_refusal_is_let_through_until_the_stream_ends() -> None:
 # --- the body ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("mode", "wanted"), [("buffered", False), ("none", True), ("other", True)])
-def test_the_body_is_asked_for_where_envoy_does_not_send_it(mode: str, wanted: bool) -> None:
-    first = RequestHeaders(headers().headers, False, mode)  # type: ignore[arg-type]
-    assert Playbook() >> first << Continue(want_body=wanted)
-
-
 def test_a_body_may_come_in_pieces() -> None:
     whole = payload(max_tokens=4)
     play = Playbook(one_pod()) >> headers(user="alice")

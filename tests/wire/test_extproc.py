@@ -109,29 +109,28 @@ def test_a_header_told_as_text_counts_where_there_are_no_bytes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("mode", "expected"),
-    [
-        (ProcessingMode.NONE, "none"),
-        (ProcessingMode.BUFFERED, "buffered"),
-        (ProcessingMode.STREAMED, "other"),
-        (ProcessingMode.BUFFERED_PARTIAL, "other"),
-        (ProcessingMode.FULL_DUPLEX_STREAMED, "other"),
-        (99, "other"),
-    ],
+    "mode",
+    [ProcessingMode.NONE, ProcessingMode.BUFFERED, ProcessingMode.STREAMED, ProcessingMode.BUFFERED_PARTIAL],
 )
-def test_the_first_message_tells_how_bodies_will_come(mode: Any, expected: str) -> None:
+def test_a_filter_that_can_be_asked_for_whole_bodies_is_served(mode: Any) -> None:
     message = ProcessingRequest(request_headers=HttpHeaders())
     message.protocol_config.request_body_mode = mode
     _, event = extproc.decode(ProcessingRequest.FromString(message.SerializeToString()))
-    assert isinstance(event, RequestHeaders)
-    assert event.body_mode == expected
+    assert event == RequestHeaders([], False)
 
 
-def test_a_configuration_without_a_mode_means_that_no_body_comes() -> None:
+@pytest.mark.parametrize("mode", [ProcessingMode.FULL_DUPLEX_STREAMED, 99])
+def test_a_filter_in_a_mode_that_wants_other_replies_is_told_so(mode: Any) -> None:
+    message = ProcessingRequest(request_headers=HttpHeaders())
+    message.protocol_config.request_body_mode = mode
+    with pytest.raises(extproc.UnknownMessage, match="make it BUFFERED"):
+        extproc.decode(ProcessingRequest.FromString(message.SerializeToString()))
+
+
+def test_a_configuration_without_a_mode_means_none() -> None:
     message = ProcessingRequest(request_headers=HttpHeaders(), protocol_config=ProtocolConfiguration())
     _, event = extproc.decode(ProcessingRequest.FromString(message.SerializeToString()))
-    assert isinstance(event, RequestHeaders)
-    assert event.body_mode == "none"
+    assert event == RequestHeaders([], False)
 
 
 def struct(**texts: str) -> Struct:
@@ -242,13 +241,12 @@ def test_replies_that_change_nothing_are_shared_and_stay_as_they_are(kind: str) 
         extproc.encode(other, action)
     extproc.encode(kind, Refuse(refusal.internal_error(), {"a": "b"}))
     assert extproc.encode(kind, Continue()) is shared
-    assert extproc.encode(kind, Continue(want_body=True)) is shared
     assert extproc.encode(kind, Replace(None)) is shared
     assert shared.SerializeToString(deterministic=True) == before
 
 
 def test_a_request_that_may_go_on_shows_its_body_its_answer_and_its_end() -> None:
-    reply = extproc.encode("request_headers", Continue(want_body=True))
+    reply = extproc.encode("request_headers", Continue())
     assert reply.mode_override == ProcessingMode(
         request_body_mode=ProcessingMode.BUFFERED,
         response_header_mode=ProcessingMode.SEND,
@@ -342,12 +340,12 @@ def test_what_the_witness_sends_is_understood() -> None:
             end_of_stream=True,
         ),
         protocol_config=ext_proc_v3.ProtocolConfiguration(
-            request_body_mode=filter_v3.ProcessingModeBodySendMode.FULL_DUPLEX_STREAMED
+            request_body_mode=filter_v3.ProcessingModeBodySendMode.STREAMED
         ),
     )
     assert extproc.decode(ProcessingRequest.FromString(bytes(sent))) == (
         "request_headers",
-        RequestHeaders([(":path", b"/v1/x"), ("user", b"alice")], True, "other"),
+        RequestHeaders([(":path", b"/v1/x"), ("user", b"alice")], True),
     )
 
 
