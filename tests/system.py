@@ -117,7 +117,7 @@ class Process:
 
 class System:
     """``pods`` are options of simulated pods; ``config`` is laid over the configuration that the tests start from
-    (sections are merged). ``store``: with Valkey, or in memory."""
+    (sections are merged). ``store``: with Valkey, or in memory. ``change_bootstrap`` may change Envoy's."""
 
     def __init__(
         self,
@@ -125,6 +125,7 @@ class System:
         config: Mapping[str, Any] | None = None,
         *,
         store: bool = True,
+        change_bootstrap: Callable[[dict[str, Any]], object] = lambda bootstrap: None,
     ) -> None:
         self.directory = Path(tempfile.mkdtemp(prefix="gateway-"))
         self._parts = contextlib.ExitStack()
@@ -152,7 +153,9 @@ class System:
             bootstrap = self.directory / "envoy.yaml"
             made = subprocess.run([*command, "envoy", "--config", str(self.file)], capture_output=True, check=False)
             assert made.returncode == 0, made.stderr.decode()
-            bootstrap.write_bytes(made.stdout)
+            content = yaml.safe_load(made.stdout)
+            change_bootstrap(content)
+            bootstrap.write_text(yaml.safe_dump(content))
             self.gateway = self.run("gateway", [*command, "serve", "--config", str(self.file)])
             self.envoy = self.run(
                 "envoy",

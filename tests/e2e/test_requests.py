@@ -628,3 +628,16 @@ def test_clients_may_be_served_by_tls(system: System, tls: tuple[int, ssl.SSLCon
             assert link.selected_alpn_protocol() == protocol
     reply = ask(port, post())
     assert reply is None or reply.status == 400
+
+
+@pytest.mark.parametrize("mode", ["NONE", "STREAMED", "BUFFERED_PARTIAL"])
+def test_a_filter_that_sends_bodies_otherwise_is_asked_for_them(mode: str) -> None:
+    def change(bootstrap: dict[str, Any]) -> None:
+        http = bootstrap["static_resources"]["listeners"][0]["filter_chains"][0]["filters"][0]["typed_config"]
+        (ext_proc,) = (one for one in http["http_filters"] if one["name"].endswith(".ext_proc"))
+        ext_proc["typed_config"]["processing_mode"]["request_body_mode"] = mode
+
+    with System(store=False, change_bootstrap=change) as system:
+        answer = system.chat()
+        assert (answer.status, answer.json["object"]) == (200, "chat.completion")
+        assert system.post("/v1/chat/completions", b"no JSON").error["code"] == "invalid_json"
