@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import secrets
 import signal
 import sys
@@ -325,6 +326,9 @@ class Gateway:
             if serving and not self._ready.is_set():
                 self._ready.set()
                 self.health.set(True)
+                # What the start has made stays; without this each full collection would look at all of it again.
+                gc.collect()
+                gc.freeze()
                 log.info("ready", pods=len(self.fleet.members()))
             self._wake.clear()
             with contextlib.suppress(TimeoutError):
