@@ -25,7 +25,7 @@ from typing import NamedTuple
 import yaml
 
 from gateway_extproc.bootstrap import Bootstrap, build
-from tests.bench import load
+from tests.bench import load, own
 from tests.bench.backend import MODEL
 from tests.envoy import BINARY
 from tests.system import Process, System, free_port, request, until
@@ -189,6 +189,8 @@ def main() -> int:
         for connections in (1, 16):
             compare(found, connections, args.seconds, args.rounds)
         endure(found, system, args.seconds)
+    print()
+    own.main()
     return 0
 
 
