@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import os
 import secrets
 import signal
 import sys
@@ -198,14 +199,15 @@ class Gateway:
                 config.listen.grpc, handlers, config.limits.max_body_bytes, config.listen.tls
             )
         except PortInUse as error:
-            raise Unavailable(f"cannot listen on {config.listen.grpc} (listen.grpc): the address is in use") from error
+            raise Unavailable(f"cannot listen for listen.grpc on {error}") from error
         except OSError as error:
             raise Unavailable(f"cannot serve TLS on {config.listen.grpc}: {error}") from error
         try:
             self._admin, self.http_port = await admin.start(self._admin_app(), config.listen.http)
         except OSError as error:
-            reason = error.strerror or error
-            raise Unavailable(f"cannot listen on {config.listen.http} (listen.http): {reason}") from error
+            # Not strerror: asyncio writes a sentence of its own there.
+            reason = os.strerror(error.errno) if error.errno else error
+            raise Unavailable(f"cannot listen for listen.http on {config.listen.http}: {reason}") from error
         if isinstance(self.store, GuardedStore):
             self.store.start()
         else:
@@ -262,7 +264,8 @@ class Gateway:
         if self._admin is not None:
             await self._admin.cleanup()
         self._lines.flush()
-        log.info("stopped")
+        if self._watcher is not None:
+            log.info("stopped")
 
     # --- pods --------------------------------------------------------------------------------------------------------
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import socket
 import ssl
 import time
 from collections import deque
@@ -21,6 +23,7 @@ import grpc
 import grpc.aio
 import structlog
 
+from ..core.address import split_address
 from ..core.events import (
     Action,
     Ask,
@@ -302,7 +305,7 @@ class TLSFiles(Protocol):
 
 
 class PortInUse(Exception):
-    """The address cannot be listened on."""
+    """The address cannot be listened on; the message is the address and why."""
 
 
 async def serve(
@@ -310,6 +313,7 @@ async def serve(
 ) -> tuple[grpc.aio.Server, int]:
     """Start a server; it and its port (0 for a Unix socket). Raises PortInUse, and OSError for unreadable
     certificate files."""
+    _try(address)
     server = grpc.aio.server(
         handlers=handlers,
         options=[
@@ -332,9 +336,22 @@ async def serve(
             credentials = await asyncio.to_thread(_credentials, tls)
             port = server.add_secure_port(address, credentials)
     except RuntimeError as error:
-        raise PortInUse(address) from error
+        raise PortInUse(f"{address}: {error}") from error
     await server.start()
     return server, port
+
+
+def _try(address: str) -> None:
+    """Raises PortInUse where nothing can listen: asked first, because grpc writes to stderr by itself when it fails."""
+    if address.startswith("unix:"):
+        return
+    host, port = split_address(address)
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise PortInUse(f"{address}: {os.strerror(error.errno or 0)}") from error
 
 
 def _credentials(tls: TLSFiles) -> grpc.ServerCredentials:

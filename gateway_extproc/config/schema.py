@@ -135,7 +135,11 @@ class Envoy(Part, frozen=True, kw_only=True):
     )
     upstream_ca_file: Annotated[
         str,
-        about("Authorities for pods with `tls`, PEM. Empty: the system's.", or_empty(ENVOY_FILE)),
+        about(
+            "Authorities for pods with `tls`, PEM. Empty: `/etc/ssl/certs/ca-certificates.crt`, where Debian, "
+            "Alpine and Envoy's images keep the system's.",
+            or_empty(ENVOY_FILE),
+        ),
     ] = ""
 
 
