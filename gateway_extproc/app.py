@@ -133,7 +133,6 @@ class Gateway:
         self._server: Any = None
         self._admin: Any = None
         self.grpc_port = 0
-        self.http_port = 0
 
     def _new_id(self) -> str:
         self._admissions += 1
@@ -203,7 +202,7 @@ class Gateway:
         except OSError as error:
             raise Unavailable(f"cannot serve TLS on {config.listen.grpc}: {error}") from error
         try:
-            self._admin, self.http_port = await admin.start(self._admin_app(), config.listen.http)
+            self._admin, _ = await admin.start(self._admin_app(), config.listen.http)
         except OSError as error:
             # Not strerror: asyncio writes a sentence of its own there.
             reason = os.strerror(error.errno) if error.errno else error

@@ -347,7 +347,7 @@ def _overload(max_heap: int) -> dict[str, Any]:
         "actions": [
             {"name": "envoy.overload_actions.shrink_heap", "triggers": [trigger(0.85)]},
             {"name": "envoy.overload_actions.stop_accepting_requests", "triggers": [trigger(0.9)]},
-            # Bodies that were accepted keep coming, so refusing new ones is not enough: the largest go first.
+            # Bodies that were accepted keep coming, so refusing new ones is not enough: the largest are to go first.
             {
                 "name": "envoy.overload_actions.reset_high_memory_stream",
                 "triggers": [

@@ -27,10 +27,10 @@ import structlog
 from aiohttp import web
 
 from .. import __version__
+from ..core.address import split_address
 from ..core.fleet import Fleet
 from ..core.refusal import Refusal, internal_error, invalid_api_key, quoted, unknown_url
 from ..core.session import Policy
-from ..wire.resources import split_address
 
 log = structlog.get_logger(__name__)
 

@@ -16,7 +16,6 @@ The modules, each knowing only those before it: problems (how mistakes are told)
 
 from __future__ import annotations
 
-from ..core.address import join_address, split_address
 from .part import effective_yaml, masked
 from .problems import ConfigError
 from .reader import load, parse
@@ -28,9 +27,7 @@ __all__ = [
     "Listen",
     "PodConfig",
     "effective_yaml",
-    "join_address",
     "load",
     "masked",
     "parse",
-    "split_address",
 ]

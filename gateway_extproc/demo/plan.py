@@ -14,7 +14,8 @@ from typing import Final
 
 import msgspec
 
-from ..config import PodConfig, join_address, split_address
+from ..config import PodConfig
+from ..core.address import join_address, split_address
 from .processes import LOOPBACK, LOOPBACK_6, Ports, Unavailable
 
 #: Simulated pods, model and speed, in the order in which --pods N takes them, over and over.

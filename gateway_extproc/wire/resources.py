@@ -16,7 +16,7 @@ import xxhash
 from google.protobuf import any_pb2, duration_pb2
 from google.protobuf.message import Message
 
-from ..core.address import split_address as split_address
+from ..core.address import split_address
 from ..core.fleet import TLS, PodSpec
 from ..core.session import ModelPolicy
 from ._pb import (
