@@ -1,0 +1,1 @@
+"""What Envoy calls: each service as callbacks over bytes, whichever listener carries them."""
