@@ -15,7 +15,7 @@ import secrets
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from itertools import count
 from pathlib import Path
 from random import Random
@@ -25,16 +25,14 @@ import msgspec
 import structlog
 
 from . import __version__, logs
-from .adapters import admin, grpc_server
+from .adapters import admin, grpc_server, h2_server
 from .adapters.dns import Resolver, Watcher
-from .adapters.grpc_server import ExtProc, PortInUse, Room
 from .adapters.guarded import GuardedStore
-from .adapters.health import Health
 from .adapters.memory import MemoryStore
 from .adapters.metrics import Metrics, Sources
 from .adapters.redis import RedisStore
 from .adapters.scrape import Poller
-from .adapters.xds_server import Endpoints, XdsServer
+from .adapters.siblings import Siblings
 from .config import Config, ConfigError, PodConfig, load, masked
 from .core.address import is_ip, join_address, split_address
 from .core.directory import Directory
@@ -42,6 +40,11 @@ from .core.events import Outcome
 from .core.fleet import TLS, Fleet, PodSpec
 from .core.session import ModelPolicy, Policy, World
 from .core.store import Settlement, Store
+from .services.extproc import ExtProc
+from .services.health import Health
+from .services.room import Room
+from .services.rpc import Listener, PortInUse
+from .services.xds import Endpoints, XdsServer
 from .wire import extproc, resources, xds
 from .wire.resources import Cors, Resources
 
@@ -59,6 +62,12 @@ FLUSH_WAIT: Final = 1.0
 AT_START: Final = ("listen", "store", "admin", "discovery", "logging", "usage")
 #: The like in ``limits``: what receives and holds bodies has its size from the start.
 LIMITS_AT_START: Final = ("max_body_bytes", "bodies_in_memory")
+
+
+_LISTENERS: Final[Mapping[str, Callable[..., Awaitable[Listener]]]] = {
+    "h2": h2_server.serve,
+    "grpc": grpc_server.serve,
+}
 
 
 class Unavailable(Exception):
@@ -97,12 +106,19 @@ def spec_of(pod: PodConfig, address: str, host: str, name: str) -> PodSpec:
 
 class Gateway:
     """One gateway process. ``run`` serves until a signal; ``start`` and ``stop`` do it by hand. ``file`` is watched,
-    and read again by ``read`` when it changes."""
+    and read again by ``read`` when it changes. ``siblings`` are the other processes of this gateway, if any."""
 
-    def __init__(self, config: Config, file: Path | None = None, read: Callable[[Path], Config] = load) -> None:
+    def __init__(
+        self,
+        config: Config,
+        file: Path | None = None,
+        read: Callable[[Path], Config] = load,
+        siblings: Siblings | None = None,
+    ) -> None:
         self.config = config
         self._file = file
         self._read = read
+        self._siblings = siblings
         self._rng = Random()
         self.fleet = Fleet()
         # Ids must differ between gateways and starts: a random name for this start, and a count.
@@ -113,14 +129,14 @@ class Gateway:
             started=int(time.time()),
         )  # fmt: skip
         self._ready = asyncio.Event()
-        self._polled = asyncio.Event()
+        self._polled = False
         self._draining = False
         self._redis: RedisStore | None = None
         self.store: Store = self._make_store(config)
         self.health = Health((extproc.SERVICE, xds.SERVICE))
         room = Room(config.limits.bodies_in_memory)
-        self.extproc = ExtProc(self.world, self.store, self, self._polled, room)
-        self.xds = XdsServer(self.fleet, self._resources, self._polled)
+        self.extproc = ExtProc(self.world, self.store, self, room)
+        self.xds = XdsServer(self.fleet, self._resources)
         self.metrics = Metrics(self._sources())
         self._lines = logs.RequestLog(config.logging.successes, time.monotonic)
         self._poller = Poller(self.fleet, config.discovery.poll, config.discovery.timeout, self._rng)
@@ -130,7 +146,7 @@ class Gateway:
         self._wake = asyncio.Event()
         self.fleet.on_change = self._wake.set
         self._tasks: list[asyncio.Task[None]] = []
-        self._server: Any = None
+        self._listener: Listener | None = None
         self._admin: Any = None
         self.grpc_port = 0
 
@@ -192,11 +208,11 @@ class Gateway:
     async def start(self) -> None:
         """Listen, find the pods, serve. Raises Unavailable."""
         config = self.config
-        handlers = [self.extproc.handlers(), self.xds.handlers(), self.health.handlers()]
+        services = self.extproc.services | self.xds.services | self.health.services
+        serve = _LISTENERS[config.listen.transport]
         try:
-            self._server, self.grpc_port = await grpc_server.serve(
-                config.listen.grpc, handlers, config.limits.max_body_bytes, config.listen.tls
-            )
+            self._listener = await serve(config.listen.grpc, services, config.limits.max_body_bytes, config.listen.tls)
+            self.grpc_port = self._listener.port
         except PortInUse as error:
             raise Unavailable(f"cannot listen for listen.grpc on {error}") from error
         except OSError as error:
@@ -207,6 +223,8 @@ class Gateway:
             # Not strerror: asyncio writes a sentence of its own there.
             reason = os.strerror(error.errno) if error.errno else error
             raise Unavailable(f"cannot listen for listen.http on {config.listen.http}: {reason}") from error
+        if self._siblings is not None:
+            await self._siblings.join(self.fleet)
         if isinstance(self.store, GuardedStore):
             self.store.start()
         else:
@@ -240,15 +258,14 @@ class Gateway:
         self.health.set(False)
         for task in self._tasks:
             task.cancel()
-        if self._server is not None:
-            stopping = asyncio.create_task(self._server.stop(STOP_WAIT))
+        if self._listener is not None:
+            self._listener.leave()
             self.extproc.drain()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(STOP_WAIT):
                     await self.extproc.drained()
             # What is left are Envoys' xDS streams, which have no end of their own.
-            await self._server.stop(0)
-            await stopping
+            await self._listener.close()
         self.xds.close()
         await self._poller.close()
         if self._watcher is not None:
@@ -262,6 +279,8 @@ class Gateway:
         await self.store.close()
         if self._admin is not None:
             await self._admin.cleanup()
+        if self._siblings is not None:
+            self._siblings.close()
         self._lines.flush()
         if self._watcher is not None:
             log.info("stopped")
@@ -316,15 +335,17 @@ class Gateway:
                 for address in [known for known in self._numbers if self.fleet.member(known) is None]:
                     del self._numbers[address]
                 self._poller.sync()
-                if self._polled.is_set():
+                if self._polled:
                     self._publish()
-            if not self._polled.is_set():
+            if not self._polled:
                 assert self._watcher is not None
                 known = self._watcher.all_asked and self.fleet.all_polled
                 if known or loop.time() - began > START_WAIT:
                     self._publish()
-                    self._polled.set()
-            serving = self._polled.is_set() and self._store_ready()
+                    self._polled = True
+                    self.xds.open()
+                    self.extproc.open()
+            serving = self._polled and self._store_ready()
             if serving and not self._ready.is_set():
                 self._ready.set()
                 self.health.set(True)
@@ -402,7 +423,7 @@ class Gateway:
             store = {"mode": self.store.mode, "ok": self.store.mode == "ok", "gateways": self.store.gateways}
         parts = {
             "pods": {
-                "polled": self._polled.is_set(),
+                "polled": self._polled,
                 "configured": len(members),
                 "ready": sum(member.ready for member in members),
             },
@@ -441,12 +462,14 @@ def _stamp(file: Path) -> tuple[int, int, int]:
     return (found.st_mtime_ns, found.st_size, found.st_ino)
 
 
-def run(config: Config, file: Path | None, read: Callable[[Path], Config] = load) -> None:
+def run(
+    config: Config, file: Path | None, read: Callable[[Path], Config] = load, siblings: Siblings | None = None
+) -> None:
     """Serve until told to stop. Raises Unavailable."""
     logs.configure(config.logging.level, sys.stderr)
 
     async def main() -> None:
-        await Gateway(config, file, read).run()
+        await Gateway(config, file, read, siblings).run()
 
     try:
         import uvloop

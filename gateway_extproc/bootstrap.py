@@ -1,7 +1,7 @@
 """Envoy's bootstrap: the one static file that Envoy starts from; everything about models comes later by xDS.
 
-Owns each setting of the listener, of the ext_proc filter and of the answers that Envoy makes itself; envoy/README.md
-says why for each that is not a default. The demo, docker-compose and bare metal use the same bootstrap but for
+Owns each setting of the listener, of the filters and of the answers that Envoy makes itself; envoy/README.md says why
+for each that is not a default. The demo, docker-compose and bare metal use the same bootstrap but for
 addresses. Leaves out models' clusters and routes (wire/resources.py).
 """
 
@@ -16,8 +16,12 @@ import yaml
 
 from .config import Config
 from .core import refusal
-from .core.address import is_ip, split_address
+from .core.address import is_ip, split_address, worker_address
+from .core.parse import GENERATING
 from .core.refusal import Refusal
+from .core.sse import MAX_EVENT
+from .core.usage import IN_ANSWERS, IN_EVENTS, key_of
+from .wire.access_log import NAMESPACE, NOTE, USAGE
 from .wire.extproc import BODY_WAIT, DETAILS_PREFIX, NODE_METADATA, RESPONSE_ATTRIBUTES
 from .wire.resources import MODEL_HEADER, NOWHERE, ROUTE_CONFIGURATION, TARGET_HEADER
 
@@ -31,21 +35,26 @@ FORWARDED: Final = (
 RESTART_WAIT: Final = 15.0
 #: Most connections of clients at once; Envoy itself has no limit, and warns.
 CONNECTIONS: Final = 50_000
+#: Seconds for which Envoy collects access log entries: what a request did not use of its reservation is given back so
+#: much later. Under load a batch is full (16 KiB, some 20 entries) before its time is up.
+LOG_FLUSH: Final = 0.1
 
 
 class Bootstrap(msgspec.Struct, frozen=True, kw_only=True):
     """What differs between installations. Addresses are ``host:port`` or ``unix:/path``; times are seconds, sizes
-    bytes; files are as Envoy sees them."""
+    bytes; files are as Envoy sees them. ``gateway`` is the first of its ``workers`` (core/address.py has the rule)."""
 
     listen: str
     admin: str
     gateway: str
+    workers: int = 1
     node: str = "envoy"
     message_timeout: float = 30.0
     max_body_bytes: int = 32 * 1024 * 1024
     max_heap: int = 2 * 1024**3
     trusted_hops: int = 0
     cors: bool = False
+    access_log: bool = False
     cert_file: str = ""
     key_file: str = ""
     gateway_ca_file: str = ""
@@ -53,8 +62,8 @@ class Bootstrap(msgspec.Struct, frozen=True, kw_only=True):
     gateway_key_file: str = ""
 
 
-def of(config: Config) -> Bootstrap:
-    """The bootstrap that a configuration asks for."""
+def of(config: Config, workers: int = 1) -> Bootstrap:
+    """The bootstrap that a configuration asks for, for a gateway of so many processes."""
     envoy, tls, inner = config.envoy, config.envoy.tls, config.envoy.gateway_tls
     # Envoy must wait longer than the gateway ever does, or a slow store becomes Envoy's error (docs/decisions).
     shortest = config.store.timeout + BODY_WAIT + 1.0
@@ -62,12 +71,14 @@ def of(config: Config) -> Bootstrap:
         listen=envoy.listen,
         admin=envoy.admin,
         gateway=envoy.gateway or config.listen.grpc,
+        workers=workers,
         node=envoy.node,
         message_timeout=envoy.message_timeout or max(RESTART_WAIT, shortest),
         max_body_bytes=config.limits.max_body_bytes,
         max_heap=envoy.max_heap,
         trusted_hops=envoy.trusted_hops,
         cors=envoy.cors is not None,
+        access_log=config.usage.source == "access_log",
         cert_file=tls.cert_file if tls is not None else "",
         key_file=tls.key_file if tls is not None else "",
         gateway_ca_file=inner.ca_file if inner is not None else "",
@@ -150,9 +161,11 @@ def _http(settings: Bootstrap) -> dict[str, Any]:
     # nothing, and it decides how many bodies it takes at once.
     buffer = _filter("buffer", "extensions.filters.http.buffer.v3.Buffer")
     buffer["typed_config"]["max_request_bytes"] = settings.max_body_bytes
-    filters = [_unless_tunnel(buffer), _ext_proc(settings), router]
+    filters = [_unless(_matches(":method", {"exact": "CONNECT"}), buffer), _ext_proc(settings), router]
     if settings.cors:
         filters.insert(0, _filter("cors", "extensions.filters.http.cors.v3.Cors"))
+    if settings.access_log:
+        filters[-1:-1] = _usage_filters()
     return {
         "@type": _T + "extensions.filters.network.http_connection_manager.v3.HttpConnectionManager",
         "stat_prefix": "clients",
@@ -189,6 +202,7 @@ def _http(settings: Bootstrap) -> dict[str, Any]:
         ],
         "http_filters": filters,
         "local_reply_config": {"mappers": _local_replies(settings)},
+        **({"access_log": [_access_log()]} if settings.access_log else {}),
     }
 
 
@@ -196,26 +210,89 @@ def _filter(name: str, kind: str) -> dict[str, Any]:
     return {"name": f"envoy.filters.http.{name}", "typed_config": {"@type": _T + kind}}
 
 
-def _unless_tunnel(inner: dict[str, Any]) -> dict[str, Any]:
-    """A filter that is left out for CONNECT: what follows its headers is no body, and has no end to wait for."""
-    method = {
-        "name": "method",
-        "typed_config": {"@type": _T + "type.matcher.v3.HttpRequestHeaderMatchInput", "header_name": ":method"},
-    }
+def _unless(predicate: Mapping[str, Any], inner: dict[str, Any]) -> dict[str, Any]:
+    """A filter that is left out of some requests. For CONNECT the buffer is: what follows its headers is no body, and
+    has no end to wait for."""
     skip = {
         "name": "skip",
         "typed_config": {"@type": _T + "extensions.filters.common.matcher.action.v3.SkipFilter"},
-    }
-    matcher = {
-        "predicate": {"single_predicate": {"input": method, "value_match": {"exact": "CONNECT"}}},
-        "on_match": {"action": skip},
     }
     return {
         "name": inner["name"],
         "typed_config": {
             "@type": _T + "extensions.common.matching.v3.ExtensionWithMatcher",
             "extension_config": inner,
-            "xds_matcher": {"matcher_list": {"matchers": [matcher]}},
+            "xds_matcher": {"matcher_list": {"matchers": [{"predicate": predicate, "on_match": {"action": skip}}]}},
+        },
+    }
+
+
+def _matches(header: str, how: Mapping[str, Any]) -> dict[str, Any]:
+    """What holds where a request header is like this."""
+    value = {
+        "name": "header",
+        "typed_config": {"@type": _T + "type.matcher.v3.HttpRequestHeaderMatchInput", "header_name": header},
+    }
+    return {"single_predicate": {"input": value, "value_match": how}}
+
+
+# --- usage without the answers' bodies -------------------------------------------------------------------------------
+
+
+def _usage_filters() -> list[dict[str, Any]]:
+    """What reads usage in the answers of models that generate, JSON and event streams. Others, among them embeddings,
+    can be large, which costs Envoy's one thread milliseconds; the gateway reads those itself."""
+    plain = _filter("json_to_metadata", "extensions.filters.http.json_to_metadata.v3.JsonToMetadata")
+    plain["typed_config"]["response_rules"] = {
+        "rules": [_keep(place) for place in IN_ANSWERS],
+        # By itself the filter reads what is of this type to the letter.
+        "allow_content_types_regex": {"regex": r"(?i)application/json(\s*;.*)?"},
+    }
+    events = _filter("sse_to_metadata", "extensions.filters.http.sse_to_metadata.v3.SseToMetadata")
+    events["typed_config"]["response_rules"] = {
+        "content_parser": {
+            "name": "envoy.content_parsers.json",
+            "typed_config": {
+                "@type": _T + "extensions.content_parsers.json.v3.JsonContentParser",
+                "rules": [{"rule": _keep(place)} for place in IN_EVENTS],
+            },
+        },
+        # The default of 8 KiB is less than the last event of OpenAI's responses, which repeats the whole text.
+        "max_event_size": MAX_EVENT,
+    }
+    endpoints = "|".join(sorted(GENERATING))
+    generates = _matches(":path", {"safe_regex": {"google_re2": {}, "regex": rf"/v1/({endpoints})(\?.*)?"}})
+    return [_unless({"not_matcher": generates}, each) for each in (plain, events)]
+
+
+def _keep(place: tuple[str, ...]) -> dict[str, Any]:
+    """The rule that keeps what stands at a place of a JSON object."""
+    return {
+        "selectors": [{"key": member} for member in place],
+        "on_present": {"metadata_namespace": USAGE, "key": key_of(place)},
+    }
+
+
+def _access_log() -> dict[str, Any]:
+    """Entries of those requests that carry the gateway's note, to any of its processes."""
+    noted = {"filter": NAMESPACE, "path": [{"key": NOTE}], "value": {"present_match": True}}
+    return {
+        "name": "envoy.access_loggers.http_grpc",
+        "filter": {"metadata_filter": {"matcher": noted, "match_if_key_not_found": False}},
+        "typed_config": {
+            "@type": _T + "extensions.access_loggers.grpc.v3.HttpGrpcAccessLogConfig",
+            "common_config": {
+                "log_name": "usage",
+                "transport_api_version": "V3",
+                "grpc_service": {"envoy_grpc": {"cluster_name": "gateway"}},
+                "buffer_flush_interval": f"{LOG_FLUSH:g}s",
+                # Without this each batch that finds no gateway is thrown away: nothing would be settled of the
+                # requests that end while it restarts.
+                "grpc_stream_retry_policy": {
+                    "num_retries": 1000,
+                    "retry_back_off": {"base_interval": "0.05s", "max_interval": "0.25s"},
+                },
+            },
         },
     }
 
@@ -254,6 +331,7 @@ def _ext_proc(settings: Bootstrap) -> dict[str, Any]:
             },
             "mutation_rules": {"allow_all_routing": True, "allow_envoy": True},
             "response_attributes": list(RESPONSE_ATTRIBUTES),
+            **({"metadata_options": {"receiving_namespaces": {"untyped": [NAMESPACE]}}} if settings.access_log else {}),
             "forward_rules": {
                 "allowed_headers": {"patterns": [*({"exact": h} for h in FORWARDED), {"prefix": "x-gateway-"}]}
             },
@@ -289,9 +367,18 @@ def _gateway(settings: Bootstrap) -> dict[str, Any]:
         },
         "load_assignment": {
             "cluster_name": "gateway",
-            "endpoints": [{"lb_endpoints": [{"endpoint": {"address": _address(settings.gateway)}}]}],
+            "endpoints": [
+                {
+                    "lb_endpoints": [
+                        {"endpoint": {"address": _address(worker_address(settings.gateway, worker))}}
+                        for worker in range(settings.workers)
+                    ]
+                }
+            ],
         },
     }
+    if settings.workers > 1:
+        cluster |= _several()
     if settings.gateway_ca_file:
         validation = {"trusted_ca": {"filename": settings.gateway_ca_file}}
         tls: dict[str, Any] = {"alpn_protocols": ["h2"], "validation_context": validation}
@@ -310,6 +397,44 @@ def _gateway(settings: Bootstrap) -> dict[str, Any]:
             },
         }
     return cluster
+
+
+def _several() -> dict[str, Any]:
+    """How Envoy shares its streams among several processes, and notices one that is gone."""
+    return {
+        # Least busy first: one connection carries all of a process's streams, so they are what is counted.
+        "lb_policy": "LEAST_REQUEST",
+        "common_lb_config": {
+            # While none is healthy all are tried, as with one process, so that requests wait while all start again.
+            "healthy_panic_threshold": {"value": 1},
+            # Envoy would use what it learned of a process up to a second later (measured: requests waited for it).
+            "update_merge_window": "0s",
+        },
+        # For those that start, stop or hang: they get nothing while the others can take it.
+        "health_checks": [
+            {
+                "timeout": "1s",
+                "interval": "0.5s",
+                "no_traffic_interval": "0.5s",
+                "unhealthy_threshold": 2,
+                "healthy_threshold": 1,
+                "grpc_health_check": {},
+            }
+        ],
+        # For those that died: what they were asked is asked again, and must not go there a second time, where nobody
+        # is busy. A health check that succeeds takes them back, sooner than their time is up. Errors that a gateway
+        # answers say nothing about the process.
+        "outlier_detection": {
+            "base_ejection_time": "10s",
+            "max_ejection_time": "10s",
+            "max_ejection_percent": 100,
+            "split_external_local_origin_errors": True,
+            "consecutive_local_origin_failure": 1,
+            "enforcing_local_origin_success_rate": 0,
+            "enforcing_consecutive_5xx": 0,
+            "enforcing_success_rate": 0,
+        },
+    }
 
 
 def _is_static(address: str) -> bool:

@@ -14,6 +14,8 @@ from . import __version__
 FINE: Final = 0
 USERS_ERROR: Final = 1
 NOT_TO_BE_HAD: Final = 3
+#: Most processes of one gateway: the cores of a large host. Each takes some 100 MB and polls every pod.
+MAX_WORKERS: Final = 64
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -23,6 +25,7 @@ def _parser() -> argparse.ArgumentParser:
 
     serve = commands.add_parser("serve", help="run the gateway", description="Run the gateway until SIGTERM or SIGINT.")
     serve.add_argument("--config", type=Path, required=True, metavar="FILE", help="the configuration file")
+    _add_workers(serve, "processes on this host, which share the limits by the store")
 
     demo = commands.add_parser(
         "demo", help="run the whole system on this machine",
@@ -50,7 +53,19 @@ def _parser() -> argparse.ArgumentParser:
         "envoy", help="print Envoy's bootstrap", description="Print Envoy's bootstrap for a configuration file."
     )
     envoy.add_argument("--config", type=Path, required=True, metavar="FILE", help="the configuration file")
+    _add_workers(envoy, "the gateway's processes, as for serve")
     return parser
+
+
+def _add_workers(parser: argparse.ArgumentParser, text: str) -> None:
+    parser.add_argument("--workers", type=_workers, default=1, metavar="N", help=f"{text} (default 1)")
+
+
+def _workers(text: str) -> int:
+    workers = int(text)
+    if not 1 <= workers <= MAX_WORKERS:
+        raise argparse.ArgumentTypeError(f"not from 1 to {MAX_WORKERS}: {text}")
+    return workers
 
 
 def _port(text: str) -> int:
@@ -82,6 +97,11 @@ def _with_config(args: argparse.Namespace) -> int:
 
     try:
         config = load(args.config)
+        workers = getattr(args, "workers", 1)
+        if workers > 1:
+            from .workers.seat import check
+
+            check(config, workers, args.config)
     except ConfigError as error:
         print(error, file=sys.stderr)
         return USERS_ERROR
@@ -92,8 +112,12 @@ def _with_config(args: argparse.Namespace) -> int:
         from .bootstrap import of, to_yaml
 
         comment = "Made by `gateway-extproc envoy`: change the gateway's configuration instead."
-        print(to_yaml(of(config), comment), end="")
+        print(to_yaml(of(config, workers), comment), end="")
         return FINE
+    if workers > 1:
+        from .workers import supervisor
+
+        return supervisor.run(config, args.config, workers)
     from .app import Unavailable, run
 
     try:

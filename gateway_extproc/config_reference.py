@@ -66,7 +66,7 @@ def render() -> str:
         lines.append("")
     lines += ["## Not in this version", "", "These are refused, so that no limit is believed that is not enforced.", ""]
     lines += ["| setting | reason |", "|---|---|"]
-    lines += [f"| `{name.replace('=', ': ')}` | {reason} |" for name, reason in UNSUPPORTED.items()]
+    lines += [f"| `{name}` | {reason} |" for name, reason in UNSUPPORTED.items()]
     return "\n".join(lines) + "\n"
 
 

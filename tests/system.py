@@ -117,7 +117,8 @@ class Process:
 
 class System:
     """``pods`` are options of simulated pods; ``config`` is laid over the configuration that the tests start from
-    (sections are merged). ``store``: with Valkey, or in memory. ``change_bootstrap`` may change Envoy's."""
+    (sections are merged). ``store``: with Valkey, or in memory. ``workers``: the gateway's processes.
+    ``change_bootstrap`` may change Envoy's."""
 
     def __init__(
         self,
@@ -125,6 +126,7 @@ class System:
         config: Mapping[str, Any] | None = None,
         *,
         store: bool = True,
+        workers: int = 1,
         change_bootstrap: Callable[[dict[str, Any]], object] = lambda bootstrap: None,
     ) -> None:
         self.directory = Path(tempfile.mkdtemp(prefix="gateway-"))
@@ -151,12 +153,13 @@ class System:
             self.write_config()
             command = [sys.executable, "-m", "gateway_extproc.cli"]
             bootstrap = self.directory / "envoy.yaml"
-            made = subprocess.run([*command, "envoy", "--config", str(self.file)], capture_output=True, check=False)
+            options = ["--config", str(self.file), "--workers", str(workers)]
+            made = subprocess.run([*command, "envoy", *options], capture_output=True, check=False)
             assert made.returncode == 0, made.stderr.decode()
             content = yaml.safe_load(made.stdout)
             change_bootstrap(content)
             bootstrap.write_text(yaml.safe_dump(content))
-            self.gateway = self.run("gateway", [*command, "serve", "--config", str(self.file)])
+            self.gateway = self.run("gateway", [*command, "serve", *options])
             self.envoy = self.run(
                 "envoy",
                 [
@@ -204,7 +207,7 @@ class System:
                 pods = self.admin("/admin/pods")
                 models = {model for pod in pods if pod["ready"] for model in pod["models"]}
                 listed = {model["id"] for model in self.get("/v1/models").json["data"]}
-            except (OSError, http.client.HTTPException, json.JSONDecodeError, KeyError):
+            except (OSError, http.client.HTTPException, json.JSONDecodeError, KeyError, TypeError):
                 return False
             return sum(pod["ready"] for pod in pods) >= min(expected, len(pods)) and models == listed
 

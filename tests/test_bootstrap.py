@@ -47,6 +47,7 @@ def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
     [
         {},
         {"cors": True},
+        {"access_log": True},
         {"trusted_hops": 2},
         {"gateway": "gateway.internal:9002"},
         {"gateway": "cafe.de:9002"},
@@ -59,7 +60,11 @@ def test_envoy_takes_each_variation(changed: dict[str, Any]) -> None:
     found = validate(bootstrap.to_yaml(Bootstrap(**{**ADDRESSES, **changed})))
     assert found.returncode == 0, found.stderr
     assert "deprecated" not in found.stderr.lower()
-    assert "[warning]" not in found.stderr
+    warnings = [line for line in found.stderr.splitlines() if "[warning]" in line]
+    # What reads streams is work in progress in Envoy 1.40 (docs/decisions/0008), and nothing else is.
+    expected = ("v3.SseToMetadata", "v3.JsonContentParser") if "access_log" in changed else ()
+    assert all("work-in-progress" in line and any(name in line for name in expected) for line in warnings), warnings
+    assert bool(warnings) == bool(expected)
 
 
 def test_envoy_takes_tls_on_both_sides(authority: Authority) -> None:
@@ -106,6 +111,12 @@ def test_envoy_waits_longer_than_the_gateway_ever_does() -> None:
     made = bootstrap.of(parse("store: {url: 'redis://localhost', timeout: 10s}"))
     assert made.message_timeout > 10 + BODY_WAIT
     assert made.message_timeout >= bootstrap.of(parse("")).message_timeout >= bootstrap.RESTART_WAIT
+
+
+def test_reading_usage_in_bodies_takes_none_of_the_filters_that_the_access_log_takes() -> None:
+    body, log = (bootstrap.to_yaml(bootstrap.of(parse(f"usage: {{source: {s}}}"))) for s in ("body", "access_log"))
+    for name in ("json_to_metadata", "sse_to_metadata", "http_grpc", "metadata_options"):
+        assert (name in body, name in log) == (False, True)
 
 
 def test_the_configuration_reaches_the_bootstrap() -> None:

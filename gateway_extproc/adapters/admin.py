@@ -381,15 +381,15 @@ class _Connection(web.RequestHandler):
 class _Site(web.BaseSite):
     """Listens with _Connection, which aiohttp's own sites can't be told to use."""
 
-    def __init__(self, runner: web.AppRunner, host: str, port: int) -> None:
+    def __init__(self, runner: web.AppRunner, address: str) -> None:
         super().__init__(runner)
-        self._address = (host, port)
-        self.port = port
+        self._address = address
+        self._path = address.removeprefix("unix:") if address.startswith("unix:") else ""
+        self._host, self.port = ("", 0) if self._path else split_address(address)
 
     @property
     def name(self) -> str:
-        host, port = self._address
-        return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        return f"http://{self._address}"
 
     async def start(self) -> None:
         await super().start()
@@ -397,21 +397,25 @@ class _Site(web.BaseSite):
         server = self._runner.server
         assert server is not None
         connections: set[_Connection] = set()
-        host, port = self._address
-        listening = await loop.create_server(lambda: _Connection(server, loop, connections), host, port)
-        self._server = listening
-        self.port = listening.sockets[0].getsockname()[1]
+
+        def connection() -> _Connection:
+            return _Connection(server, loop, connections)
+
+        if self._path:
+            self._server = await loop.create_unix_server(connection, self._path)
+        else:
+            self._server = listening = await loop.create_server(connection, self._host, self.port)
+            self.port = listening.sockets[0].getsockname()[1]
 
 
 async def start(app: web.Application, address: str) -> tuple[web.AppRunner, int]:
-    """Serve ``app`` on ``host:port``; what stops it (``cleanup``), and the port (of the first address, where port 0
-    of a name with several was asked for). Raises OSError where it can't be listened on, ValueError for an address
-    that is none."""
-    host, port = split_address(address)
+    """Serve ``app`` on ``host:port`` or ``unix:/path``; what stops it (``cleanup``), and the port (of the first
+    address, where port 0 of a name with several was asked for; 0 for a socket). Raises OSError where it can't be
+    listened on, ValueError for an address that is none."""
     runner = web.AppRunner(app, shutdown_timeout=STOP_WAIT)
     await runner.setup()
-    site = _Site(runner, host, port)
     try:
+        site = _Site(runner, address)
         await site.start()
     except BaseException:
         await runner.cleanup()

@@ -17,6 +17,7 @@ import math
 import random
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Final, Protocol
 
 import msgspec
@@ -25,9 +26,11 @@ from gateway_extproc.core.store import (
     SLOTS,
     Admission,
     Admitted,
+    Answer,
     Denied,
     Merge,
     Pulse,
+    Question,
     Settlement,
     StoreUnavailable,
     Window,
@@ -50,7 +53,7 @@ MAX_OWED: Final = 20_000
 class Primary(Protocol):
     """The shared store: a ``Store`` that also takes heartbeats and merges."""
 
-    async def admit(self, admission: Admission) -> Admitted | Denied: ...
+    def ask(self, admission: Admission, tell: Callable[[Answer], None]) -> Question | None: ...
     def settle(self, settlement: Settlement) -> None: ...
     def merge(self, merge: Merge) -> None: ...
     async def beat(self, gateway: str) -> Pulse: ...
@@ -61,7 +64,7 @@ class Primary(Protocol):
 class Local(Protocol):
     """This gateway's own store, which answers at once."""
 
-    def admit_now(self, admission: Admission) -> Admitted | Denied: ...
+    def admit_now(self, admission: Admission) -> Answer: ...
     def settle_now(self, settlement: Settlement) -> bool: ...
     def charge(self, keys: Iterable[str], requests: int, tokens: int, second: int | None = None) -> int: ...
     async def close(self) -> None: ...
@@ -166,19 +169,23 @@ class GuardedStore:
         """Begin the heartbeat."""
         self._watcher = asyncio.get_running_loop().create_task(self._watch())
 
-    async def admit(self, admission: Admission) -> Admitted | Denied:
+    def ask(self, admission: Admission, tell: Callable[[Answer], None]) -> Question | None:
         if self._away.is_set():
-            return self._stand_in(admission)
-        try:
-            answer = await self._primary.admit(admission)
-        except StoreUnavailable as error:
-            self._leave(str(error))
-            return self._stand_in(admission)
-        self.ready = True
-        if isinstance(answer, Admitted) and admission.windows:
-            keys = [window.key for window in admission.windows]
-            self._local.charge(keys, 1, admission.tokens, self._second_here(answer.second))
-        return answer
+            tell(self._stand_in(admission))
+            return None
+        return self._primary.ask(admission, partial(self._heard, admission, tell))
+
+    def _heard(self, admission: Admission, tell: Callable[[Answer], None], answer: Answer) -> None:
+        """The primary's answer: note it here, or answer instead of it."""
+        if isinstance(answer, StoreUnavailable):
+            self._leave(str(answer))
+            answer = self._stand_in(admission)
+        else:
+            self.ready = True
+            if isinstance(answer, Admitted) and admission.windows:
+                keys = [window.key for window in admission.windows]
+                self._local.charge(keys, 1, admission.tokens, self._second_here(answer.second))
+        tell(answer)
 
     def settle(self, settlement: Settlement) -> None:
         if settlement.second >= 0:
@@ -201,10 +208,10 @@ class GuardedStore:
         await self._primary.close()
         await self._local.close()
 
-    def _stand_in(self, admission: Admission) -> Admitted | Denied:
+    def _stand_in(self, admission: Admission) -> Answer:
         """Answer by the policy."""
         if self._policy == "refuse":
-            raise StoreUnavailable(self._reason)
+            return StoreUnavailable(self._reason)
         keys = [window.key for window in admission.windows]
         if self._policy == "admit":
             self._local.charge(keys, 1, admission.tokens)
@@ -213,7 +220,7 @@ class GuardedStore:
         answer = self._local.admit_now(msgspec.structs.replace(admission, windows=windows))
         if isinstance(answer, Admitted):
             return msgspec.structs.replace(answer, second=self._owe(keys, admission.tokens))
-        if answer.retry_after is None and _fits_alone(admission):
+        if isinstance(answer, Denied) and answer.retry_after is None and _fits_alone(admission):
             # Too large for this gateway's share, but not for the limit: it fits when the primary is back.
             return msgspec.structs.replace(answer, retry_after=float(SLOTS))
         return answer

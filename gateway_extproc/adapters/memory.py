@@ -18,6 +18,7 @@ from gateway_extproc.core.store import (
     SLOTS,
     Admission,
     Admitted,
+    Answer,
     Denied,
     Level,
     Settlement,
@@ -36,7 +37,7 @@ MAX_SETTLED: Final = 200_000
 class MemoryStore:
     """A ``Store`` of its own. ``clock`` gives unix seconds and must not step back (a monotonic clock plus an offset).
 
-    Raises StoreUnavailable only when ``max_windows`` scopes are active at once."""
+    It is unavailable only when ``max_windows`` scopes are active at once."""
 
     def __init__(self, clock: Callable[[], float], *, max_windows: int = MAX_WINDOWS) -> None:
         self._clock = clock
@@ -50,17 +51,17 @@ class MemoryStore:
     def __len__(self) -> int:
         return len(self._windows)
 
-    async def admit(self, admission: Admission) -> Admitted | Denied:
-        return self.admit_now(admission)
+    def ask(self, admission: Admission, tell: Callable[[Answer], None]) -> None:
+        tell(self.admit_now(admission))
 
-    def admit_now(self, admission: Admission) -> Admitted | Denied:
+    def admit_now(self, admission: Admission) -> Answer:
         """Check and take all windows, at once."""
         now = self._clock()
         self._drop_idle(now)
         asked = admission.windows
         missing = sum(window.key not in self._windows for window in asked)
         if missing and len(self._windows) + missing > self._max_windows:
-            raise StoreUnavailable("too many windows in use")
+            return StoreUnavailable("too many windows in use")
         counts = [self._windows.get(window.key) or SlidingWindow() for window in asked]
         for count in counts:
             count.advance(now)

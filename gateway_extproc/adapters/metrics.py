@@ -96,6 +96,8 @@ class Metrics:
         self._deciding = Histogram()
         self._asking = Histogram()
         self._reloads = {"ok": 0, "failed": 0}
+        self._awaited = 0
+        self._arrived = 0
         self._registry = CollectorRegistry()
         self._registry.register(_Page(self))
         ProcessCollector(registry=self._registry)
@@ -127,6 +129,14 @@ class Metrics:
     def asked(self, seconds: float) -> None:
         """The store answered, or its time was up."""
         self._asking.observe(seconds)
+
+    def awaited(self) -> None:
+        """A request ended here whose usage comes with Envoy's access log, here or to another gateway."""
+        self._awaited += 1
+
+    def arrived(self) -> None:
+        """Envoy's access log brought the end of a request, which is counted now."""
+        self._arrived += 1
 
     def reloaded(self, ok: bool) -> None:
         """The configuration was read again, and taken up or not."""
@@ -198,6 +208,14 @@ class Metrics:
         for result, count in self._reloads.items():
             reloads.add_metric([result], count)
         yield reloads
+        yield CounterMetricFamily(
+            "gateway_usage_awaited",
+            "Requests that ended here, to be settled by Envoy's access log.",
+            value=self._awaited,
+        )
+        yield CounterMetricFamily(
+            "gateway_usage_arrived", "Requests settled here by Envoy's access log.", value=self._arrived
+        )
 
     def _fleet(self) -> Iterator[Metric]:
         # Names are the operator's, and two pods may share one: a series is all pods of a name, ready if all are.

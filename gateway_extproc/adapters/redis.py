@@ -1,14 +1,12 @@
 """The limits' store in Redis or Valkey, shared by all gateways.
 
 Owns the connection, the scripts beside it (window.lua in front of admit.lua, settle.lua and undo.lua; beat.lua) and
-what is on its way. Promises: one script call and one round trip for an admission; questions of one event-loop tick
-(and those asked while every connection is busy) share one pipeline; an answer or StoreUnavailable within the time-out;
-a caller who never heard that it was admitted is charged nothing; a settlement is sent until it arrived and counts
-once. Leaves out what to do while Redis is away (adapters/guarded.py) and Redis Cluster.
-
-Keys, under the configured prefix and the schema version, all with the hash tag of the (first) window:
-``gw:1:{alice}:*`` a window, ``gw:1:{alice}:a:ID`` the mark of an admission, ``gw:1:{alice}:s:ID`` the mark of a
-settled id; and ``gw:1:gateways``. Each has a time to live.
+what is on its way. Promises: one script call and one round trip for an admission; everything of one event-loop turn
+goes out in one write, on one connection, where the next turn's need not wait for its answers; an answer or
+StoreUnavailable within the time-out; a question that was withdrawn, or answered too late, is charged nothing; a
+settlement is sent until it arrived and counts once. No task and no future is made for a request. Leaves out what to do
+while Redis is away (adapters/guarded.py), the bytes of
+questions and answers (wire/limits.py, wire/resp.py) and Redis Cluster.
 
 The mark of an admission is what makes undoing exact. When a question stays unanswered (time-out, lost connection), it
 may have been taken, be taken later, or never arrive; ``undo.lua`` is right in all three cases.
@@ -17,140 +15,303 @@ may have been taken, be taken later, or never arrive; ``undo.lua`` is right in a
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import struct
+import random
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from importlib import resources
-from typing import Any, Final
+from itertools import chain
+from typing import Any, Final, Protocol, cast
 
-from redis import exceptions as redis_errors
-from redis.asyncio import ConnectionPool
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
+from redis import RedisError
+from redis.asyncio.connection import RedisSSLContext, SSLConnection, parse_url
 
 from gateway_extproc.core.store import (
     SETTLED_MEMORY,
     Admission,
     Admitted,
-    Denied,
-    Level,
+    Answer,
     Merge,
     Pulse,
     Settlement,
     StoreUnavailable,
 )
-from gateway_extproc.core.window import clamped
+from gateway_extproc.wire.limits import UNEXPECTED, Scripts, decision, pulse, took
+from gateway_extproc.wire.resp import Garbled, Replies, Reply, ReplyError, command
 
-#: Version of the keys' and windows' form; gateways of two versions count apart rather than misread each other.
-SCHEMA: Final = 1
-#: Pipelines of questions on their way at once, each on a connection of its own; more wait and share the next one.
-ASKING: Final = 2
-#: Connections in all: those, and one for settlements.
-CONNECTIONS: Final = ASKING + 1
-#: Commands in one pipeline: about 10 ms of Redis's time at most, so that one pipeline never fills a time-out.
-BATCH: Final = 256
-#: Questions that may wait for a pipeline. At 20 µs each this many take 160 ms; further ones would time out anyway.
+#: Commands on their way at once: about 25 ms of Redis's time, so that what is sent is answered within any time-out
+#: worth having. More wait here, where those whose caller has gone cost Redis nothing.
+IN_FLIGHT: Final = 512
+#: Settlements among them: after an outage thousands may wait, and questions must not wait for all of those.
+NOTES_IN_FLIGHT: Final = IN_FLIGHT // 2
+#: Questions that may wait for room. At 50 µs each this many take 0.4 s; further ones would time out anyway.
 MAX_WAITING: Final = 8192
 #: Settlements that wait to arrive: 50 s at 1000 requests a second, about 15 MB.
 MAX_NOTES: Final = 50_000
 #: Longest that a settlement waits for an admission to travel with, in seconds. Ahead of the admission in the same
-#: pipeline it costs no round trip of its own, and the next request of the same user always sees it.
+#: write it costs no round trip of its own, and the next request of the same user always sees it.
 LINGER: Final = 0.01
 #: Seconds by which a time-out may be looked at late before that is the event loop's doing (it was busy with a large
 #: body, say), and what the answers then get to be read.
 LATE: Final = 0.02
-#: Seconds for which a pipeline outlives its questions' time-out before its connection is given up: a late answer is
-#: still told apart from a lost one, and a busy event loop from a dead Redis.
+#: Seconds beyond the time-out for which a connection may owe answers in silence before it is given up: a late answer
+#: is still told apart from a lost one, and a busy event loop from a dead Redis.
 GRACE: Final = 0.25
-#: Pauses between attempts to deliver settlements while Redis is away, in seconds.
+#: Pauses between attempts to connect and to deliver settlements while Redis is away, in seconds; spread by a quarter
+#: either way, so that gateways do not come back in step.
 FIRST_PAUSE: Final = 0.05
 LONGEST_PAUSE: Final = 1.0
-#: Seconds after which a silent gateway no longer counts as alive.
-GATEWAY_TTL: Final = 10
+SPREAD: Final = 0.25
+#: Why a question has no answer, in few words, without address or secret: for logs and metrics.
+NO_CONNECTION: Final = "no connection"
+NO_ANSWER: Final = "no answer in time"
+UNAUTHENTICATED: Final = "authentication failed"
+CLOSED: Final = "closed"
 
-#: A limit above this is one that no window can reach (exact in a double).
-_UNREACHABLE: Final = 2**53
-_HEAD: Final = struct.Struct("<BBBd")
-_LEVEL: Final = struct.Struct("<dddd")
-_KINDS: Final = ("rpm", "tpm")
-_ADMITTED: Final = 1
-_DENIED: Final = 0
 
-#: Error answers that pass when Redis recovers, and how each is called. What is not here is the command's own fault.
-_PASSING: Final[dict[type[Exception], str]] = {
-    redis_errors.BusyLoadingError: "LOADING",
-    redis_errors.MasterDownError: "MASTERDOWN",
-    redis_errors.AuthenticationError: "authentication failed",
-    redis_errors.NoPermissionError: "NOPERM",
-    redis_errors.ReadOnlyError: "READONLY",
-    redis_errors.OutOfMemoryError: "OOM",
-    redis_errors.NoScriptError: "NOSCRIPT",
-    redis_errors.TimeoutError: "no answer in time",
-    redis_errors.ConnectionError: "no connection",
-    TimeoutError: "no answer in time",
-    OSError: "no connection",
-}
+class _Command(Protocol):
+    """Something to send, and what becomes of it: exactly one of ``answered`` and ``lost`` once it was sent."""
+
+    #: Whether it was sent again after Redis had no script for it.
+    repeated: bool
+
+    @property
+    def wanted(self) -> bool: ...
+    def packed(self) -> bytes: ...
+    def answered(self, reply: Reply) -> None: ...
+    def lost(self, reason: str) -> None: ...
 
 
 class _Question:
-    """A command whose answer somebody waits for until ``deadline`` (event-loop time)."""
+    """An admission whose answer ``tell`` hears until ``deadline`` (event-loop time); None once it was told or nobody
+    wants it any more."""
 
-    __slots__ = ("admission", "answer", "command", "deadline")
+    __slots__ = ("_store", "_tell", "admission", "deadline", "repeated")
 
     def __init__(
-        self, command: bytes, admission: Admission | None, answer: asyncio.Future[Any], deadline: float
+        self, store: RedisStore, admission: Admission, tell: Callable[[Answer], None], deadline: float
     ) -> None:
-        self.command = command
+        self._store = store
+        self._tell: Callable[[Answer], None] | None = tell
         self.admission = admission
-        self.answer = answer
         self.deadline = deadline
+        self.repeated = False
+
+    @property
+    def wanted(self) -> bool:
+        return self._tell is not None
+
+    def withdraw(self) -> None:
+        """What Redis takes for it all the same is given back when it says so, or when it can't say any more."""
+        self._tell = None
+
+    def packed(self) -> bytes:
+        return self._store._scripts.admit(self.admission)
+
+    def answered(self, reply: Reply) -> None:
+        if self._tell is not None:
+            self._say(decision(reply, len(self.admission.windows)))
+        elif took(reply):
+            self._store._undo(self.admission)
+
+    def lost(self, reason: str) -> None:
+        self._store._undo(self.admission)
+        self.fail(reason)
+
+    def fail(self, reason: str) -> None:
+        if self._tell is not None:
+            self._say(StoreUnavailable(reason))
+
+    def _say(self, answer: Answer) -> None:
+        tell, self._tell = self._tell, None
+        assert tell is not None
+        try:
+            tell(answer)
+        except Exception as error:  # of the caller's own; other callers' answers wait behind this one
+            asyncio.get_running_loop().call_exception_handler(
+                {"message": "an answer of the store could not be told", "exception": error}
+            )
+
+
+class _Inquiry:
+    """Any other command whose reply somebody awaits; rare."""
+
+    __slots__ = ("_command", "deadline", "repeated", "reply")
+
+    def __init__(self, packed: bytes, deadline: float) -> None:
+        self._command = packed
+        self.deadline = deadline
+        self.repeated = False
+        self.reply: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
+
+    @property
+    def wanted(self) -> bool:
+        return not self.reply.done()
+
+    def packed(self) -> bytes:
+        return self._command
+
+    def answered(self, reply: Reply) -> None:
+        if self.wanted:
+            self.reply.set_result(reply)
+
+    def lost(self, reason: str) -> None:
+        self.fail(reason)
+
+    def fail(self, reason: str) -> None:
+        if self.wanted:
+            self.reply.set_exception(StoreUnavailable(reason))
 
 
 class _Note:
     """A command that must arrive. ``sent`` is when it first may have (event-loop time)."""
 
-    __slots__ = ("command", "sent")
+    __slots__ = ("_command", "_store", "repeated", "sent")
 
-    def __init__(self, command: bytes) -> None:
-        self.command = command
+    wanted = True
+
+    def __init__(self, store: RedisStore, packed: bytes) -> None:
+        self._store = store
+        self._command = packed
+        self.repeated = False
         self.sent: float | None = None
+
+    def packed(self) -> bytes:
+        return self._command
+
+    def answered(self, reply: Reply) -> None:
+        if isinstance(reply, ReplyError) and reply.passing:
+            self._store._hold(self)
+        else:
+            self._store._delivered(reply)
+
+    def lost(self, reason: str) -> None:
+        self._store._hold(self)
+
+
+class _Load:
+    """Puts a script back; whoever needed it tells if that failed."""
+
+    wanted = repeated = False
+
+    def __init__(self, packed: bytes) -> None:
+        self._command = packed
+
+    def packed(self) -> bytes:
+        return self._command
+
+    def answered(self, reply: Reply) -> None:
+        pass
+
+    def lost(self, reason: str) -> None:
+        pass
+
+
+class _Link(asyncio.Protocol):
+    """One connection: commands go out in order, and their replies come back in that order."""
+
+    def __init__(self, store: RedisStore) -> None:
+        self._store = store
+        self._loop = asyncio.get_running_loop()
+        self._replies = Replies()
+        self._transport: asyncio.Transport | None = None
+        #: Sent and not answered yet.
+        self.in_flight: deque[_Command] = deque()
+        #: Since when an answer is owed, or when Redis was last heard of (event-loop time).
+        self.heard = 0.0
+        self.closed: asyncio.Future[None] = self._loop.create_future()
+
+    def send(self, commands: Sequence[_Command]) -> None:
+        assert self._transport is not None
+        if not self.in_flight:
+            self.heard = self._loop.time()
+        self.in_flight += commands
+        self._transport.write(b"".join([each.packed() for each in commands]))
+
+    async def inquire(self, packed: bytes) -> Reply:
+        """Raises StoreUnavailable when the connection ends before the reply."""
+        inquiry = _Inquiry(packed, 0.0)
+        self.send([inquiry])
+        return await inquiry.reply
+
+    def drop(self, reason: str) -> None:
+        """Give the connection up; what is in flight may have reached Redis or not."""
+        self._store._dropped(self)
+        if self._transport is not None:
+            self._transport.abort()
+        while self.in_flight:
+            self.in_flight.popleft().lost(reason)
+
+    async def end(self, reason: str) -> None:
+        """Returns when nothing of the connection is left."""
+        self.drop(reason)
+        if self._transport is not None:
+            await self.closed
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's are of another family
+
+    def data_received(self, data: bytes) -> None:
+        self.heard = self._loop.time()
+        in_flight = self.in_flight
+        unknown: list[_Command] = []
+        try:
+            for reply in self._replies.feed(data):
+                if not in_flight:
+                    raise Garbled("a reply to nothing")
+                asked = in_flight.popleft()
+                if type(reply) is ReplyError and reply.code == "NOSCRIPT" and asked.wanted and not asked.repeated:
+                    asked.repeated = True
+                    unknown.append(asked)
+                else:
+                    asked.answered(reply)
+        except Garbled:
+            in_flight.extend(unknown)
+            self.drop(UNEXPECTED)
+            return
+        if unknown:
+            # Redis was restarted, or its scripts were flushed; it did nothing for these.
+            self.send([*self._store._loads, *unknown])
+        self._store._received()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self.closed.set_result(None)
+        self.drop(NO_CONNECTION)
 
 
 class RedisStore:
     """A ``Store`` on Redis >= 6.2 or Valkey.
 
-    ``url`` is ``redis://``, ``rediss://`` or ``unix://``; ``timeout`` is the longest an answer may take, in seconds.
-    Nothing is connected before the first question. Raises ValueError for a URL of another kind."""
+    ``url`` is ``redis://``, ``rediss://`` or ``unix://`` with the options that redis-py takes in it, as far as they are
+    about reaching Redis; ``timeout`` is the longest an answer may take, in seconds. Nothing is connected before the
+    first question. Raises ValueError for a URL of another kind."""
 
     def __init__(self, url: str, *, prefix: str = "gw:", timeout: float = 0.25) -> None:
         self._timeout = timeout
-        self._prefix = f"{prefix}{SCHEMA}:".encode()
-        self._pool: Any = ConnectionPool.from_url(url, max_connections=CONNECTIONS, protocol=2)
-        # After parsing, so that no option in the URL can change what this module relies on.
-        self._pool.connection_kwargs.update(
-            decode_responses=False,
-            socket_timeout=None,
-            socket_connect_timeout=timeout,
-            health_check_interval=0,
-            retry=Retry(NoBackoff(), 0),
-        )
+        self._address = _Address(url)
         window = _text("window.lua")
-        scripts = [window + _text(name) for name in ("admit.lua", "settle.lua", "undo.lua")] + [_text("beat.lua")]
-        self._load = [_packed((b"SCRIPT", b"LOAD", script)) for script in scripts]
-        self._admit, self._settle, self._undo, self._beat = map(_digest, scripts)
+        admit, settle, undo = (window + _text(name) for name in ("admit.lua", "settle.lua", "undo.lua"))
+        self._scripts = Scripts(prefix, admit=admit, settle=settle, undo=undo, beat=_text("beat.lua"))
+        self._loads = [_Load(packed) for packed in self._scripts.loads]
 
-        self._waiting: deque[_Question] = deque()
-        self._unanswered: deque[_Question] = deque()
-        self._expiry: asyncio.TimerHandle | None = None
+        self._link: _Link | None = None
+        self._connecting: asyncio.Task[None] | None = None
+        self._waiting: deque[_Question | _Inquiry] = deque()
+        self._sending = False
+        self._timer: asyncio.TimerHandle | None = None
         self._late = False
-        self._asking = 0
-        self._send_soon = False
+        # Until when (event-loop time) questions are not kept waiting for another attempt to connect, and why.
+        self._away_until = 0.0
+        self._away = NO_CONNECTION
+
         self._notes: deque[_Note] = deque()
+        self._held: list[_Note] = []  # to be sent again after a pause, in order
         self._carried = 0
-        self._delivered = asyncio.Event()
-        self._courier: asyncio.Task[None] | None = None
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._courier: asyncio.TimerHandle | None = None
+        self._pause = FIRST_PAUSE
+        # What flush watches: settlements that are done with, and failures to deliver.
+        self._done = 0
+        self._failures = 0
+        self._progress = asyncio.Event()
         self._closed = False
         #: Settlements that found the queue full, that Redis refused for good, or that are too old to send again.
         self.dropped = 0
@@ -158,347 +319,301 @@ class RedisStore:
     @property
     def pending(self) -> int:
         """Settlements that have not arrived yet."""
-        return len(self._notes) + self._carried
+        return len(self._notes) + len(self._held) + self._carried
 
-    async def admit(self, admission: Admission) -> Admitted | Denied:
-        windows = admission.windows
-        if not windows:
-            return Admitted(0, ())
-        numbers = [float(max(0, clamped(admission.tokens)))]
-        for window in windows:
-            numbers += (_limit(window.rpm), _limit(window.tpm))
-        keys = self._keys(b"a:", admission.id, [window.key for window in windows])
-        command = _evalsha(self._admit, keys, struct.pack(f"<{len(numbers)}d", *numbers))
-        question = self._ask(command, admission)
-        try:
-            return _decision(await question.answer, len(windows))
-        except asyncio.CancelledError:
-            answer = question.answer
-            if answer.done() and not answer.cancelled() and answer.exception() is None:
-                # The answer came in the very tick in which the caller was cancelled.
-                self._give_back(question, answer.result())
-            raise
+    def ask(self, admission: Admission, tell: Callable[[Answer], None]) -> _Question | None:
+        if not admission.windows:
+            tell(Admitted(0, ()))
+            return None
+        loop = asyncio.get_running_loop()
+        now = loop.time()
+        if self._link is None and now < self._away_until:
+            tell(StoreUnavailable(self._away))
+            return None
+        question = _Question(self, admission, tell, now + self._timeout)
+        self._put(question, loop)
+        return question if question.wanted else None
 
     def settle(self, settlement: Settlement) -> None:
-        requests, tokens = clamped(settlement.requests), clamped(settlement.tokens)
-        numbers: list[float] = []
-        if requests < 0 or tokens < 0:
-            numbers += (settlement.second, min(requests, 0), min(tokens, 0))
-        if requests > 0 or tokens > 0:
-            numbers += (0, max(requests, 0), max(tokens, 0))
-        if numbers and settlement.keys:
-            self._correct(settlement.id, settlement.keys, numbers)
+        packed = self._scripts.settle(settlement)
+        if packed is not None:
+            self._note(packed)
 
     def merge(self, merge: Merge) -> None:
         """Count what was admitted elsewhere; delivered like a settlement."""
-        numbers = [number for spent in merge.spent for number in (spent[0], clamped(spent[1]), clamped(spent[2]))]
-        if numbers:
-            self._correct(merge.id, (merge.key,), numbers)
+        packed = self._scripts.merge(merge)
+        if packed is not None:
+            self._note(packed)
 
     async def flush(self) -> None:
         """Send every noted settlement now. Returns when all arrived or Redis stopped answering."""
-        left = len(self._notes) + self._carried  # those noted meanwhile go by themselves
-        while left > 0:
-            if self._carried:
-                self._delivered.clear()
-                left -= self._carried
-                await self._delivered.wait()
-            elif self._notes and await self._deliver():
-                left -= BATCH
-            else:
-                return
+        goal, failures = self._done + self.pending, self._failures  # those noted meanwhile go by themselves
+        while self._done < goal and self._failures == failures and not self._closed:
+            self._carry()
+            self._progress.clear()
+            await self._progress.wait()
 
     async def ping(self) -> None:
         """Ask for a sign of life. Raises StoreUnavailable."""
-        await self._ask(_packed((b"PING",))).answer
+        await self._inquire(command(b"PING"))
 
     async def beat(self, gateway: str) -> Pulse:
-        """Say that ``gateway`` lives, for the next 10 s. It writes, so it fails where an admission would."""
-        arguments = (gateway.encode("utf-8", "surrogatepass"), b"%d" % GATEWAY_TTL)
-        answer = await self._ask(_evalsha(self._beat, [self._prefix + b"gateways"], *arguments)).answer
-        return Pulse(int(answer[0]), int(answer[1]) / 1e6)
+        """Say that ``gateway`` lives, for the next 10 s. It writes, so it fails where an admission would. Raises
+        StoreUnavailable."""
+        return pulse(await self._inquire(self._scripts.beat(gateway)))
 
     async def close(self) -> None:
-        """Drop what still waits (``flush`` first) and close the connections."""
+        """Drop what still waits (``flush`` first) and close the connection."""
         self._closed = True
-        if self._expiry is not None:
-            self._expiry.cancel()
-        tasks = [*self._tasks]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        for question in self._unanswered:
-            _fail(question, "closed")
-        self._waiting.clear()
-        self._unanswered.clear()
-        await self._pool.disconnect()
+        for timer in (self._timer, self._courier):
+            if timer is not None:
+                timer.cancel()
+        if self._connecting is not None:
+            self._connecting.cancel()
+            await asyncio.wait([self._connecting])
+        if self._link is not None:
+            await self._link.end(CLOSED)
+        self._fail_waiting(CLOSED)
+        self._progress.set()
 
     # Questions
 
-    def _ask(self, command: bytes, admission: Admission | None = None) -> _Question:
+    def _put(self, asked: _Question | _Inquiry, loop: asyncio.AbstractEventLoop) -> None:
         if self._closed:
-            raise StoreUnavailable("closed")
-        if len(self._waiting) >= MAX_WAITING:
-            raise StoreUnavailable("too many questions wait")
+            asked.fail(CLOSED)
+        elif len(self._waiting) >= MAX_WAITING:
+            asked.fail("too many questions wait")
+        else:
+            self._waiting.append(asked)
+            if not self._sending:
+                self._sending = True
+                loop.call_soon(self._send)
+
+    async def _inquire(self, packed: bytes) -> Reply:
+        """Whoever awaits it has a pace of its own, so it is an attempt to connect at any time."""
         loop = asyncio.get_running_loop()
-        question = _Question(command, admission, loop.create_future(), loop.time() + self._timeout)
-        self._waiting.append(question)
-        self._unanswered.append(question)
-        if self._expiry is None:
-            self._expiry = loop.call_at(question.deadline, self._expire)
-        if not self._send_soon and self._asking < ASKING:
-            self._send_soon = True
-            loop.call_soon(self._send)
-        return question
+        inquiry = _Inquiry(packed, loop.time() + self._timeout)
+        self._put(inquiry, loop)
+        reply = await inquiry.reply
+        if isinstance(reply, ReplyError):
+            raise StoreUnavailable(reply.reason)
+        return reply
 
     def _send(self) -> None:
-        """Put what waits into one pipeline, unless every connection is busy."""
-        self._send_soon = False
-        while self._waiting and self._asking < ASKING and not self._closed:
-            batch: list[_Question] = []
-            while self._waiting and len(batch) < BATCH:
-                question = self._waiting.popleft()
-                if not question.answer.done():
-                    batch.append(question)
-            if batch:
-                self._asking += 1
-                self._start(self._ask_redis(batch))
+        """Send what waits, in one write, as far as there is room: settlements first, then questions."""
+        self._sending = False
+        if self._closed or not (self._waiting or self._notes):
+            return
+        loop = asyncio.get_running_loop()
+        if self._timer is None:
+            self._timer = loop.call_later(self._timeout, self._look)
+        link = self._link
+        if link is None:
+            if self._connecting is None:
+                self._connecting = loop.create_task(self._connect())
+            return
+        room = IN_FLIGHT - len(link.in_flight)
+        batch: list[_Command] = []
+        if self._notes:
+            self._take_notes(batch, min(room, NOTES_IN_FLIGHT - self._carried), loop.time())
+        waiting = self._waiting
+        while waiting and len(batch) < room:
+            asked = waiting.popleft()
+            if asked.wanted:
+                batch.append(asked)
+        if batch:
+            link.send(batch)
 
-    async def _ask_redis(self, batch: list[_Question]) -> None:
-        """One pipeline: the settlements that wait, then questions. Each question gets its answer; those without one
-        get the reason."""
-        replies: list[Any] = []
-        sent, failure = True, "closed"
-        notes = self._take_notes()
-        commands = [note.command for note in notes] + [question.command for question in batch]
-        try:
-            sent, failure = await self._exchange(commands, replies, batch[-1].deadline + GRACE)
-        finally:
-            self._return_notes(notes, replies, sent)
-            del replies[: len(notes)]
-            for question, reply in zip(batch, replies, strict=False):
-                self._answer(question, reply)
-            for question in batch[len(replies) :]:
-                if sent:
-                    self._note_undo(question)
-                _fail(question, failure)
-            self._asking -= 1
-            while self._unanswered and self._unanswered[0].answer.done():
-                self._unanswered.popleft()
-            self._send()
-
-    def _answer(self, question: _Question, reply: Any) -> None:
-        if question.answer.done():
-            self._give_back(question, reply)
-        elif isinstance(reply, Exception):
-            _fail(question, _reason(reply))
-        else:
-            question.answer.set_result(reply)
-
-    def _give_back(self, question: _Question, reply: Any) -> None:
-        """Undo an admission whose caller is gone."""
-        if isinstance(reply, bytes) and reply[:1] == b"\x01":
-            self._note_undo(question)
-
-    def _note_undo(self, question: _Question) -> None:
-        admission = question.admission
-        if admission is not None:
-            keys = self._keys(b"a:", admission.id, [window.key for window in admission.windows])
-            tokens = max(0, clamped(admission.tokens))
-            self._note(_evalsha(self._undo, keys, b"%d" % tokens, b"%d" % SETTLED_MEMORY))
-
-    def _expire(self) -> None:
-        """Answer those whose time is over; all have the same time, so they are over in order."""
+    def _look(self) -> None:
+        """Answer those whose time is over, and give up a connection that owes answers and is silent. Runs at least
+        once within every time-out as long as anything is on its way."""
         loop = asyncio.get_running_loop()
         now = loop.time()
-        unanswered = self._unanswered
-        if unanswered and now - unanswered[0].deadline > LATE and not self._late:
+        assert self._timer is not None
+        if now - self._timer.when() > LATE and not self._late:
             # The loop was busy, not Redis: the answers may be here already, and are read before the next look.
             self._late = True
-            self._expiry = loop.call_later(LATE, self._expire)
+            self._timer = loop.call_later(LATE, self._look)
             return
         self._late = False
-        while unanswered and (unanswered[0].answer.done() or unanswered[0].deadline <= now):
-            _fail(unanswered.popleft(), "no answer in time")
-        self._expiry = loop.call_at(unanswered[0].deadline, self._expire) if unanswered else None
+        link = self._link
+        in_flight: Sequence[_Command] = () if link is None else link.in_flight
+        overdue: list[_Question | _Inquiry] = []
+        soon = now + self._timeout
+        for asked in chain(in_flight, self._waiting):
+            if isinstance(asked, _Question | _Inquiry) and asked.wanted:
+                if asked.deadline > now:
+                    soon = asked.deadline
+                    break
+                overdue.append(asked)
+        while self._waiting and (self._waiting[0].deadline <= now or not self._waiting[0].wanted):
+            self._waiting.popleft()
+        # Whatever is told below may ask again.
+        self._timer = loop.call_at(soon, self._look) if in_flight or self._waiting else None
+        for asked in overdue:
+            asked.fail(NO_ANSWER)
+        if link is not None and link.in_flight and now - link.heard > self._timeout + GRACE:
+            link.drop(NO_ANSWER)
+
+    def _received(self) -> None:
+        """Replies came, so there is room again."""
+        if self._waiting or (self._notes and self._courier is None):
+            self._send()
+        self._progress.set()
+
+    def _undo(self, admission: Admission) -> None:
+        self._note(self._scripts.undo(admission))
+
+    def _fail_waiting(self, reason: str) -> None:
+        waiting, self._waiting = self._waiting, deque()
+        for asked in waiting:
+            asked.fail(reason)
 
     # Settlements
 
-    def _correct(self, settled: str, keys: Sequence[str], numbers: Sequence[float]) -> None:
-        packed = struct.pack(f"<{len(numbers)}d", *numbers)
-        self._note(_evalsha(self._settle, self._keys(b"s:", settled, keys), b"%d" % SETTLED_MEMORY, packed))
-
-    def _note(self, command: bytes) -> None:
-        if self._closed or len(self._notes) >= MAX_NOTES:
+    def _note(self, packed: bytes) -> None:
+        if self._closed or len(self._notes) + len(self._held) >= MAX_NOTES:
             self.dropped += 1
             return
-        self._notes.append(_Note(command))
+        self._notes.append(_Note(self, packed))
         if self._courier is None:
-            self._courier = self._start(self._carry())
+            self._courier = asyncio.get_running_loop().call_later(LINGER, self._carry)
 
-    async def _carry(self) -> None:
-        """Deliver settlements until none is left."""
-        pause = FIRST_PAUSE
-        try:
-            await asyncio.sleep(LINGER)
-            while self._notes:
-                if await self._deliver():
-                    pause = FIRST_PAUSE
-                else:
-                    await asyncio.sleep(pause)
-                    pause = min(2 * pause, LONGEST_PAUSE)
-        finally:
+    def _carry(self) -> None:
+        """Send settlements, in front those that go again."""
+        if self._courier is not None:
+            self._courier.cancel()
             self._courier = None
+        self._notes.extendleft(reversed(self._held))
+        self._held.clear()
+        self._send()
 
-    async def _deliver(self) -> bool:
-        """One pipeline of settlements; False if any of them must be sent again."""
-        notes = self._take_notes()
-        if not notes:
-            return True
-        replies: list[Any] = []
-        sent = True
-        try:
-            deadline = asyncio.get_running_loop().time() + self._timeout
-            sent, _ = await self._exchange([note.command for note in notes], replies, deadline)
-        finally:
-            arrived = self._return_notes(notes, replies, sent)
-        return arrived
-
-    def _take_notes(self) -> list[_Note]:
-        """The settlements that go next; they come back by ``_return_notes``."""
-        self._drop_stale(asyncio.get_running_loop().time())
-        notes = [self._notes.popleft() for _ in range(min(BATCH, len(self._notes)))]
-        self._carried += len(notes)
-        return notes
-
-    def _return_notes(self, notes: list[_Note], replies: list[Any], sent: bool) -> bool:
-        """Keep those that must be sent again, in front and in order; whether there was none."""
-        self._carried -= len(notes)
-        self._delivered.set()
-        if sent:
-            earliest = asyncio.get_running_loop().time() - self._timeout
-            for note in notes:
-                note.sent = note.sent or earliest
-        again = notes[len(replies) :]
-        for note, reply in zip(notes, replies, strict=False):
-            if isinstance(reply, tuple(_PASSING)):
-                again.append(note)
-            elif isinstance(reply, Exception):
+    def _take_notes(self, batch: list[_Command], most: int, now: float) -> None:
+        """The settlements that go next. Those that may have arrived so long ago that Redis no longer knows their ids
+        can't go again."""
+        notes = self._notes
+        while notes and len(batch) < most:
+            note = notes.popleft()
+            if note.sent is None:
+                note.sent = now
+            elif now - note.sent > SETTLED_MEMORY - 1:
+                self._done += 1
                 self.dropped += 1
-        self._notes.extendleft(reversed(again))
-        if again and self._courier is None and not self._closed:
-            self._courier = self._start(self._carry())
-        return not again
+                continue
+            note.repeated = False
+            self._carried += 1
+            batch.append(note)
 
-    def _drop_stale(self, now: float) -> None:
-        """Let go of settlements that may have arrived so long ago that Redis no longer knows their ids."""
-        while self._notes and (sent := self._notes[0].sent) is not None and now - sent > SETTLED_MEMORY - 1:
-            self._notes.popleft()
+    def _delivered(self, reply: Reply) -> None:
+        self._carried -= 1
+        self._done += 1
+        if isinstance(reply, ReplyError):
             self.dropped += 1
+        else:
+            self._pause = FIRST_PAUSE
+
+    def _hold(self, note: _Note) -> None:
+        """Redis did not take it: it goes again after a pause."""
+        self._carried -= 1
+        self._held.append(note)
+        self._failures += 1
+        if self._courier is None and not self._closed:
+            self._courier = asyncio.get_running_loop().call_later(self._next_pause(), self._carry)
+
+    def _next_pause(self) -> float:
+        """Seconds; longer each time, until something arrives."""
+        pause, self._pause = self._pause, min(2 * self._pause, LONGEST_PAUSE)
+        return pause * random.uniform(1 - SPREAD, 1 + SPREAD)
 
     # Redis
 
-    async def _exchange(self, commands: list[bytes], replies: list[Any], deadline: float) -> tuple[bool, str]:
-        """Send a pipeline and collect the replies (errors of single commands among them). Returns whether any command
-        may have left this process, and why replies are missing, if they are."""
-        connection = None
-        complete = False
+    async def _connect(self) -> None:
+        """One attempt; then what waits goes out, or is told why not."""
+        link = _Link(self)
+        reason = CLOSED
         try:
-            async with asyncio.timeout_at(deadline):
-                connection = await self._pool.get_connection()
-                await _converse(connection, commands, replies)
-                await self._repeat_unknown(connection, commands, replies)
-                complete = True
-        except (redis_errors.RedisError, OSError) as error:
-            return connection is not None, _reason(error)
+            async with asyncio.timeout(self._timeout):
+                await self._address.reach(link)
+            self._link, self._pause, reason = link, FIRST_PAUSE, ""
+        except TimeoutError:
+            reason = NO_ANSWER
+        except (OSError, ValueError):  # a host name that is none is a ValueError
+            reason = NO_CONNECTION
+        except StoreUnavailable as error:
+            reason = str(error)
         finally:
-            if connection is not None:
-                if not complete:
-                    await connection.disconnect(nowait=True)
-                await self._pool.release(connection)
-        return True, ""
+            self._connecting = None
+            if reason:
+                await link.end(reason)
+        if reason:
+            self._unreachable(reason)
+        else:
+            self._send()
 
-    async def _repeat_unknown(self, connection: Any, commands: list[bytes], replies: list[Any]) -> None:
-        """Load the scripts and repeat the commands that Redis had no script for: it was restarted."""
-        unknown = [index for index, reply in enumerate(replies) if isinstance(reply, redis_errors.NoScriptError)]
-        if unknown:
-            again: list[Any] = []
+    def _unreachable(self, reason: str) -> None:
+        loop = asyncio.get_running_loop()
+        pause = self._next_pause()
+        self._away, self._away_until = reason, loop.time() + pause
+        self._failures += 1
+        if self._courier is not None:
+            self._courier.cancel()
+            self._courier = None
+        if self._notes or self._held:
+            self._courier = loop.call_later(pause, self._carry)
+        self._fail_waiting(reason)
+        self._progress.set()
+
+    def _dropped(self, link: _Link) -> None:
+        """A connection is gone. What has not been sent yet is worth another."""
+        if link is self._link:
+            self._link = None
+            if self._waiting and not self._sending and not self._closed:
+                self._sending = True
+                asyncio.get_running_loop().call_soon(self._send)
+        self._progress.set()
+
+
+class _Address:
+    """Where Redis is and how one gets in, by redis-py's own rules for what may stand in a URL."""
+
+    def __init__(self, url: str) -> None:
+        options: dict[str, Any] = {**parse_url(url)}
+        self._path: str | None = options.get("path")
+        self._host: str = options.get("host", "localhost")
+        self._port: int = options.get("port", 6379)
+        self._tls: RedisSSLContext | None = None
+        if options.get("connection_class") is SSLConnection:
+            named = {name.removeprefix("ssl_"): value for name, value in options.items() if name.startswith("ssl_")}
             try:
-                await _converse(connection, self._load + [commands[index] for index in unknown], again)
-            finally:
-                for index, reply in zip(unknown, again[len(self._load) :], strict=False):
-                    replies[index] = reply
+                self._tls = RedisSSLContext(**{"cert_reqs": "required", "check_hostname": True, **named})
+            except (TypeError, RedisError) as error:
+                raise ValueError(f"TLS options in the store's URL: {error}") from error
+        user, password = options.get("username"), options.get("password")
+        self._greeting: list[tuple[bytes, ...]] = []
+        if user or password:
+            words = (user, password or "") if user else (password,)
+            self._greeting.append((b"AUTH", *(str(word).encode() for word in words)))
+        if options.get("db"):
+            self._greeting.append((b"SELECT", b"%d" % options["db"]))
+        # Whether it serves at all is learned before anything that matters is sent.
+        self._greeting.append((b"PING",))
 
-    def _keys(self, mark: bytes, name: str, windows: Sequence[str]) -> list[bytes]:
-        """The key of a mark and those of the windows, the mark with the first window's hash tag."""
-        keys = [self._prefix + key.encode("utf-8", "surrogatepass") for key in windows]
-        tag = windows[0][: windows[0].find("}") + 1] or "{" + windows[0] + "}"
-        return [self._prefix + tag.encode("utf-8", "surrogatepass") + b":" + mark + name.encode(), *keys]
-
-    def _start(self, work: Any) -> asyncio.Task[None]:
-        task: asyncio.Task[None] = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return task
-
-
-async def _converse(connection: Any, commands: list[bytes], replies: list[Any]) -> None:
-    await connection.send_packed_command(b"".join(commands))
-    for _ in commands:
-        try:
-            replies.append(await connection.read_response(disable_decoding=True))
-        except redis_errors.ResponseError as error:
-            replies.append(error)
-
-
-def _decision(reply: Any, windows: int) -> Admitted | Denied:
-    """What admit.lua said."""
-    if not isinstance(reply, bytes) or len(reply) != _HEAD.size + windows * _LEVEL.size:
-        raise StoreUnavailable("unexpected answer")
-    outcome, index, kind, value = _HEAD.unpack_from(reply)
-    levels = tuple(
-        Level(int(requests), int(tokens), requests_reset / 1e6, tokens_reset / 1e6)
-        for requests, tokens, requests_reset, tokens_reset in _LEVEL.iter_unpack(reply[_HEAD.size :])
-    )
-    if outcome == _ADMITTED:
-        return Admitted(int(value), levels)
-    if outcome == _DENIED:
-        return Denied(index, _KINDS[kind], value / 1e6 if value >= 0 else None, levels)
-    raise StoreUnavailable("unexpected answer")
-
-
-def _limit(limit: int | None) -> float:
-    return -1.0 if limit is None else float(min(max(limit, 0), _UNREACHABLE))
-
-
-def _reason(error: Exception) -> str:
-    """Few words, without address or secret: for logs and metrics."""
-    for kind, words in _PASSING.items():
-        if isinstance(error, kind):
-            return words
-    code = str(error).partition(" ")[0]
-    return code if code.isascii() and code.isupper() else "error"
-
-
-def _fail(question: _Question, reason: str) -> None:
-    if not question.answer.done():
-        question.answer.set_exception(StoreUnavailable(reason))
+    async def reach(self, link: _Link) -> None:
+        """Connect ``link`` and get in. Raises OSError, ValueError and StoreUnavailable."""
+        loop = asyncio.get_running_loop()
+        if self._path is not None:
+            await loop.create_unix_connection(lambda: link, self._path)
+        else:
+            tls = None if self._tls is None else self._tls.get()
+            await loop.create_connection(lambda: link, self._host, self._port, ssl=tls)
+        for words in self._greeting:
+            reply = await link.inquire(command(*words))
+            if not isinstance(reply, ReplyError) or (words[0] == b"PING" and reply.code == "NOPERM"):
+                continue
+            raise StoreUnavailable(UNAUTHENTICATED if words[0] == b"AUTH" else reply.reason)
+        if link.closed.done():
+            raise StoreUnavailable(NO_CONNECTION)
 
 
 def _text(name: str) -> bytes:
     return resources.files(__package__).joinpath(name).read_bytes()
-
-
-def _digest(script: bytes) -> bytes:
-    """The name under which Redis keeps a script (its SHA-1, by the protocol; nothing secret hangs on it)."""
-    return hashlib.sha1(script, usedforsecurity=False).hexdigest().encode()
-
-
-def _packed(parts: Iterable[bytes]) -> bytes:
-    """One command in Redis's protocol."""
-    bulks = [b"$%d\r\n%b\r\n" % (len(part), part) for part in parts]
-    return b"*%d\r\n%b" % (len(bulks), b"".join(bulks))
-
-
-def _evalsha(digest: bytes, keys: Sequence[bytes], *arguments: bytes) -> bytes:
-    return _packed((b"EVALSHA", digest, b"%d" % len(keys), *keys, *arguments))

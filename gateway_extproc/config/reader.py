@@ -168,10 +168,6 @@ class _Reader:
                 return {} if node.value else None
             return self.part(setting.part, node, path, pattern)
         form = setting.form
-        if isinstance(node.value, str) and f"{pattern}={node.value}" in UNSUPPORTED:
-            reason = UNSUPPORTED[f"{pattern}={node.value}"]
-            self.report(path, f"'{node.value}' is not supported by this version ({reason})")
-            return _WRONG
         try:
             value = form.read(node.value)
         except ValueError as error:

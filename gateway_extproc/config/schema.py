@@ -38,7 +38,7 @@ from .forms import (
 from .part import Part, about
 
 #: Settings that the contract names and this version does not act on, with the reason. They are refused: a limit is
-#: never accepted that is not enforced. ``[]`` is any item, ``*`` any name, ``=`` a single value.
+#: never accepted that is not enforced. ``[]`` is any item, ``*`` any name.
 UNSUPPORTED: Final[Mapping[str, str]] = {
     "users[].concurrency": "requests at once are not limited yet",
     "users[].budgets": "budgets are not kept yet",
@@ -51,7 +51,6 @@ UNSUPPORTED: Final[Mapping[str, str]] = {
     "models.*.aliases": "models have one name",
     "models.*.limits": "limits are per user, user and model, and team",
     "prices": "money is not counted yet",
-    "usage.source=access_log": "usage is read from answers (body)",
 }
 
 
@@ -75,6 +74,12 @@ class Listen(Part, frozen=True, kw_only=True):
         str,
         about("Health, metrics and administration. Any other host than this machine needs an admin token.", LISTENER),
     ] = "127.0.0.1:9090"
+    transport: Annotated[
+        Literal["h2", "grpc"],
+        about(
+            "What serves `grpc`. `h2`: this gateway's own HTTP/2 listener. `grpc`: grpc.aio, at several times the cost."
+        ),
+    ] = "h2"
     tls: Annotated[ServerTls | None, about("TLS for `grpc`.")] = None
 
 
@@ -279,7 +284,13 @@ class ModelConfig(Part, frozen=True, kw_only=True):
 class Usage(Part, frozen=True, kw_only=True):
     """Where the tokens that a request used are read."""
 
-    source: Annotated[Literal["body"], about("`body`: in the pods' answers.")] = "body"
+    source: Annotated[
+        Literal["body", "access_log"],
+        about(
+            "`body`: by the gateway, in the answers. `access_log`: by Envoy's filters, whose findings come with its "
+            "access log: no message for each token of a stream. Envoy's bootstrap must be made anew."
+        ),
+    ] = "body"
 
 
 class Logging(Part, frozen=True, kw_only=True):

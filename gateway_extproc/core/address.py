@@ -48,6 +48,19 @@ def join_address(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
+def worker_address(address: str, worker: int) -> str:
+    """Where worker ``worker`` of several (from 0) listens, if ``address`` is the first one's: so many ports further
+    on, or ``unix:/path-1``, ``unix:/path-2`` after ``unix:/path``. Raises ValueError where there is no such port."""
+    if worker == 0:
+        return address
+    if address.startswith("unix:"):
+        return f"{address}-{worker}"
+    host, port = split_address(address)
+    if port == 0 or port + worker > 65535:
+        raise ValueError(f"expected a port from 1 to {65535 - worker}")
+    return join_address(host, port + worker)
+
+
 def is_ip(host: str) -> bool:
     """Whether a host, as split_address gives it, is an IP address and not a name. No name ends in a number, so that
     this needs no parsing (https://url.spec.whatwg.org/#ends-in-a-number-checker)."""

@@ -1,7 +1,8 @@
 """What a request will cost before it has run: tokens of the prompt and of the answer, learned for each model.
 
-Owns the two averages and their priors. Both are exponential moving averages over finished requests, so they follow
-a model's traffic and need no tokenizer. Leaves out how the estimate is charged (core/session.py).
+Owns the averages and their priors. All are exponential moving averages over finished requests, so they follow
+a model's traffic and need no tokenizer. For answers that nobody read it also says how many tokens a number of bytes
+was. Leaves out how an estimate is charged (core/account.py).
 """
 
 from __future__ import annotations
@@ -13,7 +14,10 @@ from typing import Final, Literal
 PRIOR_TOKENS_PER_BYTE: Final = 0.25
 #: Tokens of an answer before anything was learned.
 PRIOR_OUTPUT: Final = 128.0
-#: Weight of the newest request in both averages: the last 20 or so requests decide.
+#: Tokens per byte of an event stream before anything was learned: vLLM's chat completions take some 240 bytes for an
+#: event, which carries one token.
+PRIOR_TOKENS_PER_STREAMED_BYTE: Final = 1 / 240
+#: Weight of the newest request in all averages: the last 20 or so requests decide.
 GAIN: Final = 0.1
 #: Most models remembered; the one learned least recently is dropped.
 MODELS: Final = 4096
@@ -24,11 +28,12 @@ Reserve = Literal["expected", "max"]
 class Estimates:
     """Learned averages by model. Called from the event loop only."""
 
-    __slots__ = ("_output", "_ratio")
+    __slots__ = ("_output", "_ratio", "_streamed")
 
     def __init__(self) -> None:
         self._ratio: dict[str, float] = {}
         self._output: dict[str, float] = {}
+        self._streamed: dict[str, float] = {}
 
     def prompt(self, model: str, prompt_bytes: int) -> int:
         """Expected tokens of a prompt of that many bytes; at least one."""
@@ -42,6 +47,10 @@ class Estimates:
             expected = declared if reserve == "max" else min(expected, declared)
         return round(expected) * answers
 
+    def streamed(self, model: str, sent: int) -> int:
+        """Expected tokens of output in ``sent`` bytes of an event stream."""
+        return round(self._streamed.get(model, PRIOR_TOKENS_PER_STREAMED_BYTE) * sent)
+
     def learn(self, model: str, prompt_bytes: int, prompt: int, output: int | None) -> None:
         """A request of ``prompt_bytes`` really had these tokens; ``output`` per answer, None where none is
         generated."""
@@ -49,6 +58,11 @@ class Estimates:
             self._update(self._ratio, model, prompt / prompt_bytes, PRIOR_TOKENS_PER_BYTE)
         if output is not None:
             self._update(self._output, model, float(output), PRIOR_OUTPUT)
+
+    def learn_stream(self, model: str, sent: int, output: int) -> None:
+        """An event stream of ``sent`` bytes really had ``output`` tokens."""
+        if sent > 0 and output > 0:
+            self._update(self._streamed, model, output / sent, PRIOR_TOKENS_PER_STREAMED_BYTE)
 
     @staticmethod
     def _update(table: dict[str, float], model: str, value: float, prior: float) -> None:

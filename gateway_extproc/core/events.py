@@ -1,8 +1,8 @@
 """What happens to a request, and what the session wants done: the two vocabularies of core/session.py.
 
 A listener turns its messages into events, feeds them, and carries out the actions in order. Every event but
-``Closed`` and ``Drain`` is answered by exactly one reply (``Continue``, ``Route``, ``Refuse``, ``Answer``,
-``Respond``, ``Replace``), which may come only after the answer to an ``Ask``.
+``Observed``, ``Closed`` and ``Drain`` is answered by exactly one reply (``Continue``, ``Route``, ``Refuse``,
+``Answer``, ``Respond``, ``Replace``), which may come only after the answer to an ``Ask``.
 """
 
 from __future__ import annotations
@@ -21,15 +21,35 @@ Headers = list[tuple[str, bytes]]
 
 
 class RequestHeaders(msgspec.Struct, frozen=True):
-    """The request began. Names are lower-case; pseudo-headers included. ``end``: there is no body."""
+    """The request began. Names are lower-case; pseudo-headers included. ``end``: there is no body. ``carry``: the
+    listener has nobody who keeps the body, so that ``Route`` must bring it along, changed or not."""
 
     headers: Headers
     end: bool
+    carry: bool = False
 
 
 class RequestBody(msgspec.Struct, frozen=True):
+    """All of the request's body, or a piece. ``end``: it is the last one, though trailers may follow."""
+
     data: bytes
     end: bool
+
+
+class Truncated(msgspec.Struct, frozen=True):
+    """The request's body is longer than what is ever shown of it, which is ``size`` bytes."""
+
+    size: int
+
+
+class Misconfigured(msgspec.Struct, frozen=True):
+    """Whoever asks is set up so that no request's body can be decided on; ``why`` is for the log."""
+
+    why: str
+
+
+class Observed(msgspec.Struct, frozen=True):
+    """A request goes by of which we are only told: whatever we say is ignored."""
 
 
 class Unavailable(msgspec.Struct, frozen=True):
@@ -38,6 +58,10 @@ class Unavailable(msgspec.Struct, frozen=True):
 
 class Crowded(msgspec.Struct, frozen=True):
     """There is no room for the request's body now."""
+
+
+class Oversized(msgspec.Struct, frozen=True):
+    """The request's body is larger than any that we read."""
 
 
 class ResponseHeaders(msgspec.Struct, frozen=True):
@@ -56,11 +80,11 @@ class ResponseBody(msgspec.Struct, frozen=True):
 
 
 class ResponseTrailers(msgspec.Struct, frozen=True):
-    pass
+    """The answer is over."""
 
 
 class RequestTrailers(msgspec.Struct, frozen=True):
-    pass
+    """The request is over; so is its body where no piece was the last one."""
 
 
 class Closed(msgspec.Struct, frozen=True):
@@ -78,10 +102,14 @@ Event = (
     RequestHeaders
     | RequestBody
     | RequestTrailers
+    | Truncated
+    | Misconfigured
+    | Observed
     | Admitted
     | Denied
     | Unavailable
     | Crowded
+    | Oversized
     | ResponseHeaders
     | ResponseBody
     | ResponseTrailers
@@ -104,7 +132,7 @@ class Ask(msgspec.Struct, frozen=True):
 
 
 class Route(msgspec.Struct, frozen=True):
-    """Set and remove request headers, match the route again; ``body`` replaces the request's where given.
+    """Set and remove request headers, match the route again; ``body`` is what the pod gets, None: what came.
     ``choices`` is the number of pods that may be tried, the first included."""
 
     set: dict[str, bytes]
@@ -135,7 +163,8 @@ class Respond(msgspec.Struct, frozen=True):
 
 
 class Replace(msgspec.Struct, frozen=True):
-    """Let a chunk of the answer through; ``data`` None: as it is, else what the client gets instead."""
+    """Let a chunk of the answer through; ``data`` None: as it is, else what the client gets instead. After trailers:
+    ``data`` comes before them, where that can still be sent."""
 
     data: bytes | None
 

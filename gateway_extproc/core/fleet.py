@@ -23,6 +23,8 @@ import msgspec
 #: Half-life in seconds of the tokens that the `throughput` strategy calls "lately".
 TOKENS_HALF_LIFE: Final = 10.0
 _DECAY: Final = math.log(2) / TOKENS_HALF_LIFE
+#: The addresses of each model that an Envoy can route; None for a model: an older state of it, not known here.
+Acknowledged = Mapping[str, frozenset[str] | None]
 #: Most models that one pod may name; what a confused pod lists beyond it is left out.
 MODELS_PER_POD: Final = 1024
 #: Longest model name in characters, as in core/parse.py.
@@ -111,13 +113,17 @@ class Fleet:
 
     def __init__(self) -> None:
         self._members: dict[str, Member] = {}
-        self._acknowledged: dict[str, Mapping[str, frozenset[str] | None]] = {}
+        #: What Envoys told us, and what they told other processes of this gateway; ours holds where there are both.
+        self._acknowledged: dict[str, Acknowledged] = {}
+        self._relayed: dict[str, Acknowledged] = {}
         self._views: dict[str, View] = {}
         self._sources: dict[str, tuple[PodSpec, ...]] = {}
         #: Grows with each change of members, models or readiness.
         self.version = 0
         #: Called after each such change; must not raise.
         self.on_change: Callable[[], None] = lambda: None
+        #: Called after an Envoy told us something else than before (None: it tells nothing any more); must not raise.
+        self.on_acknowledged: Callable[[str, Acknowledged | None], None] = lambda node, endpoints: None
 
     # --- membership ------------------------------------------------------------------------------------------------
 
@@ -185,29 +191,40 @@ class Fleet:
 
     # --- what Envoys have --------------------------------------------------------------------------------------------
 
-    def acknowledged(self, node: str, endpoints: Mapping[str, frozenset[str] | None]) -> None:
+    def acknowledged(self, node: str, endpoints: Acknowledged) -> None:
         """Envoy ``node`` can route to these models' addresses; None for a model: it has an older state of it,
         not known here, so it is not held back."""
         if self._acknowledged.get(node) != endpoints:
             self._acknowledged[node] = endpoints
             self._views.pop(node, None)
+            self.on_acknowledged(node, endpoints)
 
     def disconnected(self, node: str) -> None:
         """Envoy ``node`` keeps what it had but tells nothing any more."""
-        self._acknowledged.pop(node, None)
+        if self._acknowledged.pop(node, None) is not None:
+            self._views.pop(node, None)
+            self.on_acknowledged(node, None)
+
+    def relayed(self, node: str, endpoints: Acknowledged | None) -> None:
+        """The same, as another process of this gateway heard it; None: Envoy ``node`` tells nothing any more."""
+        if endpoints is None:
+            self._relayed.pop(node, None)
+        else:
+            self._relayed[node] = endpoints
         self._views.pop(node, None)
 
     # --- views -------------------------------------------------------------------------------------------------------
 
     def view(self, node: str = "") -> View:
         """What requests that come through Envoy ``node`` may be given."""
-        known = node if node in self._acknowledged else ""
+        known = node if node in self._acknowledged or node in self._relayed else ""
         found = self._views.get(known)
         if found is None:
-            found = self._views[known] = self._build(self._acknowledged.get(known))
+            endpoints = self._acknowledged.get(known)
+            found = self._views[known] = self._build(self._relayed.get(known) if endpoints is None else endpoints)
         return found
 
-    def _build(self, acknowledged: Mapping[str, frozenset[str] | None] | None) -> View:
+    def _build(self, acknowledged: Acknowledged | None) -> View:
         models: dict[str, list[Pod]] = {}
         for member in self._members.values():
             for model in member.models:

@@ -44,7 +44,7 @@ _UTF8_STEP: Final = 65536
 UNREADABLE: Final = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 
 #: Endpoints whose pods generate output tokens.
-_GENERATING: Final = frozenset({"chat/completions", "completions", "responses", "messages"})
+GENERATING: Final = frozenset({"chat/completions", "completions", "responses", "messages"})
 #: Endpoints that take ``stream_options``; others refuse the unknown key or have usage in every stream anyway.
 _ASKABLE: Final = frozenset({"chat/completions", "completions"})
 #: vLLM's calls that load and unload adapters lie under /v1/ too. They administer a pod, and no client may.
@@ -98,7 +98,7 @@ class Route(msgspec.Struct, frozen=True):
     @property
     def generates(self) -> bool:
         """Whether a pod's answer generates output tokens."""
-        return self.endpoint in _GENERATING
+        return self.endpoint in GENERATING
 
     @property
     def may_ask_usage(self) -> bool:

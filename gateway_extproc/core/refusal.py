@@ -138,8 +138,9 @@ def request_exceeds_limit(kind: str, scope: str, limit: int, asked: int) -> Refu
     )
 
 
-def internal_error() -> Refusal:
-    return Refusal(status=500, type="api_error", code="internal_error", message="The gateway failed on this request.")
+def internal_error(reason: str = "") -> Refusal:
+    message = "The gateway failed on this request."
+    return Refusal(status=500, type="api_error", code="internal_error", message=message, reason=reason)
 
 
 def upstream_unavailable() -> Refusal:

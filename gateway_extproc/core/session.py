@@ -42,7 +42,10 @@ from .events import (
     Event,
     Headers,
     Leave,
+    Misconfigured,
+    Observed,
     Outcome,
+    Oversized,
     Refuse,
     Replace,
     RequestBody,
@@ -55,6 +58,7 @@ from .events import (
     Route,
     Settle,
     Suspect,
+    Truncated,
     Unavailable,
 )
 from .fleet import Fleet, Pod
@@ -145,9 +149,9 @@ class Session:
     """Feed it events in order; carry out the actions in order. ``node`` names the Envoy that asks."""
 
     __slots__ = (
-        "_admission", "_admitted", "_ended", "_headers", "_lease", "_leaving", "_model", "_node", "_parts", "_reader",
-        "_refused", "_request", "_size", "_state", "_status", "_strategy", "_strip", "_target", "_took", "_user",
-        "_windows", "_world", "declared_length",
+        "_admission", "_admitted", "_carry", "_ended", "_headers", "_lease", "_leaving", "_model", "_node", "_parts",
+        "_reader", "_refused", "_request", "_size", "_state", "_status", "_strategy", "_strip", "_target", "_took",
+        "_user", "_windows", "_world", "declared_length",
     )  # fmt: skip
 
     def __init__(self, world: World, node: str = "") -> None:
@@ -158,6 +162,7 @@ class Session:
         self._target = Target(Kind.UNKNOWN)
         self._user: str | None = None
         self._strategy = ""
+        self._carry = False
         self._parts: list[bytes] = []
         self._size = 0
         self._request: Request | None = None
@@ -225,6 +230,7 @@ class Session:
         if strategy and strategy not in STRATEGIES:
             return self._refuse(refusals.unknown_strategy(strategy, tuple(STRATEGIES)))
         self._strategy = strategy
+        self._carry = event.carry
         self._state = _State.BODY
         return [Continue()]
 
@@ -246,8 +252,18 @@ class Session:
         if not event.end:
             self._parts.append(event.data)
             return [Continue()]
-        body = b"".join((*self._parts, event.data)) if self._parts else event.data
+        if not self._parts:
+            return self._on_whole_body(event.data)
+        self._parts.append(event.data)
+        return self._on_last_part(event)
+
+    def _on_last_part(self, _: RequestBody | RequestTrailers) -> list[Action]:
+        body = b"".join(self._parts)
         self._parts.clear()
+        return self._on_whole_body(body)
+
+    def _on_whole_body(self, body: bytes) -> list[Action]:
+        policy = self._world.policy
         if not body:
             path = self._headers.get(":path", b"").decode("latin-1").partition("?")[0]
             return self._refuse(refusals.unknown_url("POST", path))
@@ -270,14 +286,13 @@ class Session:
             return self._refuse(refusals.no_ready_pods(model))
         self._windows = directory.windows(self._user, model)
         tokens = self._estimate(request)
-        # Kept until the answer to the question: the only place the body may be needed again is to be changed.
         self._strip = (
             request.stream
             and not request.include_usage
             and self._target.may_ask_usage
             and any(window.tpm is not None for window in self._windows)
         )
-        if self._strip:
+        if self._strip or self._carry:  # it is needed again once the question is answered
             self._parts.append(body)
         self._admission = Admission(self._world.new_id(), self._windows, tokens)
         if self._windows:
@@ -327,6 +342,19 @@ class Session:
     def _on_crowded(self, _: Crowded) -> list[Action]:
         return self._refuse(refusals.overloaded("Too many large requests at once."))
 
+    def _on_truncated(self, event: Truncated) -> list[Action]:
+        return self._refuse(refusals.request_too_large(event.size))
+
+    def _on_misconfigured(self, _: Misconfigured) -> list[Action]:
+        return self._refuse(refusals.internal_error("misconfigured"))
+
+    def _on_observed(self, _: Observed) -> list[Action]:
+        self._state = _State.OVER
+        return [Settle(None, self._outcome("observed"))]
+
+    def _on_oversized(self, _: Oversized) -> list[Action]:
+        return self._refuse(refusals.request_too_large(self._world.policy.max_body_bytes))
+
     def _route(self) -> list[Action]:
         """The request may go: choose, and say where to."""
         world, admission = self._world, self._admission
@@ -339,10 +367,11 @@ class Session:
         choices = 1 + world.policy.model(self._model).retries
         lease = choose(self._strategy, pods, choices, admission.tokens, world.clock(), world.rng)
         self._lease = lease
-        body = None
+        body = self._parts.pop() if self._parts else None
         if self._strip:
+            assert body is not None
             assert self._request is not None
-            body = ask_for_usage(self._parts.pop(), self._request)
+            body = ask_for_usage(body, self._request)
         self._state = _State.ROUTED
         return [Route(*self._header_changes(lease), body, len(lease.pods))]
 
@@ -426,7 +455,16 @@ class Session:
 
     def _on_answer_trailers(self, _: ResponseTrailers) -> list[Action]:
         self._ended = True
-        return [Continue()]
+        reader = self._reader
+        held = reader.feed(b"", end=True) if isinstance(reader, SseUsage) else None
+        return [Replace(held) if held else Continue()]
+
+    def _on_headless_answer(self, event: ResponseBody | ResponseTrailers) -> list[Action]:
+        """An Envoy whose configuration is not ours shows an answer without its headers: the reservation is the
+        charge."""
+        settle = self._settle(None, "unseen", estimated=True)
+        self._state = _State.OVER
+        return [Replace(None) if isinstance(event, ResponseBody) else Continue(), *settle]
 
     def _on_early_answer(self, event: ResponseHeaders) -> list[Action]:
         """Envoy answered by itself before the request was routed, for instance 413."""
@@ -626,11 +664,17 @@ _S = Session
 #: Which event may come when. What is not here is a disagreement with the listener.
 _TABLE: Final[Mapping[tuple[_State, type], _Handler]] = {
     (_State.NEW, RequestHeaders): _S._on_headers,
+    (_State.NEW, Misconfigured): _S._on_misconfigured,
+    (_State.NEW, Observed): _S._on_observed,
     (_State.NEW, ResponseHeaders): _S._on_unasked_answer,
     (_State.NEW, Closed): _S._on_closed_over,
     (_State.NEW, Drain): _S._on_nothing,
     (_State.BODY, RequestBody): _S._on_body,
+    (_State.BODY, RequestTrailers): _S._on_last_part,
+    (_State.BODY, Truncated): _S._on_truncated,
+    (_State.BODY, Misconfigured): _S._on_misconfigured,
     (_State.BODY, Crowded): _S._on_crowded,
+    (_State.BODY, Oversized): _S._on_oversized,
     (_State.BODY, ResponseHeaders): _S._on_early_answer,
     (_State.BODY, Closed): _S._on_closed_early,
     (_State.BODY, Drain): _S._on_nothing,
@@ -641,6 +685,8 @@ _TABLE: Final[Mapping[tuple[_State, type], _Handler]] = {
     (_State.ASKING, Drain): _S._on_nothing,
     (_State.ROUTED, RequestTrailers): lambda _, __: [Continue()],
     (_State.ROUTED, ResponseHeaders): _S._on_answer,
+    (_State.ROUTED, ResponseBody): _S._on_headless_answer,
+    (_State.ROUTED, ResponseTrailers): _S._on_headless_answer,
     (_State.ROUTED, Closed): _S._on_closed_routed,
     (_State.ROUTED, Drain): _S._on_drain,
     (_State.ANSWERING, ResponseBody): _S._on_answer_body,

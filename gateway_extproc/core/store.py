@@ -10,7 +10,8 @@ second late (contract section 3, promise 1).
 
 from __future__ import annotations
 
-from typing import Final, Protocol
+from collections.abc import Callable
+from typing import Final, Protocol, TypeAlias
 
 import msgspec
 
@@ -26,7 +27,7 @@ class StoreUnavailable(Exception):
     """The store did not answer in time, or answered that it cannot: the policy for that decides."""
 
 
-class Window(msgspec.Struct, frozen=True):
+class Window(msgspec.Struct, frozen=True, gc=False, cache_hash=True):
     """One scope's limits as they apply to a request. ``key`` names its counter and ends up in a store key; all keys
     of one user share the hash tag ``{user}``. ``scope`` is for messages (``user 'alice'``). A limit of None is none;
     usage is counted all the same."""
@@ -45,7 +46,7 @@ class Admission(msgspec.Struct, frozen=True):
     tokens: int
 
 
-class Level(msgspec.Struct, frozen=True):
+class Level(msgspec.Struct, frozen=True, gc=False):
     """How full one window is, after the decision.
 
     ``requests`` and ``tokens`` are the sums over the window. ``requests_reset`` and ``tokens_reset`` are the seconds
@@ -58,7 +59,7 @@ class Level(msgspec.Struct, frozen=True):
     tokens_reset: float
 
 
-class Admitted(msgspec.Struct, frozen=True):
+class Admitted(msgspec.Struct, frozen=True, gc=False):
     """All windows had room and took the request. ``second`` is the store's second in which they did (unix time); a
     caller does nothing with it but repeat it in the Settlement (adapters/guarded.py gives marked seconds)."""
 
@@ -66,7 +67,7 @@ class Admitted(msgspec.Struct, frozen=True):
     levels: tuple[Level, ...]
 
 
-class Denied(msgspec.Struct, frozen=True):
+class Denied(msgspec.Struct, frozen=True, gc=False):
     """Nothing was taken. ``window`` is the index of the first window without room, ``kind`` what it lacks (``rpm``
     before ``tpm``). ``retry_after`` is the seconds after which the same request fits in *every* window if nothing
     else is sent; None when it is larger than a limit itself (then ``window`` and ``kind`` name that limit)."""
@@ -108,14 +109,29 @@ class Pulse(msgspec.Struct, frozen=True):
     now: float
 
 
+#: What a store says to an admission; the StoreUnavailable says why it can't.
+Answer: TypeAlias = Admitted | Denied | StoreUnavailable
+
+
+class Question(Protocol):
+    """An admission that was asked for and not answered yet."""
+
+    def withdraw(self) -> None:
+        """Nobody wants the answer any more: it is not told, and what was or will be taken is given back. Once the
+        answer was told this does nothing: what was taken is the caller's to settle."""
+        ...
+
+
 class Store(Protocol):
     """What every adapter promises."""
 
-    async def admit(self, admission: Admission) -> Admitted | Denied:
+    def ask(self, admission: Admission, tell: Callable[[Answer], None]) -> Question | None:
         """Check and take all windows in one atomic step.
 
-        Raises StoreUnavailable within the configured time-out. A caller that is cancelled, or for whom the answer
-        comes too late, is charged nothing: the adapter gives back what was taken."""
+        ``tell`` hears the answer exactly once, within the configured time-out, on the event loop: before this returns
+        (then there is nothing to withdraw, and it returns None) or later, from whatever brought the answer. It must
+        not raise. A question for which the answer comes too late is charged nothing: the adapter gives back what was
+        taken."""
         ...
 
     def settle(self, settlement: Settlement) -> None:

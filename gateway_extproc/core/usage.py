@@ -3,12 +3,14 @@
 Owns the reading of usage from JSON answers and from event streams, and the removal of usage that only the gateway
 asked for. Promises bounded memory whatever the answer, the same result however it is cut into chunks, never an
 exception, and never a lost or altered byte beyond the removal itself. Reads the forms of OpenAI (chat, completions,
-embeddings, responses), Anthropic (messages) and the rerank servers. Leaves out what a token costs and what is
+embeddings, responses), Anthropic (messages) and the rerank servers. Knows, too, where Envoy's filters are to look for
+usage in answers that the gateway does not read, and reads what they found. Leaves out what a token costs and what is
 charged where the pod did not tell (account.py).
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Mapping
@@ -273,3 +275,51 @@ def _usage_member(data: bytes) -> tuple[int, int]:
     elif index > 0:
         begin = where(data, values, index - 1)[2]
     return begin, past
+
+
+# --- what Envoy's filters read ----------------------------------------------------------------------------------------
+
+#: Where the events of a stream have a usage object, of which Envoy's filter keeps the text: OpenAI's and Anthropic's
+#: last events, Anthropic's message_start, OpenAI's response.completed.
+IN_EVENTS: Final = (("usage",), ("message", "usage"), ("response", "usage"))
+#: Which counts a JSON answer of a model that generates may have, of which Envoy's filter keeps the numbers: it takes no
+#: whole objects there.
+IN_ANSWERS: Final = (
+    ("usage", "prompt_tokens"),
+    ("usage", "completion_tokens"),
+    ("usage", "input_tokens"),
+    ("usage", "output_tokens"),
+    ("usage", "prompt_tokens_details", "cached_tokens"),
+    ("usage", "input_tokens_details", "cached_tokens"),
+    ("usage", "cache_read_input_tokens"),
+    ("usage", "cache_creation_input_tokens"),
+)
+_USAGE: Final = msgspec.json.Decoder(dict[str, object])
+
+
+def key_of(place: tuple[str, ...]) -> str:
+    """Under which key Envoy's filters keep what they find at a place."""
+    return ".".join(place)
+
+
+_KEYS: Final = {key_of(place): place[1:] for place in IN_ANSWERS}
+_BEGINNING: Final = key_of(("message", "usage"))
+
+
+def told(found: Mapping[str, float | str], generated: int) -> Usage | None:
+    """The usage in what Envoy's filters found in an answer; ``generated`` stands for a completion not told, as in
+    SseUsage. None without a count of the prompt."""
+    counts = _Counts()
+    numbers: dict[str, object] = {}
+    for key, value in found.items():
+        if isinstance(value, str):
+            with contextlib.suppress(*UNREADABLE):
+                counts.add(_USAGE.decode(value), beginning=key == _BEGINNING)
+        elif key in _KEYS and value == value // 1:  # numbers of Envoy's metadata are doubles
+            *outer, name = _KEYS[key]
+            inner = numbers.setdefault(outer[0], {}) if outer else numbers
+            assert isinstance(inner, dict)
+            inner[name] = int(value)
+    if numbers:
+        counts.add(numbers)
+    return counts.usage(generated)

@@ -1,4 +1,4 @@
-"""The port between a gRPC service and a listener: one call as callbacks over serialized messages.
+"""The port between gRPC services and a listener: each call as callbacks over serialized messages.
 
 A listener (adapters/grpc_server.py, adapters/h2_server.py) accepts a call, looks its path up in a table of services,
 and hands the service a ``Call`` to answer with; it gets a ``Handler`` to tell what arrives. All of it happens on the
@@ -77,3 +77,36 @@ class Handler(Protocol):
 Service = Callable[[Call], Handler]
 #: Services by path (``/package.Service/Method``).
 Services = Mapping[str, Service]
+
+
+class PortInUse(Exception):
+    """The address cannot be listened on; the message is the address and why."""
+
+
+class TLSFiles(Protocol):
+    """Paths of a listener's certificate, its key, and the CA that clients' certificates must come from (None or
+    empty: none are asked for)."""
+
+    @property
+    def cert_file(self) -> str: ...
+    @property
+    def key_file(self) -> str: ...
+    @property
+    def client_ca_file(self) -> str | None: ...
+
+
+class Listener(Protocol):
+    """A started listener."""
+
+    @property
+    def port(self) -> int:
+        """The TCP port; 0 for a Unix socket."""
+        ...
+
+    def leave(self) -> None:
+        """Take no further calls; those in progress go on. Their peers are told to make their next ones elsewhere."""
+        ...
+
+    async def close(self) -> None:
+        """End what is still in progress, and every connection."""
+        ...

@@ -1,14 +1,33 @@
 """Envoy's external-processing messages to session events, and session actions to replies.
 
-Owns the meaning of each message of ``envoy.service.ext_proc.v3`` that we use, and the rule that a reply repeats the
-kind of the message it answers. Promises that a decoded event holds no reference to its message. Leaves out how
-messages travel (adapters/grpc_server.py).
+Owns the meaning of each message of ``envoy.service.ext_proc.v3`` that we use, and what Envoy expects to hear in each
+mode in which its filter sends bodies. Promises that a session sees the same events whatever the mode is, and that
+every message gets the replies that its mode asks for, in Envoy's order. Leaves out deciding (core/session.py) and how
+messages travel (the listeners).
+
+What was seen of Envoy 1.40, and what follows from it:
+
+=====================  ================================================================================================
+request_body_mode
+=====================  ================================================================================================
+NONE, BUFFERED         Our reply to the headers asks for BUFFERED: one message has all of the body, and the reply to it
+                       routes. Trailers behind the body leave its ``end_of_stream`` unset.
+BUFFERED_PARTIAL,      The same where ``allow_mode_override`` lets us ask. Otherwise a body that came along with its
+STREAMED               headers is whole and is routed; of another one only the beginning is seen, or the headers are
+                       gone before it: refused.
+FULL_DUPLEX_STREAMED   Nothing is replied until the body is whole; then headers, body and trailers follow one another.
+=====================  ================================================================================================
+
+Once either direction is FULL_DUPLEX_STREAMED, or ``send_body_without_waiting_for_header_response`` is set, Envoy
+ignores every ``mode_override``. In FULL_DUPLEX_STREAMED what is held back of an answer can still be sent when its
+trailers come; in the other modes Envoy sends trailers only after the reply to the last piece, and takes no more body.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Final
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from typing import Any, Final
 
 from ..core.events import (
     Action,
@@ -16,6 +35,8 @@ from ..core.events import (
     Continue,
     Event,
     Headers,
+    Misconfigured,
+    Observed,
     Refuse,
     Replace,
     RequestBody,
@@ -26,9 +47,18 @@ from ..core.events import (
     ResponseHeaders,
     ResponseTrailers,
     Route,
+    Truncated,
 )
-from ._pb import core_pb2, ext_proc_mode_pb2, ext_proc_pb2
-from ._pb.ext_proc_pb2 import ProcessingRequest, ProcessingResponse
+from ._pb.core_pb2 import HeaderMap, HeaderValue, HeaderValueOption
+from ._pb.ext_proc_mode_pb2 import ProcessingMode
+from ._pb.ext_proc_pb2 import (
+    BodyResponse,
+    CommonResponse,
+    HeaderMutation,
+    ProcessingRequest,
+    ProcessingResponse,
+    ProtocolConfiguration,
+)
 
 SERVICE: Final = "envoy.service.ext_proc.v3.ExternalProcessor"
 METHOD: Final = "Process"
@@ -38,44 +68,128 @@ NODE_METADATA: Final = "x-gateway-node"
 #: Longest time in seconds that a request waits for room for its body before the gateway answers; the bootstrap's
 #: message time-out is longer.
 BODY_WAIT: Final = 10.0
-
-#: Ways of the filter to send request bodies in which a reply can ask for the whole body instead. In the others Envoy
-#: expects replies of another kind.
-_BODY_MODES: Final = frozenset(
-    {
-        ext_proc_mode_pb2.ProcessingMode.NONE,
-        ext_proc_mode_pb2.ProcessingMode.BUFFERED,
-        ext_proc_mode_pb2.ProcessingMode.STREAMED,
-        ext_proc_mode_pb2.ProcessingMode.BUFFERED_PARTIAL,
-    }
-)
-_OVERWRITE: Final = core_pb2.HeaderValueOption.OVERWRITE_IF_EXISTS_OR_ADD
-_SEND: Final = ext_proc_mode_pb2.ProcessingMode.SEND
+#: Most bytes of body in one reply in FULL_DUPLEX_STREAMED, as the Gateway API inference extension has it.
+MAX_PIECE: Final = 62_000
 #: What `response_attributes` of our filter carries: who answered, and in which way (Envoy's attributes reference).
 UPSTREAM_ADDRESS: Final = "upstream.address"
 CODE_DETAILS: Final = "response.code_details"
 RESPONSE_ATTRIBUTES: Final = (UPSTREAM_ADDRESS, CODE_DETAILS)
+#: What the response code details of our own answers begin with; the bootstrap tells them from Envoy's by it.
+DETAILS_PREFIX: Final = "gateway_"
+
+_NONE: Final = ProcessingMode.NONE
+_STREAMED: Final = ProcessingMode.STREAMED
+_BUFFERED: Final = ProcessingMode.BUFFERED
+_PARTIAL: Final = ProcessingMode.BUFFERED_PARTIAL
+_DUPLEX: Final = ProcessingMode.FULL_DUPLEX_STREAMED
+_OVERWRITE: Final = HeaderValueOption.OVERWRITE_IF_EXISTS_OR_ADD
+_KNOWN: Final = frozenset((_NONE, _STREAMED, _BUFFERED, _PARTIAL, _DUPLEX))
+
+#: Why a filter cannot be served, for whoever configures it.
+UNKNOWN_MODE: Final = "its request_body_mode and response_body_mode must be BUFFERED, STREAMED or FULL_DUPLEX_STREAMED"
+NOT_WHOLE: Final = "make its request_body_mode BUFFERED, or set allow_mode_override"
+NO_OVERRIDE: Final = (
+    "make its request_body_mode BUFFERED, or FULL_DUPLEX_STREAMED: Envoy lets a reply ask for the body neither "
+    "beside FULL_DUPLEX_STREAMED answers nor with send_body_without_waiting_for_header_response"
+)
 
 
-class UnknownMessage(Exception):
-    """A message without a request in it, of a kind we do not know, or of a filter in a mode that we do not serve."""
+class UnknownMessage(ValueError):
+    """A message without a request in it, or of a kind we do not know."""
 
 
-def decode(message: ProcessingRequest) -> tuple[str, Event]:
-    """The event in a message, and the kind of the reply it wants. Raises UnknownMessage."""
-    kind = message.WhichOneof("request")
-    if kind == "request_headers":
+class Codec:
+    """One stream: its messages in, as serialized bytes, and its replies out. ``encode`` answers what ``decode`` saw
+    last."""
+
+    __slots__ = ("_awaited", "_data", "_end", "_kind", "_known", "_mode", "_over", "_streams", "_unchanged", "_whole")
+
+    def __init__(self) -> None:
+        self._kind = ""
+        self._known = False  # the first message has come, and with it the modes
+        self._over = False  # nothing more is to be replied
+        self._mode = _BUFFERED  # in which request bodies come
+        self._streams = False  # answers are FULL_DUPLEX_STREAMED
+        self._whole = False  # answers come in one message, whatever it says of their end
+        self._unchanged = _UNCHANGED
+        self._awaited = False  # the request's body is still to come
+        self._data = b""  # the piece of a FULL_DUPLEX_STREAMED answer that is to be sent back
+        self._end = False
+
+    def decode(self, data: bytes) -> Event | None:
+        """The event in a message; None where it calls for none. Raises UnknownMessage, and protobuf's DecodeError for
+        what is no message."""
+        message = ProcessingRequest.FromString(data)
+        kind = message.WhichOneof("request")
+        if kind is None:
+            raise UnknownMessage("empty message")
+        self._kind = kind
+        if self._over:
+            return None
+        if not self._known:
+            self._known = True
+            if message.observability_mode:
+                self._over = True
+                return Observed()
+            if (why := self._begin(message.protocol_config)) and not _has_no_body(message):
+                return Misconfigured(why)
+        return _DECODE[kind](self, message)
+
+    @property
+    def answering(self) -> bool:
+        """Whether the message decoded last is one of the answer."""
+        return self._kind.startswith("response_")
+
+    @property
+    def waits(self) -> bool:
+        """Whether Envoy keeps the request's body until it has the reply to the headers."""
+        return self._mode != _DUPLEX
+
+    def encode(self, action: Action) -> Sequence[bytes]:
+        """The replies that carry ``action``, in the order in which they are to be sent."""
+        return _ENCODE[type(action)](self, action)
+
+    def _begin(self, config: ProtocolConfiguration) -> str:
+        """Take in the modes of the filter; why requests with a body can't be served in them, or ""."""
+        mode, answers = config.request_body_mode, config.response_body_mode
+        self._mode = mode
+        if mode in (_NONE, _BUFFERED) and answers in (_NONE, _STREAMED):
+            return ""  # by far the most streams
+        self._streams = answers == _DUPLEX
+        fixed = self._streams or mode == _DUPLEX or config.send_body_without_waiting_for_header_response
+        self._whole = fixed and answers in (_BUFFERED, _PARTIAL)
+        if mode == _DUPLEX:
+            self._unchanged = _HELD_BACK
+        if mode not in _KNOWN or answers not in _KNOWN:
+            return UNKNOWN_MODE
+        return NO_OVERRIDE if fixed and mode in (_NONE, _STREAMED) else ""
+
+    # --- what Envoy sends --------------------------------------------------------------------------------------------
+
+    def _request_headers(self, message: ProcessingRequest) -> Event:
         part = message.request_headers
-        if message.HasField("protocol_config"):
-            mode = message.protocol_config.request_body_mode
-            if mode not in _BODY_MODES:
-                raise UnknownMessage(f"request_body_mode {mode} of Envoy's filter is not served: make it BUFFERED")
-        return kind, RequestHeaders(_headers(part.headers), part.end_of_stream)
-    if kind == "request_body":
-        body = message.request_body
-        return kind, RequestBody(body.body, body.end_of_stream)
-    if kind == "response_headers":
+        end = part.end_of_stream
+        self._awaited = not end
+        return RequestHeaders(_headers(part.headers), end, self._mode == _DUPLEX)
+
+    def _request_body(self, message: ProcessingRequest) -> Event:
+        part = message.request_body
+        data = part.body
+        end = part.end_of_stream
+        self._awaited = False
+        if not end and self._mode != _DUPLEX:
+            if self._mode == _PARTIAL:
+                return Truncated(len(data))
+            if self._mode == _STREAMED:
+                return Misconfigured(NOT_WHOLE)
+            end = True  # trailers follow
+        return RequestBody(data, end)
+
+    def _response_headers(self, message: ProcessingRequest) -> Event:
         part = message.response_headers
+        headers = _headers(part.headers)
+        if self._awaited and self._mode in (_STREAMED, _PARTIAL) and not _is_clients_fault(headers):
+            return Misconfigured(NOT_WHOLE)  # the headers were routed without us
         upstream, details = "", ""
         for attributes in message.attributes.values():
             fields = attributes.fields
@@ -83,66 +197,178 @@ def decode(message: ProcessingRequest) -> tuple[str, Event]:
                 upstream = fields[UPSTREAM_ADDRESS].string_value
             if CODE_DETAILS in fields:
                 details = fields[CODE_DETAILS].string_value
-        return kind, ResponseHeaders(_headers(part.headers), part.end_of_stream, upstream, details)
-    if kind == "response_body":
-        body = message.response_body
-        return kind, ResponseBody(body.body, body.end_of_stream)
-    if kind == "request_trailers":
-        return kind, RequestTrailers()
-    if kind == "response_trailers":
-        return kind, ResponseTrailers()
-    raise UnknownMessage(kind or "empty message")
+        return ResponseHeaders(headers, part.end_of_stream, upstream, details)
+
+    def _response_body(self, message: ProcessingRequest) -> Event:
+        part = message.response_body
+        data = part.body
+        end = part.end_of_stream or self._whole
+        if self._streams:
+            self._data, self._end = data, end
+        return ResponseBody(data, end)
+
+    def _request_trailers(self, _: ProcessingRequest) -> Event:
+        return RequestTrailers()
+
+    def _response_trailers(self, _: ProcessingRequest) -> Event:
+        return ResponseTrailers()
+
+    # --- what Envoy is told ------------------------------------------------------------------------------------------
+
+    def _continue(self, _: Continue) -> Sequence[bytes]:
+        return self._unchanged[self._kind]
+
+    def _route(self, action: Route) -> Sequence[bytes]:
+        options = [_option(name, value) for name, value in action.set.items()]
+        # No more tries than choices: past the list Envoy would answer for itself instead of passing on what the last
+        # pod said. Envoy takes the header off again.
+        options.append(_option("x-envoy-max-retries", b"%d" % (action.choices - 1)))
+        body = action.body
+        if body is not None:
+            # Envoy refuses a changed body whose length is not the header's.
+            options.append(_option("content-length", b"%d" % len(body)))
+        removed = [_field(_REMOVE_HEADERS, name.encode()) for name in action.remove]
+        common = _field(_HEADER_MUTATION, b"".join(options + removed)) + _CLEAR_ROUTE_CACHE
+        if self._mode != _DUPLEX:
+            head = _field(_REQUEST_BODY, _field(_RESPONSE, common))
+            if body is None:
+                return (head,)
+            change = ProcessingResponse()
+            change.request_body.response.body_mutation.body = body
+            return (head + change.SerializeToString(),)
+        assert body is not None
+        head = _field(_REQUEST_HEADERS, _field(_RESPONSE, common))
+        if self._kind == "request_trailers":
+            return (head, *_pieces("request_body", body, False), *_UNCHANGED["request_trailers"])
+        return (head, *_pieces("request_body", body, True))
+
+    def _respond(self, action: Respond) -> Sequence[bytes]:
+        options = [_option(name, text.encode()) for name, text in action.set.items()]
+        if not options:
+            return _RESPOND_BODY if action.body else _UNCHANGED["response_headers"]
+        common = _field(_HEADER_MUTATION, b"".join(options))
+        head = _field(_RESPONSE_HEADERS, _field(_RESPONSE, common))
+        return (head + _ASK_BODY if action.body else head,)
+
+    def _replace(self, action: Replace) -> Sequence[bytes]:
+        data = action.data
+        if self._streams:
+            if self._kind == "response_trailers":
+                return (*_pieces("response_body", data or b"", False), *_UNCHANGED["response_trailers"])
+            return _pieces("response_body", self._data if data is None else data, self._end)
+        if data is None or self._kind == "response_trailers":
+            return _UNCHANGED[self._kind]
+        reply = ProcessingResponse()
+        mutation = reply.response_body.response.body_mutation
+        if data:
+            mutation.body = data
+        else:
+            mutation.clear_body = True
+        return (reply.SerializeToString(),)
+
+    def _refuse(self, action: Refuse) -> Sequence[bytes]:
+        refusal = action.refusal
+        headers = {"content-type": "application/json", **refusal.headers(), **action.headers}
+        return self._immediate(refusal.status, headers, refusal.body(anthropic=action.anthropic), refusal.code)
+
+    def _answer(self, action: Answer) -> Sequence[bytes]:
+        return self._immediate(200, {"content-type": "application/json"}, action.body, "models")
+
+    def _immediate(self, status: int, headers: Mapping[str, str], body: bytes, details: str) -> Sequence[bytes]:
+        self._over = True
+        reply = ProcessingResponse()
+        immediate = reply.immediate_response
+        immediate.status.code = status
+        for name, text in headers.items():
+            option = immediate.headers.set_headers.add(append_action=_OVERWRITE)
+            option.header.key, option.header.raw_value = name, text.encode()
+        immediate.body = body
+        immediate.details = f"{DETAILS_PREFIX}{details}"
+        return (reply.SerializeToString(),)
 
 
-def _headers(headers: core_pb2.HeaderMap) -> Headers:
+_DECODE: Final[Mapping[str, Callable[[Codec, ProcessingRequest], Event]]] = {
+    "request_headers": Codec._request_headers,
+    "request_body": Codec._request_body,
+    "request_trailers": Codec._request_trailers,
+    "response_headers": Codec._response_headers,
+    "response_body": Codec._response_body,
+    "response_trailers": Codec._response_trailers,
+}
+#: An encoder takes the one action type of its key; what is not here is no reply.
+_ENCODE: Final[Mapping[type, Callable[[Codec, Any], Sequence[bytes]]]] = {
+    Continue: Codec._continue,
+    Route: Codec._route,
+    Refuse: Codec._refuse,
+    Answer: Codec._answer,
+    Respond: Codec._respond,
+    Replace: Codec._replace,
+}
+
+
+def _headers(headers: HeaderMap) -> Headers:
     # Envoy fills raw_value; value only when told to by a runtime flag.
     return [(header.key, header.raw_value or header.value.encode()) for header in headers.headers]
 
 
-def encode(kind: str, action: Action) -> ProcessingResponse:
-    """The reply that carries ``action``, to a message of ``kind``. Replies that change nothing are shared: only to be
-    sent."""
-    if isinstance(action, Continue) or (isinstance(action, Replace) and action.data is None):
-        return _UNCHANGED[kind]
-    if isinstance(action, Refuse):
-        headers = {"content-type": "application/json", **action.refusal.headers(), **action.headers}
-        body = action.refusal.body(anthropic=action.anthropic)
-        return _immediate(action.refusal.status, headers, body, action.refusal.code)
-    if isinstance(action, Answer):
-        return _immediate(200, {"content-type": "application/json"}, action.body, "models")
-    reply = ProcessingResponse()
-    part: ext_proc_pb2.HeadersResponse | ext_proc_pb2.BodyResponse = getattr(reply, kind)
-    common = part.response
-    # Without this a reply without changes has no kind, and Envoy answers 500.
-    common.SetInParent()
-    if isinstance(action, Route):
-        common.clear_route_cache = True
-        mutation = common.header_mutation
-        for name, value in action.set.items():
-            _set(mutation, name, value)
-        # No more tries than choices: past the list Envoy would answer for itself instead of passing on what the last
-        # pod said. Envoy takes the header off again.
-        _set(mutation, "x-envoy-max-retries", str(action.choices - 1).encode())
-        mutation.remove_headers.extend(action.remove)
-        if action.body is not None:
-            # Envoy refuses a changed body whose length is not the header's.
-            _set(mutation, "content-length", str(len(action.body)).encode())
-            common.body_mutation.body = action.body
-    elif isinstance(action, Respond):
-        for name, text in action.set.items():
-            _set(common.header_mutation, name, text.encode())
-        if action.body:
-            mode = reply.mode_override
-            mode.response_body_mode = ext_proc_mode_pb2.ProcessingMode.STREAMED
-            mode.response_trailer_mode = _SEND
-    elif isinstance(action, Replace) and action.data:
-        common.body_mutation.body = action.data
-    elif isinstance(action, Replace):
-        common.body_mutation.clear_body = True
-    return reply
+def _has_no_body(message: ProcessingRequest) -> bool:
+    return message.WhichOneof("request") == "request_headers" and message.request_headers.end_of_stream
 
 
-def _unchanged(kind: str) -> ProcessingResponse:
+def _is_clients_fault(headers: Headers) -> bool:
+    """Whether an answer tells of a body that is too large or too slow, with which Envoy ends a request by itself."""
+    return any(name == ":status" and value.startswith(b"4") for name, value in headers)
+
+
+# The two replies of every request are written by hand, at half of protobuf's cost. A length-delimited field is its tag,
+# its length and its bytes; serialized messages one after the other are one message, with their fields merged
+# (protobuf's encoding guide).
+
+
+def _tag(number: int) -> bytes:
+    return bytes((number << 3 | 2,))
+
+
+_SIZES: Final = [bytes((size,)) for size in range(0x80)]
+
+
+def _field(tag: bytes, data: bytes) -> bytes:
+    """A field of bytes, text or a serialized message."""
+    size = len(data)
+    if size < 0x80:
+        return tag + _SIZES[size] + data
+    head = bytearray(tag)
+    while size >= 0x80:
+        head.append(size & 0x7F | 0x80)
+        size >>= 7
+    head.append(size)
+    return bytes(head) + data
+
+
+@lru_cache(maxsize=64)  # the gateway sets some twenty different headers
+def _key(name: str) -> bytes:
+    return _field(_KEY, name.encode())
+
+
+def _option(name: str, value: bytes) -> bytes:
+    """A header to be set, as a field of HeaderMutation."""
+    header = _field(_HEADER, _key(name) + _field(_RAW_VALUE, value))
+    return _field(_SET_HEADERS, header + _APPEND_ACTION)
+
+
+def _pieces(kind: str, data: bytes, end: bool) -> list[bytes]:
+    """A body, or a piece of one, as FULL_DUPLEX_STREAMED wants it; ``end``: nothing follows it."""
+    found = []
+    for at in range(0, max(len(data), int(end)), MAX_PIECE):
+        reply = ProcessingResponse()
+        piece = getattr(reply, kind).response.body_mutation.streamed_response
+        piece.body = data[at : at + MAX_PIECE]
+        piece.end_of_stream = end and at + MAX_PIECE >= len(data)
+        found.append(reply.SerializeToString())
+    return found
+
+
+def _let_through(kind: str) -> tuple[bytes]:
     """The reply that lets a message of ``kind`` through."""
     reply = ProcessingResponse()
     # Without this an empty reply has no kind, and Envoy answers 500.
@@ -151,36 +377,30 @@ def _unchanged(kind: str) -> ProcessingResponse:
     if kind == "request_headers":
         # What we want to see of a request that we let pass; of Envoy's own answers to others we see nothing.
         mode = reply.mode_override
-        mode.request_body_mode = ext_proc_mode_pb2.ProcessingMode.BUFFERED
-        mode.response_header_mode = _SEND
-        mode.response_trailer_mode = _SEND
-    return reply
+        mode.request_body_mode = _BUFFERED
+        mode.response_header_mode = mode.response_trailer_mode = ProcessingMode.SEND
+    return (reply.SerializeToString(),)
 
 
-_UNCHANGED: Final = {
-    f"{side}_{part}": _unchanged(f"{side}_{part}")
-    for side in ("request", "response")
-    for part in ("headers", "body", "trailers")
-}
+_REQUEST_HEADERS: Final = _tag(ProcessingResponse.REQUEST_HEADERS_FIELD_NUMBER)
+_REQUEST_BODY: Final = _tag(ProcessingResponse.REQUEST_BODY_FIELD_NUMBER)
+_RESPONSE_HEADERS: Final = _tag(ProcessingResponse.RESPONSE_HEADERS_FIELD_NUMBER)
+_RESPONSE: Final = _tag(BodyResponse.RESPONSE_FIELD_NUMBER)  # HeadersResponse has the same
+_HEADER_MUTATION: Final = _tag(CommonResponse.HEADER_MUTATION_FIELD_NUMBER)
+_SET_HEADERS: Final = _tag(HeaderMutation.SET_HEADERS_FIELD_NUMBER)
+_REMOVE_HEADERS: Final = _tag(HeaderMutation.REMOVE_HEADERS_FIELD_NUMBER)
+_HEADER: Final = _tag(HeaderValueOption.HEADER_FIELD_NUMBER)
+_KEY: Final = _tag(HeaderValue.KEY_FIELD_NUMBER)
+_RAW_VALUE: Final = _tag(HeaderValue.RAW_VALUE_FIELD_NUMBER)
+_APPEND_ACTION: Final = HeaderValueOption(append_action=_OVERWRITE).SerializeToString()
+_CLEAR_ROUTE_CACHE: Final = CommonResponse(clear_route_cache=True).SerializeToString()
 
-
-def _set(mutation: ext_proc_pb2.HeaderMutation, name: str, value: bytes) -> None:
-    option = mutation.set_headers.add()
-    option.header.key = name
-    option.header.raw_value = value
-    option.append_action = _OVERWRITE
-
-
-def _immediate(status: int, headers: Mapping[str, str], body: bytes, details: str) -> ProcessingResponse:
-    reply = ProcessingResponse()
-    immediate = reply.immediate_response
-    immediate.status.code = status
-    for name, text in headers.items():
-        _set(immediate.headers, name, text.encode())
-    immediate.body = body
-    immediate.details = f"{DETAILS_PREFIX}{details}"
-    return reply
-
-
-#: What the response code details of our own answers begin with; the bootstrap tells them from Envoy's by it.
-DETAILS_PREFIX: Final = "gateway_"
+#: By kind of message, the replies that change nothing.
+_UNCHANGED: Final[Mapping[str, Sequence[bytes]]] = {kind: _let_through(kind) for kind in _DECODE}
+#: The same where requests are FULL_DUPLEX_STREAMED: until they are routed nothing is said.
+_HELD_BACK: Final[Mapping[str, Sequence[bytes]]] = {**_UNCHANGED, "request_headers": (), "request_body": ()}
+#: What a reply to an answer's headers ends with where the answer's body is to be seen.
+_ASK_BODY: Final = ProcessingResponse(
+    mode_override=ProcessingMode(response_body_mode=_STREAMED, response_trailer_mode=ProcessingMode.SEND)
+).SerializeToString()
+_RESPOND_BODY: Final = (_UNCHANGED["response_headers"][0] + _ASK_BODY,)

@@ -17,6 +17,7 @@ from gateway_extproc.core.store import (
     SLOTS,
     Admission,
     Admitted,
+    Answer,
     Denied,
     Merge,
     Pulse,
@@ -24,6 +25,7 @@ from gateway_extproc.core.store import (
     StoreUnavailable,
     Window,
 )
+from tests.asking import admit
 from tests.valkey import Valkey
 
 KEY = "{alice}:*"
@@ -45,7 +47,7 @@ async def until(condition: Callable[[], bool]) -> None:
 
 
 async def counted(store: RedisStore | GuardedStore, key: str = KEY) -> tuple[int, int]:
-    answer = await store.admit(asks(rpm=0, key=key))
+    answer = await admit(store, asks(rpm=0, key=key))
     assert isinstance(answer, Denied)
     return answer.levels[0].requests, answer.levels[0].tokens
 
@@ -73,7 +75,7 @@ class Gateway:
         self.store.start()
 
     async def admitted(self, count: int, admission: Callable[[], Admission]) -> list[Admitted]:
-        answers = [await self.store.admit(admission()) for _ in range(count)]
+        answers = [await admit(self.store, admission()) for _ in range(count)]
         return [answer for answer in answers if isinstance(answer, Admitted)]
 
 
@@ -89,7 +91,7 @@ async def gateway(url: str, policy: str = "local", name: str = "a") -> AsyncIter
 
 async def test_while_the_store_answers_it_decides(valkey: Valkey) -> None:
     async with gateway(valkey.url) as ours, gateway(valkey.url, name="b") as theirs:
-        answers = await asyncio.gather(*(g.store.admit(asks(rpm=20)) for g in (ours, theirs) for _ in range(30)))
+        answers = await asyncio.gather(*(admit(g.store, asks(rpm=20)) for g in (ours, theirs) for _ in range(30)))
         assert sum(isinstance(answer, Admitted) for answer in answers) == 20
         assert (ours.store.mode, ours.modes) == ("ok", [])
 
@@ -126,11 +128,11 @@ async def test_local_gives_each_live_gateway_its_part_rounded_down(own_valkey: V
 
 async def test_refuse_refuses_and_admit_admits(own_valkey: Valkey) -> None:
     async with gateway(own_valkey.url, "refuse") as refuses, gateway(own_valkey.url, "admit", "b") as admits:
-        await admits.store.admit(asks(rpm=1))
+        await admit(admits.store, asks(rpm=1))
         own_valkey.kill()
         for _ in range(3):
             with pytest.raises(StoreUnavailable):
-                await refuses.store.admit(asks())
+                await admit(refuses.store, asks())
         answers = await admits.admitted(5, lambda: asks(rpm=1))
         assert [answer.levels for answer in answers] == [()] * 5
         assert (refuses.store.mode, admits.store.mode) == ("refuse", "admit")
@@ -139,7 +141,7 @@ async def test_refuse_refuses_and_admit_admits(own_valkey: Valkey) -> None:
 async def test_while_the_store_is_away_no_request_waits_for_it(own_valkey: Valkey) -> None:
     async with gateway(own_valkey.url) as ours:
         own_valkey.pause()
-        await ours.store.admit(asks())
+        await admit(ours.store, asks())
         began = time.monotonic()
         assert len(await ours.admitted(200, asks)) == 200
         took = time.monotonic() - began
@@ -152,7 +154,7 @@ async def test_what_was_admitted_meanwhile_is_counted_once_on_return(own_valkey:
         assert len(await ours.admitted(3, lambda: asks(tokens=10))) == 3
         own_valkey.pause()
         # The first of these are on their way to the store when it stops, and are admitted here as well.
-        answers = await asyncio.gather(*(ours.store.admit(asks(tokens=10)) for _ in range(5)))
+        answers = await asyncio.gather(*(admit(ours.store, asks(tokens=10)) for _ in range(5)))
         assert all(isinstance(answer, Admitted) for answer in answers)
         assert len(await ours.admitted(4, lambda: asks(tokens=10))) == 4
         assert ours.store.mode == "local"
@@ -172,8 +174,8 @@ async def test_each_gateway_tells_its_own_part_on_return(own_valkey: Valkey) -> 
         own_valkey.start()
         await until(lambda: ours.store.mode == theirs.store.mode == "ok")
         await until_counted(ours.primary, (20, 0))
-        assert isinstance(await ours.store.admit(asks(rpm=20)), Denied)
-        assert isinstance(await theirs.store.admit(asks(rpm=21)), Admitted)
+        assert isinstance(await admit(ours.store, asks(rpm=20)), Denied)
+        assert isinstance(await admit(theirs.store, asks(rpm=21)), Admitted)
 
 
 async def test_what_admit_let_through_is_counted_on_return(own_valkey: Valkey) -> None:
@@ -189,7 +191,7 @@ async def test_an_admission_of_the_store_is_settled_there_when_it_is_back(own_va
     async with gateway(own_valkey.url) as ours:
         answer = (await ours.admitted(1, lambda: asks(tokens=100)))[0]
         own_valkey.pause()
-        await ours.store.admit(asks(tokens=1))
+        await admit(ours.store, asks(tokens=1))
         ours.store.settle(Settlement("s", (KEY,), answer.second, 0, -70))
         assert await counted(ours.store) == (2, 31)
         own_valkey.resume()
@@ -240,8 +242,8 @@ async def test_a_request_larger_than_this_gateways_part_may_come_again(own_valke
     async with gateway(own_valkey.url) as ours, gateway(own_valkey.url, name="b") as theirs:
         await until(lambda: ours.store.gateways == theirs.store.gateways == 2)
         own_valkey.kill()
-        waits = await ours.store.admit(asks(tokens=80, tpm=100))
-        never = await ours.store.admit(asks(tokens=101, tpm=100))
+        waits = await admit(ours.store, asks(tokens=80, tpm=100))
+        never = await admit(ours.store, asks(tokens=101, tpm=100))
         assert isinstance(waits, Denied)
         assert isinstance(never, Denied)
         assert (waits.retry_after, never.retry_after) == (SLOTS, None)
@@ -258,10 +260,8 @@ class Recorded:
         self.merged: list[Merge] = []
         self.flushing: Callable[[], Awaitable[None]] | None = None
 
-    async def admit(self, admission: Admission) -> Admitted | Denied:
-        if self.away:
-            raise StoreUnavailable("away")
-        return Admitted(int(self.now() + self.ahead), ())
+    def ask(self, admission: Admission, tell: Callable[[Answer], None]) -> None:
+        tell(StoreUnavailable("away") if self.away else Admitted(int(self.now() + self.ahead), ()))
 
     def settle(self, settlement: Settlement) -> None:
         self.settled.append(settlement)
@@ -311,11 +311,11 @@ async def stage() -> AsyncIterator[Stage]:
 
 async def test_clocks_that_differ_change_no_second(stage: Stage) -> None:
     stage.primary.ahead = 1000.0
-    first = await stage.store.admit(asks(tokens=50))
+    first = await admit(stage.store, asks(tokens=50))
     assert isinstance(first, Admitted)
     stage.primary.away = True
     stage.clock += 7
-    second = await stage.store.admit(asks(tokens=30))
+    second = await admit(stage.store, asks(tokens=30))
     assert isinstance(second, Admitted)
     stage.store.settle(Settlement("first", (KEY,), first.second, 0, -50))
     assert await counted(stage.store) == (2, 30)
@@ -330,10 +330,10 @@ async def test_clocks_that_differ_change_no_second(stage: Stage) -> None:
 
 async def test_admissions_during_the_return_are_told_too(stage: Stage) -> None:
     stage.primary.away = True
-    await stage.store.admit(asks(tokens=1))
+    await admit(stage.store, asks(tokens=1))
 
     async def meanwhile() -> None:
-        await stage.store.admit(asks(tokens=2))
+        await admit(stage.store, asks(tokens=2))
 
     stage.primary.flushing = meanwhile
     await stage.back()
@@ -343,9 +343,9 @@ async def test_admissions_during_the_return_are_told_too(stage: Stage) -> None:
 
 async def test_what_was_spent_more_than_a_minute_ago_is_not_told(stage: Stage) -> None:
     stage.primary.away = True
-    await stage.store.admit(asks(tokens=1))
+    await admit(stage.store, asks(tokens=1))
     stage.clock += SLOTS
-    await stage.store.admit(asks(tokens=2, key="{bob}:*"))
+    await admit(stage.store, asks(tokens=2, key="{bob}:*"))
     await stage.back()
     assert [(merge.key, merge.spent[0][2]) for merge in stage.primary.merged] == [("{bob}:*", 2)]
 
@@ -355,8 +355,8 @@ async def test_what_finds_no_room_to_be_told_later_is_counted_and_refunds_nothin
 ) -> None:
     monkeypatch.setattr(adapter, "MAX_OWED", 1)
     stage.primary.away = True
-    await stage.store.admit(asks(tokens=1))
-    untold = await stage.store.admit(asks(tokens=2, key="{bob}:*"))
+    await admit(stage.store, asks(tokens=1))
+    untold = await admit(stage.store, asks(tokens=2, key="{bob}:*"))
     assert isinstance(untold, Admitted)
     assert (stage.store.unmerged, untold.second) == (1, 0)
     await stage.back()

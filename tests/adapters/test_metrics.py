@@ -225,6 +225,14 @@ def test_reloads_are_counted_by_result(world: World) -> None:
     assert labelled(world.metrics, "gateway_config_reloads_total", "result") == {"ok": 1, "failed": 2}
 
 
+def test_requests_that_await_envoys_access_log_and_those_it_brought_are_counted_apart(world: World) -> None:
+    world.metrics.awaited()
+    world.metrics.awaited()
+    world.metrics.arrived()
+    assert value(world.metrics, "gateway_usage_awaited_total") == 2
+    assert value(world.metrics, "gateway_usage_arrived_total") == 1
+
+
 def test_the_version_is_on_the_page(world: World) -> None:
     assert value(world.metrics, "gateway_build_info", version=__version__) == 1
 

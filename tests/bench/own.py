@@ -74,7 +74,7 @@ async def measure(at_once: int) -> float:
             kind, event = extproc.decode(ProcessingRequest.FromString(raw))
             actions = session.feed(event)
             if isinstance(actions[0], Ask):
-                answer: Event = await store.admit(actions[0].admission)
+                answer: Event = await admit(store, actions[0].admission)
                 actions = session.feed(answer)
             for action in actions:
                 extproc.encode(kind, action).SerializeToString()

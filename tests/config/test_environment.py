@@ -65,7 +65,7 @@ def test_a_variable_changes_its_own_section_only_where_an_alias_shares_it(folder
         ("GATEWAY_DISCOVERY_DNS_SERVERS", "10.0.0.2:53,x", "expected host:port, got 'x'"),
         ("GATEWAY_LISTEN_HTTP", "0.0.0.0:1", "needs admin.token_file"),
         ("GATEWAY_STORE_TIMEOUT", "11s", "expected a duration from 1ms to 10s, got '11s'"),
-        ("GATEWAY_USAGE_SOURCE", "access_log", "'access_log' is not supported by this version"),
+        ("GATEWAY_USAGE_SOURCE", "log", "expected one of body, access_log, got 'log'"),
         ("GATEWAY_STORE_PREFIX", "\udcff", "expected text without control characters"),
         ("GATEWAY_LISTEN_GRCP", "x", "unknown variable; did you mean 'GATEWAY_LISTEN_GRPC'?"),
         ("GATEWAY_USERS", "x", "unknown variable; did you mean 'GATEWAY_"),

@@ -104,7 +104,7 @@ def test_text_that_yaml_takes_for_something_else_asks_for_quotes() -> None:
         ("limits: {on_store_failure: yes}", "limits.on_store_failure: expected one of local, refuse, admit, got 'yes'"),
         ("limits: {reserve: [max]}", "limits.reserve: expected one of expected, max, got a list"),
         ("logging: {level: trace}", "logging.level: expected one of debug, info, warning, error, got 'trace'"),
-        ("usage: {source: none}", "usage.source: expected one of body, got 'none'"),
+        ("usage: {source: none}", "usage.source: expected one of body, access_log, got 'none'"),
     ],
 )
 def test_a_choice_is_one_of_its_words(section: str, message: str) -> None:

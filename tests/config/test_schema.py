@@ -114,9 +114,8 @@ def test_the_contracts_example_is_refused_for_exactly_what_is_not_supported(fold
 
 @pytest.mark.parametrize("name", UNSUPPORTED)
 def test_every_setting_of_the_table_is_refused(name: str) -> None:
-    path, _, value = name.partition("=")
-    tree: Any = value or {"any": 1}
-    for step in reversed(path.replace("[]", ".[]").split(".")):
+    tree: Any = {"any": 1}
+    for step in reversed(name.replace("[]", ".[]").split(".")):
         tree = [tree] if step == "[]" else {"some-name" if step == "*" else step: tree}
     found = [each for each in problems(yaml.safe_dump(tree)) if "missing" not in each]
     assert len(found) == 1

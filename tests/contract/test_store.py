@@ -33,6 +33,7 @@ from gateway_extproc.core.store import (
     Window,
 )
 from gateway_extproc.core.window import MOST, SlidingWindow
+from tests.asking import admit
 from tests.valkey import Valkey
 
 PREFIX = "t:"
@@ -124,7 +125,7 @@ def window(key: str = "{alice}:*", rpm: int | None = None, tpm: int | None = Non
 
 async def level(harness: Harness, key: str = "{alice}:*") -> Level:
     """How full a window is, asked with a request that can't be admitted."""
-    answer = await harness.store.admit(asks(window(key, rpm=0)))
+    answer = await admit(harness.store, asks(window(key, rpm=0)))
     assert isinstance(answer, Denied)
     return answer.levels[0]
 
@@ -135,13 +136,13 @@ async def counted(harness: Harness, key: str = "{alice}:*") -> tuple[int, int]:
 
 
 async def admitted(harness: Harness, admission: Admission) -> Admitted:
-    answer = await harness.store.admit(admission)
+    answer = await admit(harness.store, admission)
     assert isinstance(answer, Admitted), answer
     return answer
 
 
 async def denied(harness: Harness, admission: Admission) -> Denied:
-    answer = await harness.store.admit(admission)
+    answer = await admit(harness.store, admission)
     assert isinstance(answer, Denied), answer
     return answer
 
@@ -152,7 +153,7 @@ async def settled(harness: Harness, settlement: Settlement) -> None:
 
 
 async def test_of_sixty_requests_at_once_exactly_the_limit_is_admitted(harness: Harness) -> None:
-    answers = await asyncio.gather(*(harness.store.admit(asks(window(rpm=20), tokens=7)) for _ in range(60)))
+    answers = await asyncio.gather(*(admit(harness.store, asks(window(rpm=20), tokens=7)) for _ in range(60)))
     assert sum(isinstance(answer, Admitted) for answer in answers) == 20
     assert await counted(harness) == (20, 140)
 
@@ -232,7 +233,7 @@ async def test_no_60_seconds_hold_more_than_the_limit(harness: Harness) -> None:
     taken: list[tuple[float, float]] = []
     for _ in range(120):
         before = harness.now()
-        if isinstance(await harness.store.admit(asks(window(rpm=5))), Admitted):
+        if isinstance(await admit(harness.store, asks(window(rpm=5))), Admitted):
             taken.append((before, harness.now()))
         harness.advance(chance.choice((0, 0, 1, 3, 11)))
     assert len(taken) > 20
@@ -347,7 +348,7 @@ async def test_a_request_without_windows_is_admitted(harness: Harness) -> None:
 
 async def test_a_cancelled_caller_is_charged_nothing(harness: Harness) -> None:
     async def ask(turns: int) -> Admitted | Denied | None:
-        task = asyncio.ensure_future(harness.store.admit(asks(window(rpm=1000), tokens=3)))
+        task = asyncio.ensure_future(admit(harness.store, asks(window(rpm=1000), tokens=3)))
         for _ in range(turns):
             await asyncio.sleep(0)
         task.cancel()
@@ -410,7 +411,7 @@ async def _follow(harness: ValkeyHarness, key: str, made: list[Call]) -> None:
             await harness.store.flush()
             answer = None
         else:
-            answer = await harness.store.admit(asks(window(key, limit(second), limit(third)), tokens=first))
+            answer = await admit(harness.store, asks(window(key, limit(second), limit(third)), tokens=first))
         after = harness.now() - harness.passed + shift
         if int(before) != int(after):
             return  # Which second it was can't be told; the example ends here.

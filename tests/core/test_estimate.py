@@ -6,7 +6,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway_extproc.core.estimate import MODELS, PRIOR_OUTPUT, PRIOR_TOKENS_PER_BYTE, Estimates
+from gateway_extproc.core.estimate import (
+    MODELS,
+    PRIOR_OUTPUT,
+    PRIOR_TOKENS_PER_BYTE,
+    PRIOR_TOKENS_PER_STREAMED_BYTE,
+    Estimates,
+)
 
 
 def test_before_anything_was_learned_the_priors_hold() -> None:
@@ -59,6 +65,19 @@ def test_what_was_not_told_is_not_learned() -> None:
     assert estimates.output("m", None, 1, "expected") == PRIOR_OUTPUT
     estimates.learn("m", 0, 0, 0)
     assert estimates.output("m", None, 1, "expected") < PRIOR_OUTPUT
+
+
+def test_the_output_of_a_stream_nobody_read_follows_what_the_models_streams_were() -> None:
+    estimates = Estimates()
+    assert estimates.streamed("m", 24_000) == round(24_000 * PRIOR_TOKENS_PER_STREAMED_BYTE) == 100
+    assert estimates.streamed("m", 0) == 0
+    for _ in range(100):
+        estimates.learn_stream("m", 12_000, 100)
+    assert estimates.streamed("m", 24_000) == pytest.approx(200, abs=1)
+    assert estimates.streamed("other", 24_000) == 100
+    for sent, output in ((0, 100), (12_000, 0)):
+        estimates.learn_stream("other", sent, output)
+    assert estimates.streamed("other", 24_000) == 100
 
 
 def test_the_model_learned_least_recently_is_forgotten_first() -> None:

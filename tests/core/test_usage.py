@@ -10,8 +10,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gateway_extproc.core import usage as under_test
 from gateway_extproc.core.sse import MAX_EVENT, Events
-from gateway_extproc.core.usage import KEPT, MAX_PLACES, MAX_WHOLE, JsonUsage, SseUsage, Usage
+from gateway_extproc.core.usage import (
+    IN_ANSWERS,
+    IN_EVENTS,
+    KEPT,
+    MAX_PLACES,
+    MAX_WHOLE,
+    JsonUsage,
+    SseUsage,
+    Usage,
+    key_of,
+)
 
 # --- JSON answers -------------------------------------------------------------------------------------------------
 
@@ -442,3 +453,59 @@ def test_any_answer_is_read_or_tells_nothing(body: bytes, cuts: list[int]) -> No
         usage.feed(text)
         for found in (usage.usage(), told(text, step=max(cuts, default=7))):
             assert found is None or found.prompt >= found.cached >= 0
+
+
+# --- what Envoy's filters read ----------------------------------------------------------------------------------------
+
+
+def kept(answer: Any, places: tuple[tuple[str, ...], ...]) -> dict[str, float | str]:
+    """What Envoy's filters keep of an object: numbers as doubles, objects as text, nothing of what is null."""
+    found: dict[str, float | str] = {}
+    for place in places:
+        value = answer
+        for member in place:
+            value = value.get(member) if isinstance(value, dict) else None
+        if isinstance(value, dict):
+            found[key_of(place)] = json.dumps(value)
+        elif value is not None:
+            found[key_of(place)] = float(value)
+    return found
+
+
+@pytest.mark.parametrize(
+    "usage",
+    [
+        {"prompt_tokens": 9, "completion_tokens": 4, "total_tokens": 13},
+        {"prompt_tokens": 9, "completion_tokens": 4, "prompt_tokens_details": {"cached_tokens": 8}},
+        {"prompt_tokens": 9, "completion_tokens": 4, "prompt_tokens_details": None},
+        {"input_tokens": 9, "output_tokens": 4, "input_tokens_details": {"cached_tokens": 3}},
+        {"input_tokens": 9, "cache_read_input_tokens": 20, "cache_creation_input_tokens": 100, "output_tokens": 4},
+        {"completion_tokens": 4},
+        {},
+    ],
+)
+def test_what_envoys_filters_found_is_what_the_answer_told(usage: dict[str, Any]) -> None:
+    answer = {"usage": usage}
+    assert under_test.told(kept(answer, IN_ANSWERS), 0) == told(answer)
+    assert under_test.told(kept(answer, IN_EVENTS), 0) == told(answer)
+
+
+def test_the_events_of_a_stream_that_tell_its_usage_in_parts_are_put_together() -> None:
+    start = {"message": {"usage": {"input_tokens": 10, "cache_read_input_tokens": 3, "output_tokens": 1}}}
+    found = kept(start, IN_EVENTS)
+    assert under_test.told(found, 5) == Usage(13, 5, 3)
+    found |= kept({"usage": {"output_tokens": 7}}, IN_EVENTS)
+    assert under_test.told(found, 5) == Usage(13, 7, 3)
+    last = {"response": {"usage": {"input_tokens": 10, "output_tokens": 3, "input_tokens_details": {}}}}
+    assert under_test.told(kept(last, IN_EVENTS), 0) == Usage(10, 3)
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from([*map(key_of, (*IN_ANSWERS, *IN_EVENTS)), "other", ""]),
+        st.floats() | st.text() | st.sampled_from(["[]", "null", '{"prompt_tokens": 3}']),
+    )
+)
+def test_whatever_envoys_filters_found_is_read_without_an_error(found: dict[str, float | str]) -> None:
+    usage = under_test.told(found, 1)
+    assert usage is None or (usage.prompt >= 0 and usage.completion >= 0)

@@ -22,6 +22,7 @@ import pytest
 from gateway_extproc.adapters.redis import RedisStore
 from gateway_extproc.core.estimate import PRIOR_TOKENS_PER_BYTE
 from gateway_extproc.core.store import SLOTS, Admission, Denied, Merge, Window
+from tests.asking import admit
 from tests.e2e.load import Stream, chat
 from tests.system import DEADLINE, Reply, System, request, until
 
@@ -60,7 +61,7 @@ class Ledger:
         """Requests and tokens of the last minute: a question that is refused takes nothing."""
 
         async def look(store: RedisStore) -> tuple[int, int]:
-            answer = await store.admit(Admission("look", (Window(key(user), "", rpm=0),), 0))
+            answer = await admit(store, Admission("look", (Window(key(user), "", rpm=0),), 0))
             assert isinstance(answer, Denied)
             return answer.levels[0].requests, answer.levels[0].tokens
 

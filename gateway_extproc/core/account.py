@@ -1,0 +1,245 @@
+"""What a request pays: one set of rules, whichever way its end becomes known.
+
+Owns those rules (contract section 3, promise 3), the note that a request carries through Envoy where its end comes with
+Envoy's access log (``usage.source: access_log``), and what is learned and reported of an end. Any gateway can settle
+what another one admitted, for all that it takes is in the note. Leaves out how an end is heard of (session.py reads
+answers, services/access_log.py Envoy's entries).
+
+What a request pays, in tokens:
+
+==============================================  ====================================================
+the answer told its usage                       that
+2xx stream without usage, or cut off            the prompt's estimate and the output it was sent
+2xx without usage, not a stream                 its reservation
+any other status without usage                  none, but it counts as a request
+no pod took it                                  nothing, and its request is given back
+client gone before the answer began             the prompt's estimate
+the gateway left before the answer ended        its reservation
+==============================================  ====================================================
+
+The output that was sent is counted by events where the answer is read, and estimated from its bytes where it is not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Final
+
+import msgspec
+
+from .estimate import Estimates
+from .events import Outcome, Settle, Suspect
+from .fleet import Fleet
+from .store import Settlement
+from .usage import Usage, told
+
+#: Envoy's response code details for requests that it sent nowhere, which says nothing about the pods; and for those
+#: that found no connection (the first ends local_ and remote_connection_failure alike). From Envoy's
+#: response_code_details documentation; the reset reasons stand in braces behind upstream_reset_before_response_started.
+_NOT_SENT: Final = ("no_healthy_upstream", "cluster_not_found", "route_not_found", "direct_response", "overflow")
+_NOT_CONNECTED: Final = ("connection_failure", "connection_timeout")
+#: The details of an answer that a pod gave, to its end.
+VIA_UPSTREAM: Final = "via_upstream"
+#: Status that counters show for a client that went away, as nginx has it.
+CLIENT_GONE: Final = 499
+#: Longest note in bytes. Names are bounded where they are read (user, model and request id, four times each at most,
+#: and eleven addresses), so that none of ours is longer.
+MAX_NOTE: Final = 16 * 1024
+#: Ids of settled entries that are remembered, so that those which Envoy sends again count once. It sends again what it
+#: holds for a gateway that is away, 1 MiB for each of its threads: some 1,500 entries.
+REMEMBERED: Final = 16_384
+
+
+class Note(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """What settling a routed request takes beyond its end. Fields are only ever added, at the end and with a default:
+    gateways of two versions read each other's.
+
+    ``keys`` are its windows', ``second`` the store's in which they took ``tokens`` (both as admitted; no keys: nothing
+    was asked). ``pods`` are the addresses of the choices in their order. ``prompt`` and ``output`` are the estimates of
+    its tokens, ``answers`` the number of answers that share the output (0: none is generated). ``stream``: events were
+    asked for. ``seen``: a session sees the answer's headers, and reports which pods did not answer."""
+
+    id: str
+    keys: tuple[str, ...]
+    second: int
+    tokens: int
+    model: str
+    strategy: str
+    user: str
+    request_id: str
+    pods: tuple[str, ...]
+    prompt_bytes: int
+    prompt: int
+    output: int
+    answers: int
+    stream: bool
+    seen: bool = False
+
+    def written(self) -> str:
+        """As it travels."""
+        return msgspec.json.encode(self).decode()
+
+
+_NOTE: Final = msgspec.json.Decoder(Note)
+
+
+class End(msgspec.Struct, frozen=True, gc=False):
+    """How a routed request ended. ``status`` 0: no answer began. ``taken``: by some pod; ``pod`` names it. ``whole``:
+    the answer was sent to its end. ``sent`` are the tokens of output that the client was sent, None where that can't
+    be said (an answer that is no stream)."""
+
+    status: int
+    pod: str = ""
+    taken: bool = True
+    whole: bool = False
+    usage: Usage | None = None
+    sent: int | None = None
+
+
+class Tried(msgspec.Struct, frozen=True, gc=False):
+    """Which of the choices served: an index (None: not known), whether any did, and those that could not be reached."""
+
+    served: int | None
+    taken: bool = True
+    suspect: Suspect | None = None
+
+
+_FIRST: Final = Tried(0)
+_NOT_KNOWN: Final = Tried(None)
+_NOWHERE: Final = Tried(None, taken=False)
+
+
+def tried(choices: Sequence[str], upstream: str, details: str) -> Tried:
+    """What Envoy's words about an answer say of the pods that it was to come from. ``upstream`` is the address that
+    was asked last, ``details`` the response code details, each "" where unknown."""
+    if details and details != VIA_UPSTREAM:
+        if any(reason in details for reason in _NOT_CONNECTED):
+            return Tried(None, False, Suspect(tuple(choices), details))
+        if any(reason in details for reason in _NOT_SENT):
+            return _NOWHERE
+        # Envoy's own doing, a time-out, the client's fault, or a connection that a request itself may have ended: one
+        # that crashes pods must not take all of them out for the others.
+        return Tried(choices.index(upstream)) if upstream in choices else _NOT_KNOWN
+    if not upstream or upstream == choices[0]:
+        return _FIRST
+    if upstream not in choices:
+        return _NOT_KNOWN
+    # Envoy walks the list in order: those before the one that answered could not be reached, or said 503.
+    served = choices.index(upstream)
+    return Tried(served, True, Suspect(tuple(choices[:served]), "a retry went to another pod"))
+
+
+def settle(note: Note, end: End, estimates: Estimates) -> Settle:
+    """The end of a request by the rules, and what is learned of it."""
+    usage, whole = end.usage, "ok" if end.whole else "cut"
+    good = 200 <= end.status < 300
+    if usage is not None:
+        if end.whole and good:
+            output = round(usage.completion / note.answers) if note.answers else None
+            estimates.learn(note.model, note.prompt_bytes, usage.prompt, output)
+        return closed(note, end, usage, whole)
+    if not end.taken:
+        return _given_back(note, end)
+    if not end.status:
+        gone = msgspec.structs.replace(end, status=CLIENT_GONE)
+        return closed(note, gone, Usage(note.prompt, 0), "client_gone", estimated=True)
+    if not good:
+        return closed(note, end, Usage(0, 0), "upstream_error")
+    if end.sent is not None:
+        return closed(note, end, Usage(note.prompt, end.sent), whole, estimated=True)
+    return closed(note, end, None, whole, estimated=True)
+
+
+def closed(note: Note, end: End, usage: Usage | None, reason: str, *, estimated: bool = False) -> Settle:
+    """The end of a request that pays ``usage``; None: its reservation is the charge."""
+    settlement = None
+    if usage is None:
+        usage = Usage(note.prompt, note.output)
+    elif note.keys and (difference := usage.prompt + usage.completion - note.tokens):
+        settlement = Settlement(note.id, note.keys, note.second, 0, difference)
+    return Settle(settlement, _outcome(note, end, usage, reason, estimated))
+
+
+def _given_back(note: Note, end: End) -> Settle:
+    settlement = Settlement(note.id, note.keys, note.second, -1, -note.tokens) if note.keys else None
+    return Settle(settlement, _outcome(note, end, Usage(0, 0), "no_pod", False))
+
+
+def _outcome(note: Note, end: End, usage: Usage, reason: str, estimated: bool) -> Outcome:
+    return Outcome(
+        model=note.model,
+        strategy=note.strategy,
+        status=end.status,
+        reason=reason,
+        user=note.user,
+        request_id=note.request_id,
+        pod=end.pod,
+        prompt_tokens=usage.prompt,
+        output_tokens=usage.completion,
+        estimated=estimated,
+    )
+
+
+# --- entries of Envoy's access log -----------------------------------------------------------------------------------
+
+
+class Entry(msgspec.Struct, frozen=True, gc=False):
+    """A request that has ended, as Envoy tells it. ``note`` as it was written, ``status`` 0 where no answer began,
+    ``details`` the response code details, ``upstream`` the last pod asked (``ip:port``, or ""), ``sent`` the bytes of
+    the answer's body that the client was sent, ``usage`` what filters read in it (usage.told)."""
+
+    note: str
+    status: int
+    details: str
+    upstream: str
+    sent: int
+    usage: Mapping[str, float | str]
+
+
+class Ledger:
+    """Settles entries, each request once. ``gateway`` is what the ids of this process's own admissions begin with,
+    ``clock`` gives monotonic seconds. Called from the event loop only."""
+
+    __slots__ = ("_clock", "_estimates", "_fleet", "_gateway", "_seen")
+
+    def __init__(self, estimates: Estimates, fleet: Fleet, *, gateway: str, clock: Callable[[], float]) -> None:
+        self._estimates = estimates
+        self._fleet = fleet
+        self._gateway = gateway
+        self._clock = clock
+        self._seen: dict[str, None] = {}
+
+    def settle(self, entry: Entry) -> tuple[Settle, Suspect | None] | None:
+        """What follows from an entry; None for one that was settled before, or whose note is not one of ours."""
+        if len(entry.note) > MAX_NOTE:
+            return None
+        try:
+            note = _NOTE.decode(entry.note)
+        except msgspec.DecodeError:
+            return None
+        seen = self._seen
+        if note.id in seen or not note.pods:
+            return None
+        seen[note.id] = None
+        if len(seen) > REMEMBERED:
+            del seen[next(iter(seen))]
+        good = 200 <= entry.status < 300
+        whole = entry.details == VIA_UPSTREAM
+        sent = self._estimates.streamed(note.model, entry.sent) if note.stream and good else None
+        usage = told(entry.usage, sent or 0) if entry.usage else None
+        found = tried(note.pods, entry.upstream, entry.details)
+        member = self._fleet.member(note.pods[found.served or 0])
+        pod = member.spec.name if member is not None else ""
+        settled = settle(note, End(entry.status, pod, found.taken, whole, usage, sent), self._estimates)
+        if whole and sent is not None and usage is not None:
+            self._estimates.learn_stream(note.model, entry.sent, usage.completion)
+        if note.id.startswith(self._gateway):
+            if member is not None and found.taken:
+                # The pod was given the estimate when it was chosen.
+                used = settled.outcome.prompt_tokens + settled.outcome.output_tokens
+                member.load.add_tokens(used - note.prompt - note.output, self._clock())
+        elif note.second < 0:
+            # Admitted while the store was away, by the rules of a gateway that alone knows what it took: its
+            # reservation is the charge.
+            settled = Settle(None, settled.outcome)
+        return settled, None if note.seen else found.suspect

@@ -1,0 +1,307 @@
+"""The ext_proc service: each stream's messages to its session, the session's wishes to Envoy, the store and the sink.
+
+Owns one small object for each stream, what it waits for (the store's answer, room for a large body, the gateway's
+start), and leaving without hurting answers in flight. Promises: every session is told how it ended, exactly once;
+messages that come while a stream waits are taken up in order; a failure of ours answers 500 and is reported. Leaves
+out deciding (core/session.py), what messages mean (wire/extproc.py) and how they travel (services/rpc.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Sequence
+from time import perf_counter
+from typing import Final, Protocol
+
+import structlog
+
+from ..core.events import (
+    Action,
+    Ask,
+    Closed,
+    Continue,
+    Crowded,
+    Drain,
+    Leave,
+    Outcome,
+    Oversized,
+    Refuse,
+    RequestBody,
+    RequestHeaders,
+    Settle,
+    Suspect,
+    Unavailable,
+)
+from ..core.refusal import internal_error
+from ..core.session import Session, World
+from ..core.store import Answer, Question, Settlement, Store, StoreUnavailable
+from ..wire import extproc
+from .room import Place, Room
+from .rpc import Call, Handler, How, Service
+
+log = structlog.get_logger(__name__)
+
+#: Bodies up to this size are read without asking for room: a stream's first data is in memory anyway.
+SMALL_BODY: Final = 64 * 1024
+#: What a body of undeclared length is taken for, in bytes. Our bootstrap's Envoy always declares it.
+UNDECLARED_BODY: Final = 1 << 20
+#: How often a body is in memory while it is read: as it was received, as one string, as a message, as its field.
+COPIES: Final = 4
+#: Messages of one stream that may come while it waits. Envoy sends the next when it has the reply to the last, but in
+#: the streamed modes.
+WAITING_MESSAGES: Final = 64
+
+
+class Sink(Protocol):
+    """Who hears what the sessions decided."""
+
+    def settled(self, outcome: Outcome, settlement: Settlement | None) -> None: ...
+
+    def suspect(self, addresses: Sequence[str], why: str) -> None: ...
+
+    def decided(self, seconds: float) -> None: ...
+
+    def asked(self, seconds: float) -> None: ...
+
+
+class ExtProc:
+    """The service. Until ``open`` is called streams wait, so that a gateway that is still polling its pods holds
+    requests rather than refusing them."""
+
+    def __init__(self, world: World, store: Store, sink: Sink, room: Room) -> None:
+        self.world = world
+        self.store = store
+        self.sink = sink
+        self.room = room
+        self.is_open = False
+        self.draining = False
+        self.all: set[_Stream] = set()
+        self._ended = asyncio.Event()
+
+    @property
+    def services(self) -> dict[str, Service]:
+        return {f"/{extproc.SERVICE}/{extproc.METHOD}": self._begin}
+
+    @property
+    def streams(self) -> int:
+        """Requests in progress."""
+        return len(self.all)
+
+    def open(self) -> None:
+        """Take up what waits, and whatever comes."""
+        self.is_open = True
+        for stream in [*self.all]:
+            stream.resume()
+
+    def drain(self) -> None:
+        """Leave each stream as soon as its request needs us no more; streams that still need a decision get it."""
+        self.draining = True
+        for stream in [*self.all]:
+            stream.drain()
+
+    async def drained(self) -> None:
+        """Returns when no stream is left."""
+        while self.all:
+            self._ended.clear()
+            await self._ended.wait()
+
+    def _begin(self, call: Call) -> Handler:
+        stream = _Stream(self, call)
+        self.all.add(stream)
+        return stream
+
+    def ended(self, stream: _Stream) -> None:
+        self.all.discard(stream)
+        if not self.all:
+            self._ended.set()
+
+
+class _Stream:
+    """One request."""
+
+    __slots__ = ("_asked", "_began", "_call", "_codec", "_half_closed", "_held", "_how", "_place",
+                 "_question", "_service", "_session", "_waiting")  # fmt: skip
+
+    def __init__(self, service: ExtProc, call: Call) -> None:
+        self._service = service
+        self._call = call
+        self._session = Session(service.world, call.metadata.get(extproc.NODE_METADATA, ""))
+        self._codec = extproc.Codec()
+        #: Whether messages wait: for the store, for room, for the start.
+        self._held = not service.is_open
+        self._waiting: deque[bytes] | None = None
+        self._half_closed = False
+        self._question: Question | None = None
+        self._place: Place | None = None
+        self._asked = 0.0
+        self._began = 0.0
+        self._how: How | None = None
+
+    # --- what the listener tells --------------------------------------------------------------------------------------
+
+    def message(self, data: bytes) -> None:
+        if self._held:
+            if self._waiting is None:
+                self._waiting = deque()
+            if len(self._waiting) < WAITING_MESSAGES:
+                self._waiting.append(data)
+            else:
+                self._fail(ValueError("too many messages while the first ones wait"))
+            return
+        try:
+            self._take(data)
+        except Exception as error:
+            self._fail(error)
+
+    def oversized(self, size: int) -> None:
+        try:
+            self._act(self._session.feed(Oversized()))
+        except Exception as error:
+            self._fail(error)
+
+    def half_closed(self) -> None:
+        if self._held:
+            self._half_closed = True
+        else:
+            self._call.end()
+
+    def closed(self, how: How) -> None:
+        if self._question is not None:
+            self._question.withdraw()
+            self._question = None
+        self._leave_place()
+        self._waiting = None
+        self._service.ended(self)
+        for action in self._session.feed(Closed(self._how or how)):
+            if type(action) is Settle:
+                self._settle(action)
+
+    # --- what the service tells ---------------------------------------------------------------------------------------
+
+    def drain(self) -> None:
+        """Leave, unless something is still to be said; then what says it looks again."""
+        if not (self._held or self._session.deciding):
+            self._act(self._session.feed(Drain()))
+
+    def resume(self) -> None:
+        """Go on: take up the messages that waited."""
+        self._held = False
+        try:
+            while self._waiting and not self._held:
+                self._take(self._waiting.popleft())
+        except Exception as error:
+            self._fail(error)
+            return
+        if self._half_closed and not self._held:
+            self._call.end()
+
+    def _take(self, data: bytes) -> None:
+        """One message. Whatever it raises is a failure of the stream."""
+        event = self._codec.decode(data)
+        if event is None:
+            return
+        session = self._session
+        kind = type(event)
+        if kind is RequestBody:
+            self._began = perf_counter()
+            self._act(session.feed(event))
+            self._leave_place()
+            if not self._held:
+                self._service.sink.decided(perf_counter() - self._began)
+            return
+        actions = session.feed(event)
+        if kind is RequestHeaders and session.deciding and not self._has_room(session.declared_length):
+            # The reply waits, for Envoy copies the body once it has it.
+            if self._place is None or not self._codec.waits:
+                actions = session.feed(Crowded())
+            else:
+                self._held = True
+                return
+        self._act(actions)
+
+    def _act(self, actions: list[Action]) -> None:
+        """Carry out what the session wants, in order."""
+        service = self._service
+        for action in actions:
+            kind = type(action)
+            if kind is Ask:
+                self._ask(action)  # type: ignore[arg-type]  # type() is cheaper than isinstance and says the same
+                return
+            if kind is Settle:
+                self._settle(action)  # type: ignore[arg-type]
+            elif kind is Suspect:
+                service.sink.suspect(action.addresses, action.why)  # type: ignore[union-attr]
+            elif kind is Leave:
+                self._call.end()
+                return
+            else:
+                for reply in self._codec.encode(action):
+                    self._call.send(reply)
+        if service.draining and not self._session.deciding:
+            # Nothing comes of it where the session has left already, or holds bytes back that the client must get.
+            for action in self._session.feed(Drain()):
+                if type(action) is Settle:
+                    self._settle(action)
+                elif type(action) is Leave:
+                    self._call.end()
+
+    def _settle(self, action: Settle) -> None:
+        if action.settlement is not None:
+            self._service.store.settle(action.settlement)
+        self._service.sink.settled(action.outcome, action.settlement)
+
+    # --- what streams wait for ----------------------------------------------------------------------------------------
+
+    def _ask(self, action: Ask) -> None:
+        self._held = True
+        self._asked = perf_counter()
+        question = self._service.store.ask(action.admission, self._told)
+        if self._held:
+            self._question = question
+
+    def _told(self, answer: Answer) -> None:
+        self._question = None
+        self._held = False
+        now = perf_counter()
+        taken = now - self._asked
+        sink = self._service.sink
+        sink.asked(taken)
+        try:
+            self._act(self._session.feed(Unavailable() if isinstance(answer, StoreUnavailable) else answer))
+        except Exception as error:
+            self._fail(error)
+            return
+        sink.decided(perf_counter() - self._began - taken)
+        if self._waiting or self._half_closed:
+            self.resume()
+
+    def _has_room(self, declared: int | None) -> bool:
+        """Before a body is read: room for it. What is not read stays in Envoy."""
+        if declared is not None and declared <= SMALL_BODY:
+            return True
+        amount = COPIES * (UNDECLARED_BODY if declared is None else declared)
+        self._place = self._service.room.take(amount, self._roomy)
+        return self._place is not None and self._place.granted
+
+    def _roomy(self, granted: bool) -> None:
+        try:
+            self._act([Continue()] if granted else self._session.feed(Crowded()))
+        except Exception as error:
+            self._fail(error)
+            return
+        self.resume()
+
+    def _leave_place(self) -> None:
+        if self._place is not None:
+            self._place.leave()
+            self._place = None
+
+    def _fail(self, error: Exception) -> None:
+        """Ours to answer for. Once the answer has begun, leaving is better: it goes on without us."""
+        log.error("stream failed", exc_info=error)
+        self._how = "failed"
+        if not self._codec.answering:
+            for reply in self._codec.encode(Refuse(internal_error(), {})):
+                self._call.send(reply)
+        self._call.end()

@@ -1,0 +1,137 @@
+"""gRPC over HTTP/2 (grpc/grpc: doc/PROTOCOL-HTTP2.md): messages out of a stream's bytes, and a call's headers.
+
+Owns the five-byte prefix of each message, the header blocks of answers, and what a call's headers say. Promises the
+same messages however the bytes are cut, each copied once; a message that is compressed or too large is refused as soon
+as its prefix is there. Leaves out HTTP/2 itself (wire/h2.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+from urllib.parse import quote
+
+from . import h2
+
+#: Compressed flag (1 byte) and length (4 bytes).
+_PREFIX: Final = 5
+#: Longest status message that is sent, in characters.
+_MAX_STATUS_MESSAGE: Final = 1024
+_UNITS: Final = {"H": 3600.0, "M": 60.0, "S": 1.0, "m": 1e-3, "u": 1e-6, "n": 1e-9}
+
+#: An answer's headers.
+HEADERS: Final = h2.block(((":status", "200"), ("content-type", "application/grpc")))
+#: What says that a request was no gRPC.
+NOT_GRPC: Final = h2.block(((":status", "415"), ("content-type", "text/plain")))
+NOT_GRPC_BODY: Final = b"This port speaks gRPC.\n"
+
+
+class Malformed(Exception):
+    """The bytes are no gRPC message that we take."""
+
+
+class TooLarge(Exception):
+    """A message of more bytes than are taken was announced."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(f"a message of {size} bytes")
+        self.size = size
+
+
+class Assembler:
+    """One stream's messages. ``waiting`` is the bytes that are held until theirs is whole."""
+
+    __slots__ = ("_begun", "_limit", "_missing", "_pieces", "waiting")
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._pieces: list[bytes] = []
+        #: Whether the pieces are of a message, whose prefix was read, or of a prefix; and the bytes that either lacks.
+        self._begun = False
+        self._missing = 0
+        self.waiting = 0
+
+    def feed(self, data: bytes) -> list[bytes]:
+        """The messages that ``data`` completes. Raises Malformed and TooLarge; nothing may be fed afterwards."""
+        messages: list[bytes] = []
+        position, size = 0, len(data)
+        if self.waiting or self._begun:
+            missing = self._missing
+            if missing > size:
+                self._pieces.append(data)
+                self.waiting += size
+                self._missing = missing - size
+                return messages
+            self._pieces.append(data[:missing] if self._begun else data)
+            whole = b"".join(self._pieces)
+            self._pieces.clear()
+            self.waiting = 0
+            if self._begun:
+                self._begun = False
+                messages.append(whole)
+                position = missing
+            else:
+                data, size = whole, len(whole)
+        while size - position >= _PREFIX:
+            if data[position]:
+                raise Malformed("compressed messages are not taken")
+            length = int.from_bytes(data[position + 1 : position + _PREFIX], "big")
+            if length > self._limit:
+                raise TooLarge(length)
+            position += _PREFIX
+            end = position + length
+            if end > size:
+                self._begun = True
+                self._hold(data[position:], end - size)
+                return messages
+            messages.append(data[position:end])
+            position = end
+        if position < size:
+            self._hold(data[position:], _PREFIX - (size - position))
+        return messages
+
+    def _hold(self, piece: bytes, missing: int) -> None:
+        self._pieces.append(piece)
+        self.waiting = len(piece)
+        self._missing = missing
+
+
+def framed(message: bytes) -> bytes:
+    """A message with its prefix."""
+    return b"\0" + len(message).to_bytes(4, "big") + message
+
+
+def trailers(status: int, message: str) -> bytes:
+    """The header block that ends an answer that has begun."""
+    return h2.block(_status(status, message)) if status or message else _OK
+
+
+def refusal(status: int, message: str) -> bytes:
+    """The header block that is a whole answer: a call that failed before it said anything."""
+    return h2.block(((":status", "200"), ("content-type", "application/grpc"), *_status(status, message)))
+
+
+def _status(status: int, message: str) -> Sequence[tuple[str, str]]:
+    said = [("grpc-status", str(int(status)))]
+    if message:
+        said.append(("grpc-message", quote(message[:_MAX_STATUS_MESSAGE], safe=" !\"#$&'()*+,/:;<=>?@[\\]^`{|}~")))
+    return said
+
+
+_OK: Final = h2.block(_status(0, ""))
+
+
+def is_grpc(method: str | None, content_type: str | None) -> bool:
+    """Whether a request is a gRPC call with messages as they are (``+proto`` or nothing said)."""
+    kind = (content_type or "").partition(";")[0]
+    return method == "POST" and kind in ("application/grpc", "application/grpc+proto")
+
+
+def timeout(value: str | None) -> float | None:
+    """Seconds that ``grpc-timeout`` grants; None where it is absent. Raises Malformed."""
+    if value is None:
+        return None
+    amount, unit = value[:-1], _UNITS.get(value[-1:])
+    if unit is None or not (amount.isascii() and amount.isdecimal()) or len(amount) > 8:
+        raise Malformed("not a grpc-timeout")
+    return int(amount) * unit

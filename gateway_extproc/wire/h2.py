@@ -1,0 +1,820 @@
+"""The server's side of one HTTP/2 connection (RFC 9113), without I/O: bytes in, events out; calls in, bytes out.
+
+Owns framing, header blocks, the life of each stream, flow control both ways, and what a peer may not do. Promises: the
+same bytes give the same events however they are cut; what the peer did wrong ends the stream or the connection with
+the code that the RFC names, and no event follows; bytes that wait to be sent, header blocks, streams and remembered
+ids are bounded; a peer that keeps us busy without asking for anything is sent away. Leaves out sockets, time and
+back-pressure (adapters/h2_server.py), gRPC (wire/grpc_messages.py), server push and priorities.
+
+A stream's life, by the flags in ``Stream``:
+
+=================  =================  =================================
+                   we may still send  we have ended it
+=================  =================  =================================
+peer may send      open               half-closed; what comes is ignored
+peer has ended it  half-closed        closed: forgotten
+=================  =================  =================================
+
+RST_STREAM from either side forgets the stream. Envoy resets its ext_proc streams as the normal goodbye, so resets are
+no sign of an attack; streams that were reset before they brought any data are (see ``MAX_IDLE_WORK``).
+"""
+
+from __future__ import annotations
+
+import struct
+from collections import deque
+from collections.abc import Callable, Iterable
+from enum import IntEnum
+from typing import Final
+
+import msgspec
+from hpack import Decoder, Encoder, NeverIndexedHeaderTuple
+from hpack.exceptions import HPACKError, OversizedHeaderListError
+from hpack.table import HeaderTable
+
+PREFACE: Final = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+
+#: Streams that one connection may have open: our Envoy opens one for each request in progress, and further connections
+#: beyond that. A stream that waits costs about 5 KB.
+MAX_STREAMS: Final = 20_000
+#: Largest frame that we take, in bytes: what Envoy sends of a large body at once is read at once.
+MAX_FRAME: Final = 1 << 18
+#: Bytes of one stream, and of one connection, that may be on their way to us. What arrives is taken in at once, so
+#: these bound the peer's burst; memory is bounded by whoever assembles messages.
+STREAM_WINDOW: Final = 1 << 20
+CONNECTION_WINDOW: Final = 1 << 26
+#: Size of the decompressed headers of one request, in the RFC's count (32 more for each), and of its block as sent.
+MAX_HEADER_LIST: Final = 16 << 10
+MAX_BLOCK: Final = 16 << 10
+#: CONTINUATION frames of one block: an honest peer sends one when its 16 KiB frame is full.
+MAX_CONTINUATIONS: Final = 8
+#: Table of repeated headers that the peer may use (the RFC's default).
+TABLE_SIZE: Final = 4096
+#: Blocks whose meaning is remembered while the table does not change.
+BLOCKS: Final = 256
+#: Bytes that may wait for the peer's windows on one stream (on top of the largest message) and on one connection.
+MAX_QUEUED: Final = 1 << 20
+#: Frames a second that ask for nothing (PING, SETTINGS, empty DATA, unknown frames, ...) and streams a second that are
+#: reset before they brought data. An Envoy pings every 10 s, and sends a stream's first data along with its headers.
+MAX_IDLE_WORK: Final = 1000
+#: How many of them each DATA frame that brings something makes good: gRPC's own client updates both windows and pings
+#: for every few answers.
+WORTH: Final = 4
+#: Ids of ended streams that are remembered, to tell late frames from wrong ones.
+REMEMBERED: Final = 1024
+
+_MAX_WINDOW: Final = 2**31 - 1
+_DEFAULT_WINDOW: Final = 65_535
+_DEFAULT_FRAME: Final = 16_384
+_FRAME_LIMIT: Final = 2**24 - 1
+
+_HEAD: Final = struct.Struct(">HBBBI")  # length (upper 16 bits, lower 8), type, flags, stream
+_SETTING: Final = struct.Struct(">HI")
+_UINT: Final = struct.Struct(">I")
+
+DATA, HEADERS, PRIORITY, RST_STREAM, SETTINGS, PUSH_PROMISE, PING, GOAWAY, WINDOW_UPDATE, CONTINUATION = range(10)
+END_STREAM: Final = 0x1
+ACK: Final = 0x1
+END_HEADERS: Final = 0x4
+PADDED: Final = 0x8
+PRIORITY_FLAG: Final = 0x20
+
+_HEADER_TABLE_SIZE, _ENABLE_PUSH, _MAX_CONCURRENT, _INITIAL_WINDOW, _MAX_FRAME_SIZE, _MAX_HEADER_LIST = range(1, 7)
+
+
+class Code(IntEnum):
+    """Error codes (RFC 9113, section 7)."""
+
+    NO_ERROR = 0
+    PROTOCOL_ERROR = 1
+    INTERNAL_ERROR = 2
+    FLOW_CONTROL_ERROR = 3
+    SETTINGS_TIMEOUT = 4
+    STREAM_CLOSED = 5
+    FRAME_SIZE_ERROR = 6
+    REFUSED_STREAM = 7
+    CANCEL = 8
+    COMPRESSION_ERROR = 9
+    ENHANCE_YOUR_CALM = 11
+
+
+# --- events ----------------------------------------------------------------------------------------------------------
+
+Header = tuple[str, str]
+
+
+class Opened(msgspec.Struct, frozen=True):
+    """A request began. ``headers`` are valid and in order, pseudo-headers first; ``end``: nothing follows."""
+
+    stream: Stream
+    headers: tuple[Header, ...]
+    end: bool
+
+
+class Data(msgspec.Struct, frozen=True):
+    """Bytes of a request, as they came: their cuts mean nothing. ``end``: nothing follows (trailers are not told)."""
+
+    stream: Stream
+    data: bytes
+    end: bool
+
+
+class Reset(msgspec.Struct, frozen=True):
+    """A stream that was opened is gone, by the peer's word or its error."""
+
+    stream: Stream
+    code: int
+
+
+class Ended(msgspec.Struct, frozen=True):
+    """The connection is over: what ``take`` still returns is to be sent, then it is to be closed. ``code`` and ``why``
+    are ours; the peer's own GOAWAY has NO_ERROR's connection go on until its streams have ended."""
+
+    code: Code
+    why: str
+
+
+Event = Opened | Data | Reset | Ended
+
+
+class Stream:
+    """One open stream. ``owner`` is for whoever uses the connection; nothing here reads it."""
+
+    __slots__ = (
+        "brought", "expected", "id", "local_ended", "owner", "queue", "queued", "receive_window", "received",
+        "remote_ended", "send_credit", "trailers",
+    )  # fmt: skip
+
+    def __init__(self, number: int) -> None:
+        self.id = number
+        self.owner: object = None
+        #: Whether it ever brought data, or ended its request: work rather than idling.
+        self.brought = False
+        self.remote_ended = False
+        #: Also once the stream is forgotten: what is sent on it goes nowhere.
+        self.local_ended = False
+        #: The content-length that the request declared, and the bytes that came.
+        self.expected: int | None = None
+        self.received = 0
+        self.receive_window = STREAM_WINDOW
+        #: What the peer granted above (below) its initial window.
+        self.send_credit = 0
+        #: What waits for windows, in bytes ``queued``, and the trailers that end the stream after it.
+        self.queue: deque[bytes] | None = None
+        self.queued = 0
+        self.trailers: bytes | None = None
+
+
+class _Headers(msgspec.Struct, frozen=True):
+    """A decoded block. ``length`` is the content-length of a valid request (-1: none declared), None where the block
+    is none."""
+
+    headers: tuple[Header, ...]
+    length: int | None
+
+
+class _StreamError(Exception):
+    def __init__(self, number: int, code: Code, why: str) -> None:
+        self.number, self.code, self.why = number, code, why
+
+
+class _ConnectionError(Exception):
+    def __init__(self, code: Code, why: str) -> None:
+        self.code, self.why = code, why
+
+
+class _Table(HeaderTable):
+    """A header table that counts its changes: while it does not change, the same block has the same meaning."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.changes = 0
+
+    def add(self, name: bytes, value: bytes) -> None:
+        self.changes += 1
+        super().add(name, value)
+
+    @property
+    def maxsize(self) -> int:
+        return super().maxsize
+
+    @maxsize.setter
+    def maxsize(self, size: int) -> None:
+        self.changes += 1
+        HeaderTable.maxsize.fset(self, size)  # type: ignore[attr-defined]  # mypy takes the property for its value
+
+
+def block(headers: Iterable[tuple[str, str]]) -> bytes:
+    """A header block that changes no table, so that it can be made once and sent on any connection."""
+    encoder = Encoder()
+    return encoder.encode([NeverIndexedHeaderTuple(n.encode(), v.encode()) for n, v in headers], huffman=False)
+
+
+def frame(kind: int, flags: int, number: int, payload: bytes = b"") -> bytes:
+    """One frame's bytes."""
+    size = len(payload)
+    return _HEAD.pack(size >> 8, size & 0xFF, kind, flags, number) + payload
+
+
+_OURS: Final = (
+    (_HEADER_TABLE_SIZE, TABLE_SIZE), (_MAX_CONCURRENT, MAX_STREAMS), (_INITIAL_WINDOW, STREAM_WINDOW),
+    (_MAX_FRAME_SIZE, MAX_FRAME), (_MAX_HEADER_LIST, MAX_HEADER_LIST),
+)  # fmt: skip
+#: What a server says first.
+_GREETING: Final = frame(SETTINGS, 0, 0, b"".join(_SETTING.pack(*pair) for pair in _OURS)) + frame(
+    WINDOW_UPDATE, 0, 0, _UINT.pack(CONNECTION_WINDOW - _DEFAULT_WINDOW)
+)
+
+
+class Connection:
+    """``receive`` what came, then ``take`` what is to be sent. ``max_message`` is the largest that one stream may have
+    to queue at once."""
+
+    def __init__(self, max_message: int) -> None:
+        self._max_queued = max_message + MAX_QUEUED
+        self._out: list[bytes] = [_GREETING]
+        self._rest = b""
+        self._greeted = False
+        self._settled = False
+        #: What is left of a DATA frame whose beginning came.
+        self._data: Stream | None = None
+        self._data_left = 0
+        self._data_ends = False
+        #: The header block that CONTINUATION frames go on with: stream, flags of its HEADERS, pieces, size.
+        self._block: tuple[int, int, list[bytes]] | None = None
+        self._decoder = Decoder(MAX_HEADER_LIST)
+        self._table = _Table()
+        self._decoder.header_table = self._table
+        self._blocks: dict[bytes, _Headers] = {}
+        self._blocks_of = 0
+        self.streams: dict[int, Stream] = {}
+        self._last = 0
+        #: Streams that we reset (whose late frames are none of the peer's faults), and those that the peer ended.
+        self._reset_here: deque[int] = deque(maxlen=REMEMBERED)
+        self._ended_there: deque[int] = deque(maxlen=REMEMBERED)
+        self._receive_window = CONNECTION_WINDOW
+        self._send_window = _DEFAULT_WINDOW
+        self._initial_window = _DEFAULT_WINDOW
+        self._largest_credit = 0
+        self._frame_size = _DEFAULT_FRAME
+        self._blocked: dict[int, Stream] = {}
+        self._queued = 0
+        self._idle_work = 0
+        self._second = 0.0
+        self._leaving = False
+        self._over = False
+        self._events: list[Event] = []
+
+    # --- what came ---------------------------------------------------------------------------------------------------
+
+    def receive(self, data: bytes, now: float) -> list[Event]:
+        """The events in what came at ``now`` (any clock's seconds). After Ended there are none."""
+        if self._over:
+            return []
+        events = self._events = []
+        if now - self._second >= 1.0:
+            self._second = now
+            self._idle_work = 0
+        try:
+            self._read(self._rest + data if self._rest else data)
+        except _ConnectionError as error:
+            self._end(error.code, error.why)
+        return events
+
+    def _read(self, data: bytes) -> None:
+        position, size = 0, len(data)
+        if not self._greeted:
+            if not PREFACE.startswith(data[:24]):
+                raise _ConnectionError(Code.PROTOCOL_ERROR, "not the preface of HTTP/2")
+            if size < len(PREFACE):
+                self._rest = data
+                return
+            self._greeted = True
+            position = len(PREFACE)
+        unpack = _HEAD.unpack_from
+        while True:
+            if self._data_left:
+                taken = min(self._data_left, size - position)
+                if not taken:
+                    break
+                self._data_left -= taken
+                self._on_data(data[position : position + taken], self._data_ends and not self._data_left)
+                position += taken
+            if size - position < 9:
+                break
+            high, low, kind, flags, number = unpack(data, position)
+            length = high << 8 | low
+            number &= 0x7FFFFFFF
+            if length > MAX_FRAME:
+                raise _ConnectionError(Code.FRAME_SIZE_ERROR, "a frame larger than agreed")
+            if kind == DATA and not flags & PADDED and self._block is None and self._settled:
+                # Taken as it comes: a large body is not gathered here first.
+                position += 9
+                self._begin_data(number, length, bool(flags & END_STREAM))
+                continue
+            if size - position - 9 < length:
+                break
+            position += 9
+            try:
+                self._frame(kind, flags, number, data[position : position + length])
+            except _StreamError as error:
+                self._reset(error.number, error.code)
+            position += length
+        self._rest = data[position:] if position < size else b""
+
+    def _frame(self, kind: int, flags: int, number: int, payload: bytes) -> None:
+        if not self._settled:
+            if kind != SETTINGS or flags & ACK:
+                raise _ConnectionError(Code.PROTOCOL_ERROR, "SETTINGS must come first")
+            self._settled = True
+        if self._block is not None and (kind != CONTINUATION or number != self._block[0]):
+            raise _ConnectionError(Code.PROTOCOL_ERROR, "a header block was left unfinished")
+        handler = _FRAMES.get(kind)
+        if handler is not None:
+            handler(self, flags, number, payload)
+        else:
+            self._idle("unknown frames")
+
+    def _idle(self, what: str) -> None:
+        self._idle_work += 1
+        if self._idle_work > MAX_IDLE_WORK:
+            raise _ConnectionError(Code.ENHANCE_YOUR_CALM, f"too many {what}")
+
+    # DATA
+
+    def _begin_data(self, number: int, length: int, end: bool) -> None:
+        """The head of an unpadded DATA frame."""
+        stream = self._take_data(number, length)
+        if stream is not None and not length and not end:
+            self._idle("empty DATA frames")
+        self._data = stream
+        self._data_ends = end
+        self._data_left = length
+        if not length and end:
+            self._on_data(b"", True)
+
+    def _on_padded_data(self, flags: int, number: int, payload: bytes) -> None:
+        data = _unpadded(payload)
+        stream = self._take_data(number, len(payload))
+        if stream is not None and not data and not flags & END_STREAM:
+            self._idle("empty DATA frames")
+        self._data = stream
+        self._on_data(data, bool(flags & END_STREAM))
+
+    def _take_data(self, number: int, length: int) -> Stream | None:
+        """Count a DATA frame's ``length`` against the windows; the stream it is for, None where it is to be ignored."""
+        if not number:
+            raise _ConnectionError(Code.PROTOCOL_ERROR, "DATA on stream 0")
+        self._receive_window -= length
+        if self._receive_window < CONNECTION_WINDOW // 2:
+            if self._receive_window < 0:
+                raise _ConnectionError(Code.FLOW_CONTROL_ERROR, "more data than the connection's window")
+            grant = CONNECTION_WINDOW - self._receive_window
+            self._out.append(frame(WINDOW_UPDATE, 0, 0, _UINT.pack(grant)))
+            self._receive_window = CONNECTION_WINDOW
+        stream = self.streams.get(number)
+        if stream is None or stream.remote_ended:
+            self._late(number, "DATA")
+            return None
+        stream.receive_window -= length
+        if stream.receive_window < STREAM_WINDOW // 2:
+            if stream.receive_window < 0:
+                self._reset(number, Code.FLOW_CONTROL_ERROR)
+                return None
+            self._out.append(frame(WINDOW_UPDATE, 0, number, _UINT.pack(STREAM_WINDOW - stream.receive_window)))
+            stream.receive_window = STREAM_WINDOW
+        return stream
+
+    def _on_data(self, data: bytes, end: bool) -> None:
+        stream = self._data
+        if stream is None or stream.id not in self.streams:  # reset while its frame was still coming
+            return
+        stream.brought = True
+        if data and self._idle_work:
+            self._idle_work = max(0, self._idle_work - WORTH)
+        if stream.expected is not None:
+            stream.received += len(data)
+            if stream.received > stream.expected or (end and stream.received != stream.expected):
+                self._reset(stream.id, Code.PROTOCOL_ERROR)
+                return
+        if end:
+            self._end_remote(stream)
+        elif not data:
+            return
+        if not stream.local_ended:
+            self._events.append(Data(stream, data, end))
+
+    def _late(self, number: int, what: str) -> None:
+        """A frame that needs an open stream, for one that is not (or that its peer has ended)."""
+        if number > self._last:
+            raise _ConnectionError(Code.PROTOCOL_ERROR, f"{what} on a stream that was not opened")
+        self._idle(f"{what} frames on ended streams")
+        if number not in self._reset_here:
+            self._reset(number, Code.STREAM_CLOSED)
+
+    # HEADERS, CONTINUATION
+
+    def _on_headers(self, flags: int, number: int, payload: bytes) -> None:
+        if not number & 1:
+            raise _ConnectionError(Code.PROTOCOL_ERROR, "HEADERS on a stream that no client may open")
+        if flags & PADDED:
+            payload = _unpadded(payload)
+        if flags & PRIORITY_FLAG:
+            if len(payload) < 5:
+                raise _ConnectionError(Code.FRAME_SIZE_ERROR, "HEADERS too short for its priority")
+            itself = _UINT.unpack_from(payload)[0] & 0x7FFFFFFF == number
+            payload = payload[5:]
+            if itself:
+                flags |= _DEPENDS_ON_ITSELF
+        if flags & END_HEADERS:
+            self._on_block(number, flags, payload)
+        else:
+            self._block = (number, flags, [payload])
+
+    def _on_continuation(self, flags: int, number: int, payload: bytes) -> None:
+        if self._block is None:
+            raise _ConnectionError(Code.PROTOCOL_ERROR, "CONTINUATION of nothing")
+        _, first, pieces = self._block
+        pieces.append(payload)
+        if len(pieces) > MAX_CONTINUATIONS + 1 or sum(map(len, pieces)) > MAX_BLOCK:
+            raise _ConnectionError(Code.ENHANCE_YOUR_CALM, "a header block without end")
+        if flags & END_HEADERS:
+            self._block = None
+            self._on_block(number, first, b"".join(pieces))
+
+    def _on_block(self, number: int, flags: int, data: bytes) -> None:
+        """A whole header block. It is decoded whatever becomes of its stream: the table is the connection's."""
+        if len(data) > MAX_BLOCK:
+            raise _ConnectionError(Code.ENHANCE_YOUR_CALM, "a header block too large")
+        decoded = self._decoded(data)
+        stream = self.streams.get(number)
+        if stream is not None:
+            if stream.remote_ended:
+                raise _StreamError(number, Code.STREAM_CLOSED, "HEADERS on a stream that its peer ended")
+            self._on_trailers(stream, flags, decoded)
+            return
+        if number <= self._last:
+            if number in self._reset_here:
+                self._idle("late HEADERS")
+                return
+            code = Code.STREAM_CLOSED if number in self._ended_there else Code.PROTOCOL_ERROR
+            raise _ConnectionError(code, "HEADERS on a stream that has been")
+        self._last = number
+        if self._leaving or len(self.streams) >= MAX_STREAMS:
+            self._idle("streams beyond the limit")
+            raise _StreamError(number, Code.REFUSED_STREAM, "no further stream is taken")
+        end = bool(flags & END_STREAM)
+        length = decoded.length
+        if length is None or (end and length > 0) or flags & _DEPENDS_ON_ITSELF:
+            self._idle("malformed requests")
+            raise _StreamError(number, Code.PROTOCOL_ERROR, "malformed request")
+        stream = self.streams[number] = Stream(number)
+        if length >= 0:
+            stream.expected = length
+        if end:
+            self._end_remote(stream)
+        self._events.append(Opened(stream, decoded.headers, end))
+
+    def _on_trailers(self, stream: Stream, flags: int, decoded: _Headers) -> None:
+        wrong = not flags & END_STREAM or any(name[:1] == ":" for name, _ in decoded.headers)
+        if wrong or (stream.expected is not None and stream.received != stream.expected):
+            raise _StreamError(stream.id, Code.PROTOCOL_ERROR, "malformed trailers")
+        self._end_remote(stream)
+        if not stream.local_ended:
+            self._events.append(Data(stream, b"", True))
+
+    def _decoded(self, data: bytes) -> _Headers:
+        """What a block says. The same bytes say the same as long as the table does not change."""
+        changes = self._table.changes
+        if self._blocks_of != changes:
+            self._blocks.clear()
+            self._blocks_of = changes
+        known = self._blocks.get(data)
+        if known is not None:
+            return known
+        try:
+            found = self._decoder.decode(data, raw=True)
+        except OversizedHeaderListError:
+            raise _ConnectionError(Code.ENHANCE_YOUR_CALM, "too many headers") from None
+        except (HPACKError, IndexError):
+            raise _ConnectionError(Code.COMPRESSION_ERROR, "not a header block") from None
+        try:
+            headers = tuple((str(name, "ascii"), str(value, "utf-8")) for name, value in found)
+        except UnicodeDecodeError:
+            return _NO_TEXT
+        decoded = _Headers(headers, _checked(headers))
+        if self._table.changes == changes:
+            if len(self._blocks) >= BLOCKS:
+                self._blocks.clear()
+            self._blocks[data] = decoded
+        return decoded
+
+    # The other frames
+
+    def _on_priority(self, _: int, number: int, payload: bytes) -> None:
+        self._idle("PRIORITY frames")
+        if not number:
+            raise _ConnectionError(Code.PROTOCOL_ERROR, "PRIORITY on stream 0")
+        if len(payload) != 5:
+            raise _StreamError(number, Code.FRAME_SIZE_ERROR, "PRIORITY of the wrong size")
+        if _UINT.unpack_from(payload)[0] & 0x7FFFFFFF == number:
+            raise _StreamError(number, Code.PROTOCOL_ERROR, "a stream that depends on itself")
+
+    def _on_reset(self, _: int, number: int, payload: bytes) -> None:
+        if len(payload) != 4:
+            raise _ConnectionError(Code.FRAME_SIZE_ERROR, "RST_STREAM of the wrong size")
+        if not number or number > self._last:
+            raise _ConnectionError(Code.PROTOCOL_ERROR, "RST_STREAM on a stream that was not opened")
+        stream = self.streams.get(number)
+        if stream is None:
+            self._idle("RST_STREAM frames on ended streams")
+            return
+        self._forget(stream)
+        self._ended_there.append(number)
+        self._events.append(Reset(stream, _UINT.unpack(payload)[0]))
+        if not stream.brought:
+            self._idle("streams reset before they brought data")
+
+    def _on_settings(self, flags: int, number: int, payload: bytes) -> None:
+        self._idle("SETTINGS frames")
+        if number:
+            raise _ConnectionError(Code.PROTOCOL_ERROR, "SETTINGS on a stream")
+        if flags & ACK:
+            if payload:
+                raise _ConnectionError(Code.FRAME_SIZE_ERROR, "an acknowledgement with settings")
+            return
+        if len(payload) % 6:
+            raise _ConnectionError(Code.FRAME_SIZE_ERROR, "SETTINGS of the wrong size")
+        for kind, value in _SETTING.iter_unpack(payload):
+            if kind == _ENABLE_PUSH and value > 1:
+                raise _ConnectionError(Code.PROTOCOL_ERROR, "ENABLE_PUSH is neither 0 nor 1")
+            if kind == _MAX_FRAME_SIZE:
+                if not _DEFAULT_FRAME <= value <= _FRAME_LIMIT:
+                    raise _ConnectionError(Code.PROTOCOL_ERROR, "MAX_FRAME_SIZE out of range")
+                self._frame_size = value
+            elif kind == _INITIAL_WINDOW:
+                self._set_initial_window(value)
+        self._out.append(_SETTINGS_ACK)
+        self._unblock()
+
+    def _set_initial_window(self, value: int) -> None:
+        # The streams' windows are kept as differences to it, so that this costs nothing however many there are.
+        too_large = value > _MAX_WINDOW
+        if not too_large and value + self._largest_credit > _MAX_WINDOW:
+            self._largest_credit = max((stream.send_credit for stream in self.streams.values()), default=0)
+            too_large = value + self._largest_credit > _MAX_WINDOW
+        if too_large:
+            raise _ConnectionError(Code.FLOW_CONTROL_ERROR, "INITIAL_WINDOW_SIZE too large")
+        self._initial_window = value
+
+    def _on_push_promise(self, _: int, __: int, ___: bytes) -> None:
+        raise _ConnectionError(Code.PROTOCOL_ERROR, "a client does not push")
+
+    def _on_ping(self, flags: int, number: int, payload: bytes) -> None:
+        self._idle("PING frames")
+        if number:
+            raise _ConnectionError(Code.PROTOCOL_ERROR, "PING on a stream")
+        if len(payload) != 8:
+            raise _ConnectionError(Code.FRAME_SIZE_ERROR, "PING of the wrong size")
+        if not flags & ACK:
+            self._out.append(frame(PING, ACK, 0, payload))
+
+    def _on_goaway(self, _: int, number: int, payload: bytes) -> None:
+        """The peer opens no more streams; those that are open end as they would."""
+        self._idle("GOAWAY frames")
+        if number:
+            raise _ConnectionError(Code.PROTOCOL_ERROR, "GOAWAY on a stream")
+        if len(payload) < 8:
+            raise _ConnectionError(Code.FRAME_SIZE_ERROR, "GOAWAY of the wrong size")
+
+    def _on_window_update(self, _: int, number: int, payload: bytes) -> None:
+        if len(payload) != 4:
+            raise _ConnectionError(Code.FRAME_SIZE_ERROR, "WINDOW_UPDATE of the wrong size")
+        grant = _UINT.unpack(payload)[0] & 0x7FFFFFFF
+        if not self._blocked:
+            self._idle("WINDOW_UPDATE frames that nothing waits for")
+        if not number:
+            if not grant:
+                raise _ConnectionError(Code.PROTOCOL_ERROR, "WINDOW_UPDATE of nothing")
+            self._send_window += grant
+            if self._send_window > _MAX_WINDOW:
+                raise _ConnectionError(Code.FLOW_CONTROL_ERROR, "the connection's window is too large")
+            self._unblock()
+            return
+        if number > self._last:
+            raise _ConnectionError(Code.PROTOCOL_ERROR, "WINDOW_UPDATE on a stream that was not opened")
+        if not grant:
+            raise _StreamError(number, Code.PROTOCOL_ERROR, "WINDOW_UPDATE of nothing")
+        stream = self.streams.get(number)
+        if stream is None:
+            return  # it has ended, and the peer did not know
+        stream.send_credit += grant
+        self._largest_credit = max(self._largest_credit, stream.send_credit)
+        if self._initial_window + stream.send_credit > _MAX_WINDOW:
+            raise _StreamError(number, Code.FLOW_CONTROL_ERROR, "the stream's window is too large")
+        if number in self._blocked:
+            self._send_queued(stream)
+
+    # --- what is sent ------------------------------------------------------------------------------------------------
+
+    def take(self) -> bytes:
+        """What is to be sent now."""
+        out = self._out
+        if not out:
+            return b""
+        data = out[0] if len(out) == 1 else b"".join(out)
+        out.clear()
+        return data
+
+    @property
+    def greeted(self) -> bool:
+        """Whether the peer has introduced itself."""
+        return self._settled
+
+    def send_headers(self, stream: Stream, header_block: bytes, *, end: bool = False) -> None:
+        """The answer's headers; a block made by ``block``, of less than 16 KiB."""
+        if stream.local_ended:
+            return
+        self._out.append(frame(HEADERS, END_HEADERS | END_STREAM if end else END_HEADERS, stream.id, header_block))
+        if end:
+            self._end_local(stream)
+
+    def send_data(self, stream: Stream, data: bytes) -> bool:
+        """Send, or queue while a window is closed. False: the stream's or the connection's queue was full, and the
+        stream was reset instead."""
+        if stream.local_ended:
+            return True
+        size = len(data)
+        if (
+            stream.queue is None
+            and size <= self._send_window
+            and size <= self._initial_window + stream.send_credit
+            and size <= self._frame_size
+        ):
+            self._send_window -= size
+            stream.send_credit -= size
+            self._out.append(_HEAD.pack(size >> 8, size & 0xFF, DATA, 0, stream.id))
+            self._out.append(data)
+            return True
+        if stream.queued + size > self._max_queued or self._queued + size > 4 * self._max_queued:
+            self.reset(stream, Code.ENHANCE_YOUR_CALM)
+            return False
+        if stream.queue is None:
+            stream.queue = deque()
+            self._blocked[stream.id] = stream
+        stream.queue.append(data)
+        stream.queued += size
+        self._queued += size
+        self._send_queued(stream)
+        return True
+
+    def send_trailers(self, stream: Stream, trailer_block: bytes) -> None:
+        """End the stream, after what is queued; with an empty block without trailers."""
+        if stream.local_ended:
+            return
+        if stream.queue is None:
+            kind = HEADERS if trailer_block else DATA
+            self._out.append(frame(kind, END_STREAM | (END_HEADERS if trailer_block else 0), stream.id, trailer_block))
+            self._end_local(stream)
+        else:
+            stream.trailers = trailer_block
+
+    def reset(self, stream: Stream, code: Code) -> None:
+        """End the stream at once. No event follows."""
+        if stream.id in self.streams:
+            self._forget(stream)
+            self._reset_here.append(stream.id)
+            self._out.append(frame(RST_STREAM, 0, stream.id, _UINT.pack(code)))
+
+    def ping(self) -> None:
+        """Ask for a sign of life: the answer is bytes to receive, and no event."""
+        self._out.append(_PING)
+
+    def leave(self) -> None:
+        """Take no further streams; those that are open end as they would. Streams that the peer opened before it hears
+        of this are refused, so that it knows they can be sent elsewhere."""
+        if not self._leaving and not self._over:
+            self._leaving = True
+            self._out.append(frame(GOAWAY, 0, 0, _UINT.pack(self._last) + _UINT.pack(Code.NO_ERROR)))
+
+    def end(self, code: Code, why: str) -> None:
+        """Say goodbye and forget everything."""
+        if not self._over:
+            self._end(code, why)
+
+    def _end(self, code: Code, why: str) -> None:
+        self._over = True
+        self._out.append(frame(GOAWAY, 0, 0, _UINT.pack(self._last) + _UINT.pack(code) + why.encode()))
+        self._events.append(Ended(code, why))
+
+    def _reset(self, number: int, code: Code) -> None:
+        """A stream error of the peer's."""
+        stream = self.streams.get(number)
+        if stream is not None:
+            self._forget(stream)
+            self._events.append(Reset(stream, code))
+        self._reset_here.append(number)
+        self._out.append(frame(RST_STREAM, 0, number, _UINT.pack(code)))
+
+    def _end_remote(self, stream: Stream) -> None:
+        stream.remote_ended = True
+        stream.brought = True
+        if stream.local_ended:
+            self._forget(stream)
+            self._ended_there.append(stream.id)
+
+    def _end_local(self, stream: Stream) -> None:
+        stream.local_ended = True
+        if stream.remote_ended:
+            self._forget(stream)
+            self._ended_there.append(stream.id)
+
+    def _forget(self, stream: Stream) -> None:
+        del self.streams[stream.id]
+        stream.local_ended = True
+        if stream.queue is not None:
+            self._queued -= stream.queued
+            stream.queue = None
+            del self._blocked[stream.id]
+
+    def _unblock(self) -> None:
+        """The windows have grown: send what they allow, in the order in which streams were blocked."""
+        for stream in [*self._blocked.values()]:
+            if self._send_window <= 0:
+                return
+            self._send_queued(stream)
+
+    def _send_queued(self, stream: Stream) -> None:
+        queue = stream.queue
+        assert queue is not None
+        while queue:
+            data = queue[0]
+            room = min(self._send_window, self._initial_window + stream.send_credit, self._frame_size)
+            if room <= 0 and data:
+                return
+            if len(data) > room:
+                queue[0] = data[room:]
+                data = data[:room]
+            else:
+                queue.popleft()
+            size = len(data)
+            self._send_window -= size
+            stream.send_credit -= size
+            stream.queued -= size
+            self._queued -= size
+            self._out.append(frame(DATA, 0, stream.id, data))
+        stream.queue = None
+        del self._blocked[stream.id]
+        if stream.trailers is not None:
+            self.send_trailers(stream, stream.trailers)
+
+
+def _unpadded(payload: bytes) -> bytes:
+    if not payload or payload[0] >= len(payload):
+        raise _ConnectionError(Code.PROTOCOL_ERROR, "more padding than frame")
+    return payload[1 : len(payload) - payload[0]]
+
+
+#: Headers that belong to one hop of HTTP/1.1 (RFC 9113, section 8.2.2).
+_HOP: Final = frozenset({"connection", "keep-alive", "proxy-connection", "transfer-encoding", "upgrade"})
+_PSEUDO: Final = frozenset({":method", ":scheme", ":path", ":authority"})
+
+
+def _checked(headers: Iterable[Header]) -> int | None:
+    """The declared length of a valid request (-1: none declared); None for one that is malformed (section 8.1.1)."""
+    pseudo: dict[str, str] = {}
+    length, regular = -1, False
+    for name, value in headers:
+        if name[:1] == ":":
+            if regular or name in pseudo or name not in _PSEUDO:
+                return None
+            pseudo[name] = value
+            continue
+        regular = True
+        if not name or name in _HOP or name != name.lower() or (name == "te" and value != "trailers"):
+            return None
+        if name == "content-length":
+            if not value.isdecimal() or len(value) > 15 or length not in (-1, int(value)):
+                return None
+            length = int(value)
+    return length if pseudo.get(":method") and pseudo.get(":scheme") and pseudo.get(":path") else None
+
+
+#: A block that is no text: malformed, as a request and as trailers alike.
+_NO_TEXT: Final = _Headers(((":", ""),), None)
+#: Added to the flags of a HEADERS frame whose priority names its own stream.
+_DEPENDS_ON_ITSELF: Final = 0x100
+_SETTINGS_ACK: Final = frame(SETTINGS, ACK, 0)
+_PING: Final = frame(PING, 0, 0, b"gateway.")
+_FRAMES: Final[dict[int, Callable[[Connection, int, int, bytes], None]]] = {
+    DATA: Connection._on_padded_data,
+    HEADERS: Connection._on_headers,
+    PRIORITY: Connection._on_priority,
+    RST_STREAM: Connection._on_reset,
+    SETTINGS: Connection._on_settings,
+    PUSH_PROMISE: Connection._on_push_promise,
+    PING: Connection._on_ping,
+    GOAWAY: Connection._on_goaway,
+    WINDOW_UPDATE: Connection._on_window_update,
+    CONTINUATION: Connection._on_continuation,
+}

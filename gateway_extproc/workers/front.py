@@ -1,0 +1,170 @@
+"""The one admin address of several workers: ``listen.http``, answered by asking each on its own socket.
+
+Owns which answers are joined (merge.py says how) and which are any one worker's. Promises that the workers themselves
+decide who may ask: a request is handed on with all its headers, and what a worker refuses is refused. Leaves out
+listening (adapters/admin.py) and who is running (supervisor.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any, Final
+
+import aiohttp
+import msgspec
+from aiohttp import web
+from yarl import URL
+
+from ..adapters.admin import BODY
+from ..config import Config, masked
+from ..core.refusal import Refusal
+from .merge import Family, Totals, merge_models, merge_overview, merge_pages, merge_pods, merge_readiness, render_page
+
+#: Seconds that a worker gets for an answer; one that hangs must not make the others look so.
+PATIENCE: Final = 2.0
+#: Headers that belong to a connection and not to what travels on it (RFC 9110, section 7.6.1), and lengths, which are
+#: written anew.
+_OF_A_CONNECTION: Final = frozenset(
+    {"connection", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade", "content-length", "date", "server"}
+)
+
+
+class Answer(msgspec.Struct, frozen=True):
+    """What one worker said."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+
+class Front:
+    """``running`` gives the running processes, each id with its admin socket; ``restarts`` how many were replaced."""
+
+    def __init__(
+        self, config: Config, workers: int, running: Callable[[], Mapping[int, Path]], restarts: Callable[[], int]
+    ) -> None:
+        self._listen = masked(config.listen)
+        self._bodies = masked(config.limits)["bodies_in_memory"]
+        self._workers = workers
+        self._running = running
+        self._restarts = restarts
+        self._totals = Totals()
+        #: How many must be ready for the whole to be: all at first, so that whoever waits for the start gets what was
+        #: asked for; later one, since a worker that is replaced is no reason to send everybody elsewhere.
+        self._enough = workers
+
+    def app(self) -> web.Application:
+        """Everything that ``listen.http`` answers."""
+        app = web.Application(client_max_size=BODY)
+        for path, handler in (
+            ("/readyz", self._readyz),
+            ("/metrics", self._metrics),
+            ("/admin/pods", self._joined(lambda answers: merge_pods(answers))),
+            ("/admin/models", self._joined(lambda answers: merge_models(answers))),
+            ("/admin/overview", self._joined(lambda answers: merge_overview(answers, self._workers, self._enough))),
+            ("/admin/config", self._joined(lambda answers: self._shared(answers[0]))),
+        ):
+            app.router.add_get(path, handler)
+        app.router.add_route("*", "/{path:.*}", self._any)
+        return app
+
+    def ended(self, process: int) -> None:
+        """A worker's process is no more; its counts stay."""
+        self._totals.ended(process)
+
+    # --- answers -----------------------------------------------------------------------------------------------------
+
+    async def _readyz(self, request: web.Request) -> web.Response:
+        answers = (await self._all(request)).values()
+        found = merge_readiness([msgspec.json.decode(a.body) for a in answers], self._workers, self._enough)
+        if found["ready"]:
+            self._enough = 1
+        return web.json_response(body=msgspec.json.encode(found), status=200 if found["ready"] else 503)
+
+    async def _metrics(self, request: web.Request) -> web.Response:
+        for process, answer in (await self._all(request)).items():
+            if process in self._running():  # It may have ended meanwhile, and then was counted.
+                self._totals.seen(process, answer.body.decode())
+        page = merge_pages([self._totals.page(), _own_page(self._workers, len(self._running()), self._restarts())])
+        return web.Response(body=render_page(page).encode(), headers={"content-type": "text/plain; version=0.0.4"})
+
+    def _joined(self, merge: Callable[[list[Any]], Any]) -> Callable[[web.Request], Any]:
+        async def handler(request: web.Request) -> web.Response:
+            answers = list((await self._all(request)).values())
+            refused = next((answer for answer in answers if answer.status != HTTPStatus.OK), None)
+            if refused is not None or not answers:
+                return _response(refused)
+            found = merge([msgspec.json.decode(answer.body) for answer in answers])
+            return _response(Answer(200, answers[0].headers, msgspec.json.encode(found)))
+
+        return handler
+
+    def _shared(self, config: dict[str, Any]) -> dict[str, Any]:
+        """What all were told, not one worker's share of it."""
+        config["listen"] = self._listen
+        config["limits"]["bodies_in_memory"] = self._bodies
+        return config
+
+    async def _any(self, request: web.Request) -> web.Response:
+        body = await request.read()
+        for socket in self._running().values():
+            answer = await _ask(socket, request, body)
+            if answer is not None:
+                return _response(answer)
+        return _response(None)
+
+    async def _all(self, request: web.Request) -> dict[int, Answer]:
+        running = self._running()
+        answers = await asyncio.gather(*(_ask(socket, request, b"") for socket in running.values()))
+        return {process: answer for process, answer in zip(running, answers, strict=True) if answer is not None}
+
+
+def _own_page(configured: int, running: int, restarts: int) -> dict[str, Family]:
+    def family(name: str, kind: str, text: str, value: int) -> Family:
+        return Family([f"# HELP {name} {text}", f"# TYPE {name} {kind}"], kind == "gauge", {name: float(value)})
+
+    table = (
+        ("gateway_workers", "gauge", "Processes of this gateway that run.", running),
+        ("gateway_workers_configured", "gauge", "Processes that were asked for.", configured),
+        ("gateway_worker_restarts_total", "counter", "Processes that ended by themselves and were replaced.", restarts),
+    )
+    return {row[0]: family(*row) for row in table}
+
+
+async def _ask(socket: Path, request: web.Request, body: bytes) -> Answer | None:
+    """What the worker behind ``socket`` answers; None where it does not."""
+    headers = {name: value for name, value in request.headers.items() if name.lower() not in _OF_A_CONNECTION}
+    try:
+        # A connection for each question: the next one may meet another process on the same socket.
+        async with (
+            aiohttp.ClientSession(
+                connector=aiohttp.UnixConnector(str(socket), force_close=True),
+                timeout=aiohttp.ClientTimeout(total=PATIENCE),
+                auto_decompress=False,
+                skip_auto_headers=("user-agent", "accept", "accept-encoding", "content-type"),
+            ) as session,
+            session.request(
+                request.method,
+                URL(f"http://worker{request.raw_path}", encoded=True),
+                headers=headers,
+                data=body or None,
+                allow_redirects=False,
+            ) as answer,
+        ):
+            return Answer(answer.status, dict(answer.headers), await answer.read())
+    except (aiohttp.ClientError, OSError, TimeoutError):
+        return None
+
+
+def _response(answer: Answer | None) -> web.Response:
+    if answer is None:
+        nobody = Refusal(
+            status=503, type="api_error", code="internal_error", message="No worker answers right now.", retry_after=1.0
+        )
+        headers = {"content-type": "application/json", "server": "gateway", **nobody.headers()}
+        return web.Response(body=nobody.body(), status=nobody.status, headers=headers)
+    headers = {name: value for name, value in answer.headers.items() if name.lower() not in _OF_A_CONNECTION}
+    return web.Response(body=answer.body, status=answer.status, headers={"server": "gateway", **headers})
