@@ -12,10 +12,10 @@ export VENV UV PYTHON
 BIN = $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench proto lint format types requirements clean venv-demo venv-dev
+.PHONY: help demo test check bench bench-check proto lint format types requirements clean venv-demo venv-dev
 
 help: ## this list
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1	\2/p' Makefile | expand -t 20
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1	\2/p' Makefile | expand -t 20
 
 demo: venv-demo ## Envoy, Valkey, the gateway and simulated pods on this machine; Ctrl-C ends it
 	@exec "$(BIN)/gateway-extproc" demo $(ARGS)
@@ -28,8 +28,11 @@ check: lint types ## all that CI runs: lint, types, layers, generated files are 
 	@"$(BIN)/python" -m gateway_extproc.config_reference --check
 	@exec "$(BIN)/python" -m pytest $(ARGS)
 
-bench: venv-dev ## what a request costs
+bench: venv-dev ## what a request costs, and each goal with its figure; some 12 minutes
 	@exec "$(BIN)/python" -m tests.bench $(ARGS)
+
+bench-check: venv-dev ## whether it costs more than it did (tests/bench/baseline.json)
+	@exec "$(BIN)/python" -m tests.bench --check $(ARGS)
 
 lint: venv-dev ## ruff, and the layers
 	@"$(BIN)/ruff" check .

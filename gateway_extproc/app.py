@@ -15,7 +15,7 @@ import secrets
 import signal
 import sys
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from itertools import count
 from pathlib import Path
 from random import Random
@@ -25,7 +25,7 @@ import msgspec
 import structlog
 
 from . import __version__, logs
-from .adapters import admin, grpc_server, h2_server
+from .adapters import admin, h2_server
 from .adapters.dns import Resolver, Watcher
 from .adapters.guarded import GuardedStore
 from .adapters.memory import MemoryStore
@@ -34,16 +34,18 @@ from .adapters.redis import RedisStore
 from .adapters.scrape import Poller
 from .adapters.siblings import Siblings
 from .config import Config, ConfigError, PodConfig, load, masked
+from .core.account import Ledger
 from .core.address import is_ip, join_address, split_address
 from .core.directory import Directory
 from .core.events import Outcome
 from .core.fleet import TLS, Fleet, PodSpec
 from .core.session import ModelPolicy, Policy, World
 from .core.store import Settlement, Store
+from .services.access_log import AccessLogs
 from .services.extproc import ExtProc
 from .services.health import Health
 from .services.room import Room
-from .services.rpc import Listener, PortInUse
+from .services.rpc import Listener, PortInUse, Services
 from .services.xds import Endpoints, XdsServer
 from .wire import extproc, resources, xds
 from .wire.resources import Cors, Resources
@@ -64,14 +66,19 @@ AT_START: Final = ("listen", "store", "admin", "discovery", "logging", "usage")
 LIMITS_AT_START: Final = ("max_body_bytes", "bodies_in_memory")
 
 
-_LISTENERS: Final[Mapping[str, Callable[..., Awaitable[Listener]]]] = {
-    "h2": h2_server.serve,
-    "grpc": grpc_server.serve,
-}
-
-
 class Unavailable(Exception):
     """A needed part or port is not to be had; the message is one clear line."""
+
+
+async def _listen(config: Config, services: Services) -> Listener:
+    """The listener of the configured transport. Raises PortInUse, and OSError for unreadable certificate files."""
+    listen, most = config.listen, config.limits.max_body_bytes
+    if listen.transport == "h2":
+        return await h2_server.serve(listen.grpc, services, most, listen.tls)
+    # Takes time and memory that only this choice needs.
+    from .adapters import grpc_server
+
+    return await grpc_server.serve(listen.grpc, services, most, listen.tls)
 
 
 def policy_of(config: Config) -> Policy:
@@ -126,7 +133,7 @@ class Gateway:
         self._admissions = 0
         self.world = World(
             policy_of(config), self.fleet, clock=time.monotonic, rng=self._rng, new_id=self._new_id,
-            started=int(time.time()),
+            started=int(time.time()), logged=config.usage.source == "access_log",
         )  # fmt: skip
         self._ready = asyncio.Event()
         self._polled = False
@@ -136,6 +143,8 @@ class Gateway:
         self.health = Health((extproc.SERVICE, xds.SERVICE))
         room = Room(config.limits.bodies_in_memory)
         self.extproc = ExtProc(self.world, self.store, self, room)
+        ledger = Ledger(self.world.estimates, self.fleet, gateway=f"{self._name}-", clock=time.monotonic)
+        self.access_logs = AccessLogs(ledger, self.store.settle, self)
         self.xds = XdsServer(self.fleet, self._resources)
         self.metrics = Metrics(self._sources())
         self._lines = logs.RequestLog(config.logging.successes, time.monotonic)
@@ -192,6 +201,12 @@ class Gateway:
         self.metrics.settled(outcome, settlement)
         self._lines.settled(outcome)
 
+    def awaited(self) -> None:
+        self.metrics.awaited()
+
+    def arrived(self) -> None:
+        self.metrics.arrived()
+
     def suspect(self, addresses: Sequence[str], why: str) -> None:
         for address in addresses:
             self.fleet.failed(address, why)
@@ -208,10 +223,9 @@ class Gateway:
     async def start(self) -> None:
         """Listen, find the pods, serve. Raises Unavailable."""
         config = self.config
-        services = self.extproc.services | self.xds.services | self.health.services
-        serve = _LISTENERS[config.listen.transport]
+        services = self.extproc.services | self.xds.services | self.health.services | self.access_logs.services
         try:
-            self._listener = await serve(config.listen.grpc, services, config.limits.max_body_bytes, config.listen.tls)
+            self._listener = await _listen(config, services)
             self.grpc_port = self._listener.port
         except PortInUse as error:
             raise Unavailable(f"cannot listen for listen.grpc on {error}") from error

@@ -23,7 +23,7 @@ from .core.sse import MAX_EVENT
 from .core.usage import IN_ANSWERS, IN_EVENTS, key_of
 from .wire.access_log import NAMESPACE, NOTE, USAGE
 from .wire.extproc import BODY_WAIT, DETAILS_PREFIX, NODE_METADATA, RESPONSE_ATTRIBUTES
-from .wire.resources import MODEL_HEADER, NOWHERE, ROUTE_CONFIGURATION, TARGET_HEADER
+from .wire.resources import AGAIN, AGAIN_HEADER, AGAIN_STATUS, MODEL_HEADER, NOWHERE, ROUTE_CONFIGURATION, TARGET_HEADER
 
 _T: Final = "type.googleapis.com/envoy."
 #: Request headers that the gateway reads. Others, among them cookies, never leave Envoy.
@@ -31,8 +31,11 @@ FORWARDED: Final = (
     ":method", ":path", "authorization", "content-encoding", "content-length", "content-type", "model",
     "routing-strategy", "target-pod", "upgrade", "user", "x-api-key", "x-request-id", "x-session-id", ":status",
 )  # fmt: skip
-#: Seconds for which Envoy holds a request while the gateway restarts; it tries to reach it again in between.
+#: Seconds for which Envoy at least holds a request while the gateway restarts: half of it at each of the two times
+#: that a request passes the filters. It tries to reach the gateway again in between.
 RESTART_WAIT: Final = 15.0
+#: Bounds of a cluster that has none of its own: others bound what comes there.
+_UNLIMITED: Final = dict.fromkeys(("max_connections", "max_pending_requests", "max_requests", "max_retries"), 10**6)
 #: Most connections of clients at once; Envoy itself has no limit, and warns.
 CONNECTIONS: Final = 50_000
 #: Seconds for which Envoy collects access log entries: what a request did not use of its reservation is given back so
@@ -73,7 +76,7 @@ def of(config: Config, workers: int = 1) -> Bootstrap:
         gateway=envoy.gateway or config.listen.grpc,
         workers=workers,
         node=envoy.node,
-        message_timeout=envoy.message_timeout or max(RESTART_WAIT, shortest),
+        message_timeout=envoy.message_timeout or max(RESTART_WAIT / 2, shortest),
         max_body_bytes=config.limits.max_body_bytes,
         max_heap=envoy.max_heap,
         trusted_hops=envoy.trusted_hops,
@@ -109,9 +112,15 @@ def build(settings: Bootstrap) -> dict[str, Any]:
             "cds_config": {"ads": {}, "resource_api_version": "V3"},
         },
         "static_resources": {
-            "listeners": [_listener(settings)],
-            "clusters": [_gateway(settings), {"name": NOWHERE, "type": "STATIC"}],
+            "listeners": [_listener(settings), _again()],
+            "clusters": [_gateway(settings), _again_cluster(), {"name": NOWHERE, "type": "STATIC"}],
         },
+        "bootstrap_extensions": [
+            {
+                "name": "envoy.bootstrap.internal_listener",
+                "typed_config": {"@type": _T + "extensions.bootstrap.internal_listener.v3.InternalListener"},
+            }
+        ],
         "overload_manager": _overload(settings.max_heap),
     }
 
@@ -203,6 +212,41 @@ def _http(settings: Bootstrap) -> dict[str, Any]:
         "http_filters": filters,
         "local_reply_config": {"mappers": _local_replies(settings)},
         **({"access_log": [_access_log()]} if settings.access_log else {}),
+    }
+
+
+def _again() -> dict[str, Any]:
+    """A listener that only Envoy itself reaches: it sends each request back to where it came from."""
+    headers = {"location": "http://%REQ(:AUTHORITY)%%REQ(:PATH)%", AGAIN_HEADER: "1"}
+    route = {
+        "match": {"prefix": "/"},
+        "direct_response": {"status": AGAIN_STATUS},
+        "response_headers_to_add": [
+            {"header": {"key": key, "value": value}, "append_action": "OVERWRITE_IF_EXISTS_OR_ADD"}
+            for key, value in headers.items()
+        ],
+    }
+    manager = {
+        "@type": _T + "extensions.filters.network.http_connection_manager.v3.HttpConnectionManager",
+        "stat_prefix": AGAIN,
+        "route_config": {"virtual_hosts": [{"name": AGAIN, "domains": ["*"], "routes": [route]}]},
+        "http_filters": [_filter("router", "extensions.filters.http.router.v3.Router")],
+    }
+    chain = {"filters": [{"name": "envoy.filters.network.http_connection_manager", "typed_config": manager}]}
+    return {"name": AGAIN, "internal_listener": {}, "filter_chains": [chain]}
+
+
+def _again_cluster() -> dict[str, Any]:
+    inside = {"envoy_internal_address": {"server_listener_name": AGAIN}}
+    return {
+        "name": AGAIN,
+        "type": "STATIC",
+        # A gateway that dies has as many requests to be asked again as it was deciding.
+        "circuit_breakers": {"thresholds": [_UNLIMITED]},
+        "load_assignment": {
+            "cluster_name": AGAIN,
+            "endpoints": [{"lb_endpoints": [{"endpoint": {"address": inside}}]}],
+        },
     }
 
 
@@ -360,11 +404,7 @@ def _gateway(settings: Bootstrap) -> dict[str, Any]:
                 },
             }
         },
-        "circuit_breakers": {
-            "thresholds": [
-                {"max_connections": 10**6, "max_pending_requests": 10**6, "max_requests": 10**6, "max_retries": 10**6}
-            ]
-        },
+        "circuit_breakers": {"thresholds": [_UNLIMITED]},
         "load_assignment": {
             "cluster_name": "gateway",
             "endpoints": [

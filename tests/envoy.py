@@ -55,7 +55,7 @@ class Envoy:
         await self.until(lambda: self.admin("/ready"), "LIVE")
         listeners = json.loads(await self.admin("/listeners?format=json"))
         for listener in listeners["listener_statuses"]:
-            self.port = listener["local_address"].get("socket_address", {}).get("port_value", 0)
+            self.port = listener["local_address"].get("socket_address", {}).get("port_value", self.port)
         return self
 
     def launch(self) -> None:

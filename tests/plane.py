@@ -95,7 +95,7 @@ class Plane:
         gateway = f"127.0.0.1:{self.port}"
         settings = Bootstrap(listen="127.0.0.1:0", admin="127.0.0.1:0", gateway=gateway, node=node, cors=True)
         made = bootstrap.build(settings)
-        (listener,) = made["static_resources"]["listeners"]
+        listener = made["static_resources"]["listeners"][0]
         manager = listener["filter_chains"][0]["filters"][0]["typed_config"]
         del manager["early_header_mutation_extensions"]
         # A client may say how often to try, as the gateway does.

@@ -15,7 +15,8 @@ import os
 import socket
 import ssl
 import stat
-from collections.abc import Mapping
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import structlog
@@ -30,10 +31,13 @@ log = structlog.get_logger(__name__)
 CONNECTIONS: Final = 1024
 #: Room for a message's headers and framing beside the largest body, in bytes.
 MESSAGE_OVERHEAD: Final = 1 << 20
-#: Bytes of unfinished messages over all connections: several of the largest. Room for bodies is given beforehand
-#: (services/room.py), so only a peer that is no Envoy gets here.
+#: Calls at once, over all connections: several Envoys full of requests (an open stream takes about 5 KB).
+CALLS: Final = 100_000
+#: Unfinished messages of the largest size, over all connections, and as much that waits for peers to read it. Room for
+#: bodies is given beforehand (services/room.py), so only a peer that is no Envoy gets here.
 UNFINISHED_MESSAGES: Final = 8
-#: Bytes that may wait in a connection's socket before it is no longer read from.
+WAITING_MESSAGES: Final = 8
+#: Bytes that may wait in a connection's socket before it is no longer read from, and nothing more is written to it.
 HIGH_WATER: Final = 1 << 20
 #: Seconds that a peer may take to introduce itself, and not to read what it asked for.
 GREETING: Final = 10.0
@@ -43,8 +47,11 @@ SILENCE: Final = 20.0
 GONE: Final = 40.0
 #: Seconds between two looks at the certificate's files, and at silent peers.
 LOOK: Final = 5.0
-#: Calls whose headers are remembered, by what they say.
+#: Looks at which data may still wait that a peer does not grant a window for.
+STALLED_LOOKS: Final = int(STALLED / LOOK)
+#: Calls whose headers are remembered, by what they say, and how many headers such a call has at most.
 KNOWN_CALLS: Final = 256
+KNOWN_HEADERS: Final = 32
 
 
 class _Known:
@@ -61,7 +68,7 @@ class _Known:
 class _Call:
     """One call: the service's view of a stream, and the listener's."""
 
-    __slots__ = ("_connection", "_stream", "assembler", "deadline", "handler", "metadata", "over", "started")
+    __slots__ = ("_connection", "_stream", "assembler", "deadline", "handler", "how", "metadata", "over", "started")
 
     def __init__(self, connection: _Connection, stream: h2.Stream, metadata: Mapping[str, str], limit: int) -> None:
         self._connection = connection
@@ -72,6 +79,7 @@ class _Call:
         self.deadline: asyncio.TimerHandle | None = None
         self.started = False
         self.over = False
+        self.how: How = "done"
 
     def send(self, message: bytes) -> None:
         if self.over:
@@ -83,10 +91,10 @@ class _Call:
         if connection.h2.send_data(self._stream, grpc_messages.framed(message)):
             connection.wake()
         else:
-            log.warning("a stream was ended: its client does not read")
+            connection.server.complain("stream ended: its client does not read")
             self.close("reset")
 
-    def end(self, status: Status = Status.OK, message: str = "") -> None:
+    def end(self, status: Status = Status.OK, message: str = "", how: How = "done") -> None:
         if self.over:
             return
         if self.started:
@@ -94,65 +102,70 @@ class _Call:
         else:
             self._connection.h2.send_headers(self._stream, grpc_messages.refusal(status, message), end=True)
         self._connection.wake()
-        self.close("done")
+        self.close(how)
 
     def close(self, how: How) -> None:
         """The call is over: tell the service, once."""
         if self.over:
             return
         self.over = True
+        self.how = how
         self._stream.owner = None
-        if self.assembler is not None:
-            self._connection.server.unfinished -= self.assembler.waiting
-            self.assembler = None
+        self._connection.server.calls -= 1
+        self._deafen()
         if self.deadline is not None:
             self.deadline.cancel()
         if self.handler is not None:
-            try:
-                self.handler.closed(how)
-            except Exception:
-                log.exception("a service failed")
+            self.tell()
+
+    def tell(self) -> None:
+        """The service's last word."""
+        handler, self.handler = self.handler, None  # they hold each other
+        assert handler is not None
+        try:
+            handler.closed(self.how)
+        except Exception:
+            log.exception("a service failed")
 
     def feed(self, data: bytes, end: bool) -> None:
         """Bytes of the request."""
         assembler, handler = self.assembler, self.handler
         if assembler is None or handler is None:
             return
-        server = self._connection.server
+        refused: grpc_messages.Refused | None = None
+        before = assembler.waiting
         try:
-            before = assembler.waiting
-            messages = assembler.feed(data)
-            server.unfinished += assembler.waiting - before
-            if server.unfinished > server.most_unfinished and assembler.waiting:
-                self.end(Status.RESOURCE_EXHAUSTED, "too many unfinished messages")
-                return
+            messages: Sequence[bytes] = assembler.feed(data)
+        except grpc_messages.Refused as error:
+            refused, messages = error, error.messages
+        waiting = assembler.waiting
+        if waiting or before:
+            self._connection.server.holds(self, waiting, before)
+        try:
             for message in messages:
                 handler.message(message)
                 if self.over:
                     return
-            if end:
-                if assembler.waiting:
+            if refused is not None:
+                self._refuse(refused, handler)
+            elif end:
+                if assembler.unfinished:
                     self.end(Status.INTERNAL, "the request ends within a message")
                 else:
                     handler.half_closed()
-        except grpc_messages.TooLarge as error:
-            self._deafen()
-            handler.oversized(error.size)
-            self.end(Status.RESOURCE_EXHAUSTED, "the message is too large")
-        except grpc_messages.Malformed as error:
-            self.end(Status.UNIMPLEMENTED, str(error))
         except ValueError:
-            self.end(Status.INVALID_ARGUMENT, "not a message of this method")
+            self.end(Status.INVALID_ARGUMENT, "not a message of this method", "failed")
         except Exception:
             log.exception("a service failed")
-            self.fail()
+            self.end(Status.INTERNAL, "the service failed", "failed")
 
-    def fail(self) -> None:
-        if not self.over:
-            handler, self.handler = self.handler, None
-            self.end(Status.INTERNAL, "the service failed")
-            if handler is not None:
-                handler.closed("failed")
+    def _refuse(self, refused: grpc_messages.Refused, handler: Handler) -> None:
+        if isinstance(refused, grpc_messages.TooLarge):
+            self._deafen()
+            handler.oversized(refused.size)
+            self.end(Status.RESOURCE_EXHAUSTED, "the message is too large")
+        else:
+            self.end(Status.UNIMPLEMENTED, str(refused))
 
     def expire(self) -> None:
         self.end(Status.DEADLINE_EXCEEDED, "the call's time is over")
@@ -160,7 +173,8 @@ class _Call:
     def _deafen(self) -> None:
         """Nothing more of the request is read."""
         if self.assembler is not None:
-            self._connection.server.unfinished -= self.assembler.waiting
+            if self.assembler.waiting:
+                self._connection.server.holds(self, 0, self.assembler.waiting)
             self.assembler = None
 
 
@@ -169,7 +183,7 @@ class _Connection(asyncio.Protocol):
 
     def __init__(self, server: Server) -> None:
         self.server = server
-        self.h2 = h2.Connection(server.max_message)
+        self.h2 = h2.Connection(server.max_message, server.backlog)
         self.heard = self.began = server.loop.time()
         self.asked = False
         self._transport: Any = None
@@ -182,11 +196,14 @@ class _Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = transport
         tls = transport.get_extra_info("ssl_object")
-        if len(self.server.connections) >= CONNECTIONS or (tls is not None and tls.selected_alpn_protocol() != "h2"):
+        full = self.server.closed or len(self.server.connections) >= CONNECTIONS
+        if full or (tls is not None and tls.selected_alpn_protocol() != "h2"):
             self._transport.abort()
             return
         self._transport.set_write_buffer_limits(HIGH_WATER)
         self.server.connections.add(self)
+        if self.server.leaving:  # its handshake took longer than that
+            self.h2.leave()
         self.flush()
 
     def data_received(self, data: bytes) -> None:
@@ -205,7 +222,8 @@ class _Connection(asyncio.Protocol):
                 if call is not None:
                     call.close("reset")
             else:
-                self.server.complain(event)
+                why = "connection ended for what its peer did"
+                self.server.complain(why, code=event.code.name, why=event.why)
                 self._lose_calls()
                 self.flush()
                 self._transport.close()
@@ -219,10 +237,12 @@ class _Connection(asyncio.Protocol):
         self.server.connections.discard(self)
         if self._stalled is not None:
             self._stalled.cancel()
+        self.h2.end(h2.Code.NO_ERROR, "")
         self._lose_calls()
         self.server.lost()
 
     def pause_writing(self) -> None:
+        self.h2.hold()
         self._transport.pause_reading()
         self._stalled = self.server.loop.call_later(STALLED, self._transport.abort)
 
@@ -231,6 +251,8 @@ class _Connection(asyncio.Protocol):
             self._stalled.cancel()
             self._stalled = None
         self._transport.resume_reading()
+        self.h2.go_on()
+        self.wake()
 
     # --- what is sent ------------------------------------------------------------------------------------------------
 
@@ -247,7 +269,11 @@ class _Connection(asyncio.Protocol):
             self._transport.write(data)
 
     def look(self, now: float) -> None:
-        """Ask a peer that has been silent for a sign of life; leave one that has gone."""
+        """Ask a peer that has been silent for a sign of life; leave one that has gone, and streams that are not
+        read."""
+        for stream in self.h2.give_up(STALLED_LOOKS):
+            if stream.owner is not None:
+                stream.owner.close("reset")  # type: ignore[attr-defined]
         if not self.h2.greeted:
             if now - self.began > GREETING:
                 self._transport.abort()
@@ -256,7 +282,7 @@ class _Connection(asyncio.Protocol):
         elif now - self.heard > SILENCE and not self.asked:
             self.asked = True
             self.h2.ping()
-            self.flush()
+        self.wake()
 
     def leave(self) -> None:
         self.h2.leave()
@@ -270,6 +296,9 @@ class _Connection(asyncio.Protocol):
         self.flush()
         self._transport.close()
 
+    def abort(self) -> None:
+        self._transport.abort()
+
     # --- calls -------------------------------------------------------------------------------------------------------
 
     def _open(self, event: h2.Opened) -> None:
@@ -277,18 +306,23 @@ class _Connection(asyncio.Protocol):
         known = self.server.known.get(event.headers) or self._look_up(event)
         if known is None:
             return
-        call = _Call(self, stream, known.metadata, self.server.max_message)
+        server = self.server
+        if server.calls >= CALLS:
+            self.h2.reset(stream, h2.Code.REFUSED_STREAM)
+            return
+        server.calls += 1
+        call = _Call(self, stream, known.metadata, server.max_message)
         stream.owner = call
         if known.timeout is not None:
-            call.deadline = self.server.loop.call_later(known.timeout, call.expire)
+            call.deadline = server.loop.call_later(known.timeout, call.expire)
         try:
             call.handler = known.service(call)
         except Exception:
             log.exception("a service failed")
-            call.fail()
+            call.end(Status.INTERNAL, "the service failed")
             return
         if call.over:
-            call.handler.closed("done")
+            call.tell()
         elif event.end:
             call.feed(b"", True)
 
@@ -310,9 +344,11 @@ class _Connection(asyncio.Protocol):
             refusal = grpc_messages.refusal(Status.UNIMPLEMENTED, "no such method")
             self.h2.send_headers(stream, refusal, end=True)
             return None
-        if len(self.server.known) >= KNOWN_CALLS:
-            self.server.known.clear()
-        known = self.server.known[event.headers] = _Known(service, metadata, timeout)
+        known = _Known(service, metadata, timeout)
+        if len(event.headers) <= KNOWN_HEADERS:
+            if len(self.server.known) >= KNOWN_CALLS:
+                self.server.known.clear()
+            self.server.known[event.headers] = known
         return known
 
     def _lose_calls(self) -> None:
@@ -328,8 +364,14 @@ class Server:
         self.loop = asyncio.get_running_loop()
         self.services = services
         self.max_message = max_message
-        self.most_unfinished = UNFINISHED_MESSAGES * max_message
+        self.backlog = h2.Backlog(WAITING_MESSAGES * max_message)
+        self.calls = 0
+        #: Bytes of unfinished messages, and the calls that hold them, longest first.
         self.unfinished = 0
+        self._most_unfinished = UNFINISHED_MESSAGES * max_message
+        self._unfinished_of: OrderedDict[_Call, None] = OrderedDict()
+        self.leaving = False
+        self.closed = False
         self.connections: set[_Connection] = set()
         self.known: dict[tuple[h2.Header, ...], _Known] = {}
         self.port = 0
@@ -357,9 +399,12 @@ class Server:
                 self._server = await self.loop.create_server(lambda: _Connection(self), host, port, **options)
                 self.port = self._server.sockets[0].getsockname()[1]
         except OSError as error:
-            raise PortInUse(f"{address}: {os.strerror(error.errno) if error.errno else error}") from error
+            number = error.errno or 0  # a name that is not found has one of its own kind, below zero
+            why = os.strerror(number) if number > 0 else error.strerror or str(error)
+            raise PortInUse(f"{address}: {why}") from error
 
     def leave(self) -> None:
+        self.leaving = True
         if self._server is not None:
             self._server.close()
         if self._socket_file is not None:
@@ -372,6 +417,7 @@ class Server:
 
     async def close(self) -> None:
         self.leave()
+        self.closed = True
         self._look.cancel()
         for connection in [*self.connections]:
             connection.close()
@@ -380,16 +426,30 @@ class Server:
                 while self.connections:
                     self._emptied.clear()
                     await self._emptied.wait()
+        for connection in [*self.connections]:
+            connection.abort()
 
     def lost(self) -> None:
         self._emptied.set()
 
-    def complain(self, event: h2.Ended) -> None:
+    def holds(self, call: _Call, waiting: int, before: int) -> None:
+        """A call holds ``waiting`` bytes of an unfinished message, and held ``before``. Where it is too much for all,
+        the one that has not finished for longest ends: an honest peer's message takes milliseconds."""
+        self.unfinished += waiting - before
+        if waiting:
+            self._unfinished_of[call] = None
+        else:
+            del self._unfinished_of[call]
+        while self.unfinished > self._most_unfinished:
+            oldest = next(iter(self._unfinished_of))
+            oldest.end(Status.RESOURCE_EXHAUSTED, "too many unfinished messages")
+
+    def complain(self, event: str, **more: str) -> None:
         """At most once a second: whoever misbehaves can do so often."""
         now = self.loop.time()
         if now - self._complained >= 1.0:
             self._complained = now
-            log.warning("connection ended for what its peer did", code=event.code.name, why=event.why)
+            log.warning(event, **more)
 
     def _on_look(self) -> None:
         now = self.loop.time()
@@ -401,15 +461,16 @@ class Server:
 
 
 class _Certificate:
-    """A TLS context that follows its files. Raises OSError (ssl.SSLError is one) for files that are no good."""
+    """TLS that follows its files. Raises OSError (ssl.SSLError is one) for files that are no good."""
 
     def __init__(self, files: TLSFiles) -> None:
         self._files = files
-        self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        self.context.minimum_version = ssl.TLSVersion.TLSv1_2
-        self.context.set_alpn_protocols(["h2"])
         self._stamps = self._stamp()
-        self._load()
+        #: What new connections get is a context of its own: half a reload can't hurt it, and no authority stays behind.
+        self._current = self._load()
+        #: What the sockets listen with: it hands over to the current one.
+        self.context = self._load()
+        self.context.sni_callback = self._hand_over
 
     def look(self) -> None:
         """Take up files that have changed; new connections get what they say."""
@@ -417,16 +478,26 @@ class _Certificate:
             stamps = self._stamp()
             if stamps != self._stamps:
                 self._stamps = stamps
-                self._load()
+                self._current = self._load()
                 log.info("certificate reloaded")
         except OSError as error:
             log.error("certificate not reloaded: the old one stays", why=str(error))
 
-    def _load(self) -> None:
-        self.context.load_cert_chain(self._files.cert_file, self._files.key_file)
+    def _hand_over(self, connection: ssl.SSLObject, _: str | None, __: ssl.SSLContext) -> None:
+        connection.context = self._current
+
+    def _load(self) -> ssl.SSLContext:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        context.set_alpn_protocols(["h2"])
+        # A session that is resumed would not be asked for its certificate again.
+        context.options |= ssl.OP_NO_TICKET
+        context.num_tickets = 0
+        context.load_cert_chain(self._files.cert_file, self._files.key_file)
         if self._files.client_ca_file:
-            self.context.load_verify_locations(self._files.client_ca_file)
-            self.context.verify_mode = ssl.CERT_REQUIRED
+            context.load_verify_locations(self._files.client_ca_file)
+            context.verify_mode = ssl.CERT_REQUIRED
+        return context
 
     def _stamp(self) -> list[tuple[int, int]]:
         files = self._files
@@ -446,10 +517,12 @@ def _free_socket_file(path: str) -> None:
         probe.settimeout(1.0)
         try:
             probe.connect(path)
-        except OSError:
+        except ConnectionRefusedError:
             os.unlink(path)
-        else:
-            raise OSError(errno.EADDRINUSE, "somebody listens")
+            return
+        except OSError:
+            pass  # such as somebody who is too busy to answer
+    raise OSError(errno.EADDRINUSE, "somebody listens")
 
 
 async def serve(address: str, services: Services, max_body_bytes: int, tls: TLSFiles | None = None) -> Server:

@@ -21,6 +21,7 @@ from gateway_extproc.core.store import (
     Answer,
     Denied,
     Level,
+    Question,
     Settlement,
     StoreUnavailable,
     Window,
@@ -51,8 +52,9 @@ class MemoryStore:
     def __len__(self) -> int:
         return len(self._windows)
 
-    def ask(self, admission: Admission, tell: Callable[[Answer], None]) -> None:
+    def ask(self, admission: Admission, tell: Callable[[Answer], None]) -> Question | None:
         tell(self.admit_now(admission))
+        return None
 
     def admit_now(self, admission: Admission) -> Answer:
         """Check and take all windows, at once."""
@@ -87,13 +89,9 @@ class MemoryStore:
             return False
         second, requests, tokens = settlement.second, settlement.requests, settlement.tokens
         for key in settlement.keys:
-            count = self._windows.get(key)
-            if count is None and (requests > 0 or tokens > 0):
-                count = self._open(key, now)
+            count = self._open(key, now) if requests > 0 or tokens > 0 else self._windows.get(key)
             if count is not None:
                 count.settle(now, second, requests, tokens)
-                if requests > 0 or tokens > 0:
-                    self._windows.move_to_end(key)
         return True
 
     def charge(self, keys: Iterable[str], requests: int, tokens: int, second: int | None = None) -> int:
@@ -127,8 +125,9 @@ class MemoryStore:
             if len(self._windows) >= self._max_windows:
                 self.dropped += 1
                 return None
-            count = SlidingWindow()
-        self._keep(key, count)
+            count = self._windows[key] = SlidingWindow()
+        else:
+            self._windows.move_to_end(key)
         return count
 
     def _drop_idle(self, now: float) -> None:

@@ -5,8 +5,8 @@ what is on its way. Promises: one script call and one round trip for an admissio
 goes out in one write, on one connection, where the next turn's need not wait for its answers; an answer or
 StoreUnavailable within the time-out; a question that was withdrawn, or answered too late, is charged nothing; a
 settlement is sent until it arrived and counts once. No task and no future is made for a request. Leaves out what to do
-while Redis is away (adapters/guarded.py), the bytes of
-questions and answers (wire/limits.py, wire/resp.py) and Redis Cluster.
+while Redis is away (adapters/guarded.py), the bytes of questions and answers (wire/limits.py, wire/resp.py) and Redis
+Cluster.
 
 The mark of an admission is what makes undoing exact. When a question stays unanswered (time-out, lost connection), it
 may have been taken, be taken later, or never arrive; ``undo.lua`` is right in all three cases.
@@ -222,10 +222,11 @@ class _Link(asyncio.Protocol):
 
     def send(self, commands: Sequence[_Command]) -> None:
         assert self._transport is not None
+        packed = b"".join([each.packed() for each in commands])
         if not self.in_flight:
             self.heard = self._loop.time()
         self.in_flight += commands
-        self._transport.write(b"".join([each.packed() for each in commands]))
+        self._transport.write(packed)
 
     async def inquire(self, packed: bytes) -> Reply:
         """Raises StoreUnavailable when the connection ends before the reply."""
@@ -457,7 +458,7 @@ class RedisStore:
 
     def _received(self) -> None:
         """Replies came, so there is room again."""
-        if self._waiting or (self._notes and self._courier is None):
+        if (self._waiting or (self._notes and self._courier is None)) and not self._sending:
             self._send()
         self._progress.set()
 
@@ -534,7 +535,7 @@ class RedisStore:
         try:
             async with asyncio.timeout(self._timeout):
                 await self._address.reach(link)
-            self._link, self._pause, reason = link, FIRST_PAUSE, ""
+            self._link, self._away_until, self._pause, reason = link, 0.0, FIRST_PAUSE, ""
         except TimeoutError:
             reason = NO_ANSWER
         except (OSError, ValueError):  # a host name that is none is a ValueError
@@ -542,9 +543,9 @@ class RedisStore:
         except StoreUnavailable as error:
             reason = str(error)
         finally:
-            self._connecting = None
             if reason:
                 await link.end(reason)
+            self._connecting = None
         if reason:
             self._unreachable(reason)
         else:

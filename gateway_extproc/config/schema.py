@@ -68,7 +68,10 @@ class Listen(Part, frozen=True, kw_only=True):
     """Where the gateway itself listens."""
 
     grpc: Annotated[
-        str, about("What Envoy connects to. Port 0 takes any free port.", address(any_port=True, socket=True))
+        str, about(
+            "What Envoy connects to. Port 0 takes any free port. With `--workers N` it is the first one's: the others "
+            "have the ports after it, or the socket's path with `-1`, `-2`, ….",
+            address(any_port=True, socket=True))
     ] = "127.0.0.1:9002"
     http: Annotated[
         str,

@@ -45,8 +45,8 @@ CLIENT_GONE: Final = 499
 #: Longest note in bytes. Names are bounded where they are read (user, model and request id, four times each at most,
 #: and eleven addresses), so that none of ours is longer.
 MAX_NOTE: Final = 16 * 1024
-#: Ids of settled entries that are remembered, so that those which Envoy sends again count once. It sends again what it
-#: holds for a gateway that is away, 1 MiB for each of its threads: some 1,500 entries.
+#: Ids of settled entries that are remembered, so that an entry which is sent again counts once. Envoy 1.40 sends none
+#: again by itself; what stands between it and us may, and then soon: this many end in some seconds at most.
 REMEMBERED: Final = 16_384
 
 
@@ -84,11 +84,11 @@ _NOTE: Final = msgspec.json.Decoder(Note)
 
 
 class End(msgspec.Struct, frozen=True, gc=False):
-    """How a routed request ended. ``status`` 0: no answer began. ``taken``: by some pod; ``pod`` names it. ``whole``:
-    the answer was sent to its end. ``sent`` are the tokens of output that the client was sent, None where that can't
-    be said (an answer that is no stream)."""
+    """How a routed request ended. ``status`` None: no answer began. ``taken``: by some pod; ``pod`` names it.
+    ``whole``: the answer was sent to its end. ``sent`` are the tokens of output that the client was sent, None where
+    that can't be said (an answer that is no stream)."""
 
-    status: int
+    status: int | None
     pod: str = ""
     taken: bool = True
     whole: bool = False
@@ -132,7 +132,7 @@ def tried(choices: Sequence[str], upstream: str, details: str) -> Tried:
 def settle(note: Note, end: End, estimates: Estimates) -> Settle:
     """The end of a request by the rules, and what is learned of it."""
     usage, whole = end.usage, "ok" if end.whole else "cut"
-    good = 200 <= end.status < 300
+    good = 200 <= (end.status or 0) < 300
     if usage is not None:
         if end.whole and good:
             output = round(usage.completion / note.answers) if note.answers else None
@@ -140,7 +140,7 @@ def settle(note: Note, end: End, estimates: Estimates) -> Settle:
         return closed(note, end, usage, whole)
     if not end.taken:
         return _given_back(note, end)
-    if not end.status:
+    if end.status is None:
         gone = msgspec.structs.replace(end, status=CLIENT_GONE)
         return closed(note, gone, Usage(note.prompt, 0), "client_gone", estimated=True)
     if not good:
@@ -169,7 +169,7 @@ def _outcome(note: Note, end: End, usage: Usage, reason: str, estimated: bool) -
     return Outcome(
         model=note.model,
         strategy=note.strategy,
-        status=end.status,
+        status=end.status or 0,
         reason=reason,
         user=note.user,
         request_id=note.request_id,
@@ -230,7 +230,7 @@ class Ledger:
         found = tried(note.pods, entry.upstream, entry.details)
         member = self._fleet.member(note.pods[found.served or 0])
         pod = member.spec.name if member is not None else ""
-        settled = settle(note, End(entry.status, pod, found.taken, whole, usage, sent), self._estimates)
+        settled = settle(note, End(entry.status or None, pod, found.taken, whole, usage, sent), self._estimates)
         if whole and sent is not None and usage is not None:
             self._estimates.learn_stream(note.model, entry.sent, usage.completion)
         if note.id.startswith(self._gateway):

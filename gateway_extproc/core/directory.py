@@ -67,6 +67,10 @@ class Directory(msgspec.Struct, frozen=True):
             return True
         return any(fnmatchcase(model, pattern) for pattern in record.models)
 
+    def may_limit(self, user: str | None) -> bool:
+        """Whether any model's windows of this user may hold a limit."""
+        return user is not None and (self.default is not None or user in self.users)
+
     def windows(self, user: str | None, model: str) -> tuple[Window, ...]:
         """The windows a request must fit in, each with at least one limit. No user: none."""
         if user is None:

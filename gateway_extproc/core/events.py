@@ -122,7 +122,10 @@ Event = (
 
 
 class Continue(msgspec.Struct, frozen=True):
-    """Go on unchanged. After request headers: with the whole body, however the filter was configured."""
+    """Go on unchanged. After request headers: with the whole body, however the filter was configured, and with the
+    headers of the ``answer``."""
+
+    answer: bool = True
 
 
 class Ask(msgspec.Struct, frozen=True):
@@ -133,12 +136,14 @@ class Ask(msgspec.Struct, frozen=True):
 
 class Route(msgspec.Struct, frozen=True):
     """Set and remove request headers, match the route again; ``body`` is what the pod gets, None: what came.
-    ``choices`` is the number of pods that may be tried, the first included."""
+    ``choices`` is the number of pods that may be tried, the first included. ``note`` is to come back with the log entry
+    of the request ("": none is wanted)."""
 
     set: dict[str, bytes]
     remove: tuple[str, ...]
     body: bytes | None = None
     choices: int = 1
+    note: str = ""
 
 
 class Refuse(msgspec.Struct, frozen=True):
@@ -187,11 +192,15 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Settle(msgspec.Struct, frozen=True):
-    """The request is over: sent exactly once for each session that saw request headers. ``settlement`` is None where
-    the store took nothing or nothing changes."""
+    """The request is over: sent exactly once for each session that saw request headers, unless Await is. ``settlement``
+    is None where the store took nothing or nothing changes."""
 
     settlement: Settlement | None
     outcome: Outcome
+
+
+class Await(msgspec.Struct, frozen=True):
+    """The request is over here; the note in its log entry settles it, at whichever gateway."""
 
 
 class Suspect(msgspec.Struct, frozen=True):
@@ -205,4 +214,4 @@ class Leave(msgspec.Struct, frozen=True):
     """End the stream with OK: Envoy goes on without us."""
 
 
-Action = Continue | Ask | Route | Refuse | Answer | Respond | Replace | Settle | Suspect | Leave
+Action = Continue | Ask | Route | Refuse | Answer | Respond | Replace | Settle | Await | Suspect | Leave

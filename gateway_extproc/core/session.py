@@ -3,19 +3,8 @@
 Owns the order of decisions (identify, parse, admit, choose, account) and the promise that whatever was taken is
 given back or charged once, by whichever door the request leaves. It is a function from events to actions
 (core/events.py): no I/O, no await, and it knows neither Envoy nor the store. It does not assume how bodies arrive:
-whole, in pieces, or only when asked for.
-
-What a request pays (contract section 3, promise 3), in tokens:
-
-==============================================  ====================================================
-the answer told its usage                       that
-2xx stream without usage, or cut off            the prompt's estimate and the output events it was sent
-2xx without usage, not a stream                 its reservation
-any other status without usage                  none, but it counts as a request
-no pod took it                                  nothing, and its request is given back
-client gone before the answer began             the prompt's estimate
-the gateway left before the answer ended        its reservation
-==============================================  ====================================================
+whole, in pieces, or only when asked for. Where usage comes with Envoy's access log, it hands the request's end over: a
+note that travels with the request is all that is left of it here. Leaves out what a request pays (core/account.py).
 """
 
 from __future__ import annotations
@@ -28,6 +17,7 @@ from typing import Any, Final
 import msgspec
 
 from . import refusal as refusals
+from .account import CLIENT_GONE, End, Note, closed, settle, tried
 from .choose import STRATEGIES, Lease, choose
 from .directory import Directory
 from .estimate import Estimates, Reserve
@@ -35,6 +25,7 @@ from .events import (
     Action,
     Answer,
     Ask,
+    Await,
     Closed,
     Continue,
     Crowded,
@@ -57,17 +48,16 @@ from .events import (
     ResponseTrailers,
     Route,
     Settle,
-    Suspect,
     Truncated,
     Unavailable,
 )
-from .fleet import Fleet, Pod
+from .fleet import Fleet
 from .identify import KEY_PREFIX, Mode, identify
 from .parse import Kind, Refused, Request, ask_for_usage, parse_request, route_of
 from .parse import Route as Target
 from .refusal import Refusal
 from .store import Admission, Admitted, Denied, Level, Settlement, Window
-from .usage import JsonUsage, SseUsage, Usage
+from .usage import JsonUsage, SseUsage
 
 
 class ModelPolicy(msgspec.Struct, frozen=True):
@@ -99,13 +89,14 @@ _DEFAULT_MODEL: Final = ModelPolicy()
 
 class World:
     """What sessions read and learn; one for each gateway. ``clock`` gives monotonic seconds, ``new_id`` an id that
-    no other admission of any gateway has, ``started`` the unix time that model lists show as ``created``."""
+    no other admission of any gateway has, ``started`` the unix time that model lists show as ``created``. ``logged``:
+    usage comes with Envoy's access log."""
 
-    __slots__ = ("clock", "estimates", "fleet", "new_id", "policy", "rng", "started")
+    __slots__ = ("clock", "estimates", "fleet", "logged", "new_id", "policy", "rng", "started")
 
     def __init__(
         self, policy: Policy, fleet: Fleet, *, clock: Callable[[], float], rng: Random, new_id: Callable[[], str],
-        started: int,
+        started: int, logged: bool = False,
     ) -> None:  # fmt: skip
         self.policy = policy
         self.fleet = fleet
@@ -114,6 +105,7 @@ class World:
         self.rng = rng
         self.new_id = new_id
         self.started = started
+        self.logged = logged
 
 
 class _State(IntEnum):  # of ints, whose hash costs nothing: the table is asked for every message
@@ -122,6 +114,7 @@ class _State(IntEnum):  # of ints, whose hash costs nothing: the table is asked 
     ASKING = auto()  # the store was asked
     ROUTED = auto()  # a pod was chosen, no answer yet
     ANSWERING = auto()  # the answer has begun
+    LOGGED = auto()  # a pod was chosen, and what follows comes with Envoy's access log
     OVER = auto()  # settled; what still comes is let through
     CLOSED = auto()
 
@@ -130,15 +123,8 @@ class _State(IntEnum):  # of ints, whose hash costs nothing: the table is asked 
 _SINGLE: Final = frozenset({"user", "authorization", "x-api-key", "routing-strategy", "content-type"})
 #: What request headers begin with that only the gateway sets, beside those that it always sets itself.
 _INTERNAL_PREFIX: Final = "x-gateway-"
-#: Envoy's response code details for requests that it sent nowhere, which says nothing about the pods; and for those
-#: that found no connection (the first ends local_ and remote_connection_failure alike). From Envoy's
-#: response_code_details documentation; the reset reasons stand in braces behind upstream_reset_before_response_started.
-_NOT_SENT: Final = ("no_healthy_upstream", "cluster_not_found", "route_not_found", "direct_response", "overflow")
-_NOT_CONNECTED: Final = ("connection_failure", "connection_timeout")
 #: Longest x-request-id that logs repeat, in characters.
 _REQUEST_ID: Final = 128
-#: Status that counters show for a client that went away, as nginx has it.
-CLIENT_GONE: Final = 499
 
 
 class ProtocolError(Exception):
@@ -149,9 +135,9 @@ class Session:
     """Feed it events in order; carry out the actions in order. ``node`` names the Envoy that asks."""
 
     __slots__ = (
-        "_admission", "_admitted", "_carry", "_ended", "_headers", "_lease", "_leaving", "_model", "_node", "_parts",
-        "_reader", "_refused", "_request", "_size", "_state", "_status", "_strategy", "_strip", "_target", "_took",
-        "_user", "_windows", "_world", "declared_length",
+        "_admission", "_admitted", "_carry", "_ended", "_headers", "_lease", "_leaving", "_model", "_node", "_note",
+        "_output", "_parts", "_prompt", "_reader", "_refused", "_request", "_shown", "_size", "_state", "_status",
+        "_strategy", "_strip", "_target", "_took", "_user", "_windows", "_world", "declared_length",
     )  # fmt: skip
 
     def __init__(self, world: World, node: str = "") -> None:
@@ -170,10 +156,13 @@ class Session:
         self._windows: tuple[Window, ...] = ()
         self._admission: Admission | None = None
         self._admitted: Admitted | None = None
+        self._prompt = self._output = 0  # estimated tokens
         self._lease: Lease | None = None
+        self._note: Note | None = None
         self._strip = False
         self._status = 0
         self._took = True
+        self._shown = True  # the answer's headers are asked for
         self._ended = False
         self._leaving = False
         self._reader: JsonUsage | SseUsage | None = None
@@ -232,7 +221,10 @@ class Session:
         self._strategy = strategy
         self._carry = event.carry
         self._state = _State.BODY
-        return [Continue()]
+        world = self._world
+        if world.logged and target.generates and not policy.expose and not policy.directory.may_limit(user):
+            self._shown = False  # nothing is to be added to them
+        return [Continue(self._shown)]
 
     def _take_headers(self, headers: Headers) -> str | None:
         """Keep the headers by name; the first name that came twice and must not."""
@@ -304,19 +296,15 @@ class Session:
         """Tokens to reserve. A guess of the output never makes a request larger than the limit it is under: only
         the prompt, and what ``reserve: max`` declares, can do that."""
         estimates, reserve = self._world.estimates, self._world.policy.reserve
-        prompt = estimates.prompt(self._model, request.prompt_bytes)
-        output = self._expected_output(request)
+        prompt = self._prompt = estimates.prompt(self._model, request.prompt_bytes)
+        output = 0
+        if self._target.generates:
+            output = estimates.output(self._model, request.max_tokens, request.n * request.prompts, reserve)
+        self._output = output
         tightest = min((window.tpm for window in self._windows if window.tpm is not None), default=None)
         if tightest is not None and reserve == "expected":
             output = min(output, max(0, tightest - prompt))
         return prompt + output
-
-    def _expected_output(self, request: Request) -> int:
-        if not self._target.generates:
-            return 0
-        world = self._world
-        answers = request.n * request.prompts
-        return world.estimates.output(self._model, request.max_tokens, answers, world.policy.reserve)
 
     def _on_admitted(self, event: Admitted) -> list[Action]:
         self._admitted = event
@@ -367,17 +355,46 @@ class Session:
         choices = 1 + world.policy.model(self._model).retries
         lease = choose(self._strategy, pods, choices, admission.tokens, world.clock(), world.rng)
         self._lease = lease
+        note = self._note = self._write_note(lease)
         body = self._parts.pop() if self._parts else None
         if self._strip:
             assert body is not None
             assert self._request is not None
             body = ask_for_usage(body, self._request)
+        change, remove = self._header_changes(lease, note)
+        # Answers that do not generate can be large, and where usage is to be taken out of one it must be read: then a
+        # session settles it.
+        if world.logged and note.answers and not self._strip:
+            self._state = _State.LOGGED
+            return [Route(change, remove, body, len(note.pods), note.written())]
         self._state = _State.ROUTED
-        return [Route(*self._header_changes(lease), body, len(lease.pods))]
+        return [Route(change, remove, body, len(note.pods))]
 
-    def _header_changes(self, lease: Lease) -> tuple[dict[str, bytes], tuple[str, ...]]:
+    def _write_note(self, lease: Lease) -> Note:
+        admission, admitted, request = self._admission, self._admitted, self._request
+        assert admission is not None
+        assert request is not None
+        return Note(
+            admission.id,
+            tuple([window.key for window in admission.windows]),
+            admitted.second if admitted is not None else 0,
+            admission.tokens,
+            self._model,
+            self._strategy,
+            self._user or "",
+            self._request_id(),
+            tuple([pod.address for pod in lease.pods]),
+            request.prompt_bytes,
+            self._prompt,
+            self._output,
+            request.n * request.prompts if self._target.generates else 0,
+            request.stream,
+            self._shown,
+        )
+
+    def _header_changes(self, lease: Lease, note: Note) -> tuple[dict[str, bytes], tuple[str, ...]]:
         headers, pod = self._headers, lease.pods[0]
-        change = {"model": self._model.encode(), "target-pod": ",".join(p.address for p in lease.pods).encode()}
+        change = {"model": self._model.encode(), "target-pod": ",".join(note.pods).encode()}
         remove = ["accept-encoding", *(name for name in headers if name.startswith(_INTERNAL_PREFIX))]
         gateway_key = KEY_PREFIX.encode()
         if gateway_key in headers.get("x-api-key", b"") or (pod.api_key is not None and "x-api-key" in headers):
@@ -398,11 +415,6 @@ class Session:
         self._ended = event.end
         self._state = _State.ANSWERING
         actions = self._follow(event)
-        change = dict(self._limit_headers())
-        lease = self._lease
-        if self._world.policy.expose and lease is not None:
-            change["routing-strategy"] = self._strategy
-            change["target-pod"] = lease.pod.name
         content_type = headers.get("content-type", b"").partition(b";")[0].strip().lower()
         # Compressed, though no pod was told that we take that: unreadable, and nothing can be cut out of it.
         readable = headers.get("content-encoding", b"identity").strip().lower() == b"identity"
@@ -411,35 +423,30 @@ class Session:
                 self._reader = SseUsage(strip=self._strip)
             elif content_type == b"application/json":
                 self._reader = JsonUsage()
-        return [*actions, Respond(change, self._reader is not None)]
+        return [*actions, Respond(self._answer_headers(), self._reader is not None)]
+
+    def _on_logged_answer(self, event: ResponseHeaders) -> list[Action]:
+        return [*self._follow(event), Respond(self._answer_headers(), body=False)]
+
+    def _answer_headers(self) -> dict[str, str]:
+        """What is added to the answer's."""
+        change = self._limit_headers()
+        lease = self._lease
+        if self._world.policy.expose and lease is not None:
+            change["routing-strategy"] = self._strategy
+            change["target-pod"] = lease.pod.name
+        return change
 
     def _follow(self, event: ResponseHeaders) -> list[Action]:
         """Which pod answered, and which did not."""
-        lease = self._lease
+        lease, note = self._lease, self._note
         assert lease is not None
-        if event.details and event.details != "via_upstream":
-            nowhere = any(reason in event.details for reason in _NOT_SENT)
-            unconnected = any(reason in event.details for reason in _NOT_CONNECTED)
-            self._took = not (nowhere or unconnected)
-            if not unconnected:
-                # Envoy's own doing, a time-out, the client's fault, or a connection that a request itself may have
-                # ended: one that crashes pods must not take all of them out for the others.
-                return []
-            return [Suspect(tuple(pod.address for pod in lease.pods), event.details)]
-        if not event.upstream or event.upstream == lease.pod.address:
-            return []
-        # Envoy walks the list in order: those before the one that answered could not be reached, or said 503.
-        skipped: list[str] = []
-        served: Pod | None = None
-        for pod in lease.pods:
-            if pod.address == event.upstream:
-                served = pod
-                break
-            skipped.append(pod.address)
-        if served is None:
-            return []
-        lease.moved(served, self._world.clock())
-        return [Suspect(tuple(skipped), "a retry went to another pod")]
+        assert note is not None
+        found = tried(note.pods, event.upstream, event.details)
+        self._took = found.taken
+        if found.served:
+            lease.moved(lease.pods[found.served], self._world.clock())
+        return [found.suspect] if found.suspect is not None else []
 
     def _on_answer_body(self, event: ResponseBody) -> list[Action]:
         self._ended = self._ended or event.end
@@ -462,9 +469,9 @@ class Session:
     def _on_headless_answer(self, event: ResponseBody | ResponseTrailers) -> list[Action]:
         """An Envoy whose configuration is not ours shows an answer without its headers: the reservation is the
         charge."""
-        settle = self._settle(None, "unseen", estimated=True)
+        actions = self._reserved("unseen")
         self._state = _State.OVER
-        return [Replace(None) if isinstance(event, ResponseBody) else Continue(), *settle]
+        return [Replace(None) if isinstance(event, ResponseBody) else Continue(), *actions]
 
     def _on_early_answer(self, event: ResponseHeaders) -> list[Action]:
         """Envoy answered by itself before the request was routed, for instance 413."""
@@ -485,9 +492,8 @@ class Session:
         self._status = refused.status
         self._parts.clear()
         self._state = _State.OVER
-        settlement = self._settlement(None) if self._admitted is not None else None
-        settle = Settle(settlement, self._outcome(refused.reason or refused.code))
-        return [Refuse(refused, dict(headers or {}), self._target.anthropic), settle]
+        over = Settle(self._given_back(), self._outcome(refused.reason or refused.code))
+        return [Refuse(refused, dict(headers or {}), self._target.anthropic), over]
 
     def _list_models(self, wanted: str) -> list[Action]:
         world = self._world
@@ -512,47 +518,49 @@ class Session:
         """Nothing was routed yet: the client has gone, or we failed. What a question in flight took, the store's
         adapter gives back, since its caller is gone; what we hold already (we failed in between), we do."""
         self._parts.clear()
-        self._took = False
         self._status = CLIENT_GONE if event.how != "failed" else 500
-        return self._settle(None, "client_gone" if event.how != "failed" else "internal_error")
+        self._state = _State.CLOSED
+        outcome = self._outcome("client_gone" if event.how != "failed" else "internal_error")
+        return [Settle(self._given_back(), outcome)]
 
     def _on_closed_routed(self, event: Closed) -> list[Action]:
         """Routed, and no answer was seen: the client has gone. Only an Envoy whose configuration is not ours (that one
         tells its name) may just not show answers, and then says goodbye at once: the reservation is the charge."""
-        prompt = None
-        reason = "unseen"
         if event.how == "reset" or (event.how == "done" and self._node):
-            assert self._request is not None
-            prompt = Usage(self._world.estimates.prompt(self._model, self._request.prompt_bytes), 0, 0)
-            self._status, reason = CLIENT_GONE, "client_gone"
-        return self._settle(prompt, reason, estimated=True)
+            return self._settle(self._end(whole=False))
+        return self._reserved("unseen")
 
     def _on_closed_answering(self, event: Closed | Drain) -> list[Action]:
-        request, reader = self._request, self._reader
-        assert request is not None
-        usage = reader.usage() if reader is not None else None
-        complete = self._ended or reader is None  # what is not read cannot be seen to end
-        good = 200 <= self._status < 300
-        if usage is not None:
-            if complete and good:
-                self._learn(request, usage)
-            return self._settle(usage, "ok" if complete else "cut")
-        if not self._took:
-            return self._settle(None, "no_pod")
-        if not good:
-            return self._settle(Usage(0, 0, 0), "upstream_error")
-        left = isinstance(event, Closed) and event.how == "failed" and not complete  # and the answer goes on
-        if isinstance(reader, SseUsage) and not left:
-            prompt = self._world.estimates.prompt(self._model, request.prompt_bytes)
-            return self._settle(Usage(prompt, reader.chunks, 0), "ok" if complete else "cut", estimated=True)
-        return self._settle(None, "ok" if complete else "cut", estimated=True)
+        reader = self._reader
+        whole = self._ended or reader is None  # what is not read cannot be seen to end
+        end = self._end(whole=whole)
+        if reader is not None:
+            left = isinstance(event, Closed) and event.how == "failed" and not whole  # and the answer goes on
+            sent = reader.chunks if isinstance(reader, SseUsage) and not left else None
+            end = msgspec.structs.replace(end, usage=reader.usage(), sent=sent)
+        return self._settle(end)
 
     def _on_drain(self, event: Drain) -> list[Action]:
         if self.holding:
             self._leaving = True  # the client must still get these bytes: they go with the next ones
             return []
-        whole = self._ended  # the answer is all there, and only its stream is still open
-        actions = self._on_closed_answering(event) if whole else self._settle(None, "drained", estimated=True)
+        # All is known where the answer is all there, and only its stream is still open, or none came from a pod.
+        known = self._ended or not self._took
+        actions = self._on_closed_answering(event) if known else self._reserved("drained")
+        self._state = _State.OVER
+        return [*actions, Leave()]
+
+    def _on_closed_logged(self, _: Closed) -> list[Action]:
+        lease, note = self._lease, self._note
+        assert lease is not None
+        assert note is not None
+        self._state = _State.CLOSED
+        # The pod's load gets the estimate, which the log's entry corrects.
+        lease.release(note.prompt + note.output, self._world.clock())
+        return [Await()]
+
+    def _on_drain_logged(self, _: Drain) -> list[Action]:
+        actions = self._on_closed_logged(Closed("done"))
         self._state = _State.OVER
         return [*actions, Leave()]
 
@@ -563,54 +571,52 @@ class Session:
         self._state = _State.CLOSED
         return []
 
-    def _learn(self, request: Request, usage: Usage) -> None:
-        answers = request.n * request.prompts
-        output = round(usage.completion / answers) if self._target.generates else None
-        self._world.estimates.learn(self._model, request.prompt_bytes, usage.prompt, output)
+    def _end(self, *, whole: bool) -> End:
+        """How a routed request ends here."""
+        lease = self._lease
+        status = self._status if self._state is not _State.ROUTED else None
+        return End(status, lease.pod.name if lease is not None else "", self._took, whole)
 
-    def _settle(self, usage: Usage | None, reason: str, *, estimated: bool = False) -> list[Action]:
-        """The one place where a routed request ends. ``usage`` None: the reservation stands."""
+    def _settle(self, end: End) -> list[Action]:
+        """A routed request ends, and pays by the rules."""
+        assert self._note is not None
+        return self._over(settle(self._note, end, self._world.estimates))
+
+    def _reserved(self, reason: str) -> list[Action]:
+        """A routed request ends, of which nothing more can be known."""
+        assert self._note is not None
+        return self._over(closed(self._note, self._end(whole=False), None, reason, estimated=True))
+
+    def _over(self, settled: Settle) -> list[Action]:
+        assert self._lease is not None
         self._state = _State.CLOSED
-        settlement = self._settlement(usage)
-        outcome = self._outcome(reason, usage, estimated=estimated)
-        if self._lease is not None:
-            processed = outcome.prompt_tokens + outcome.output_tokens
-            self._lease.release(processed, self._world.clock())
-        return [Settle(settlement, outcome)]
+        outcome = settled.outcome
+        self._lease.release(outcome.prompt_tokens + outcome.output_tokens, self._world.clock())
+        return [settled]
 
-    def _settlement(self, usage: Usage | None) -> Settlement | None:
+    def _given_back(self) -> Settlement | None:
+        """All that was taken, for a request that is not routed."""
         admission, admitted = self._admission, self._admitted
         if admission is None or admitted is None:
             return None
-        requests, tokens = 0, 0
-        if not self._took:
-            requests, tokens = -1, -admission.tokens
-        elif usage is not None:
-            tokens = usage.prompt + usage.completion - admission.tokens
-        if not requests and not tokens:
-            return None
-        keys = tuple(window.key for window in admission.windows)
-        return Settlement(admission.id, keys, admitted.second, requests, tokens)
+        keys = tuple([window.key for window in admission.windows])
+        return Settlement(admission.id, keys, admitted.second, -1, -admission.tokens)
 
-    def _outcome(self, reason: str, usage: Usage | None = None, *, estimated: bool = False) -> Outcome:
-        lease, request = self._lease, self._request
-        if usage is None and lease is not None and self._took and request is not None:
-            prompt = self._world.estimates.prompt(self._model, request.prompt_bytes)
-            usage = Usage(prompt, self._expected_output(request), 0)
-        request_id = self._headers.get("x-request-id", b"").decode("latin-1")[:_REQUEST_ID]
+    def _outcome(self, reason: str) -> Outcome:
+        """How a request ends that is not routed."""
         return Outcome(
             model=self._model,
             strategy=self._strategy if self._model else "",
             status=self._status,
             reason=reason,
             user=self._user or "",
-            request_id=request_id if request_id.isprintable() else "",
-            pod=lease.pod.name if lease is not None else "",
-            prompt_tokens=usage.prompt if usage is not None else 0,
-            output_tokens=usage.completion if usage is not None else 0,
-            estimated=estimated,
+            request_id=self._request_id(),
             detail=self._refused.message if self._refused is not None else "",
         )
+
+    def _request_id(self) -> str:
+        found = self._headers.get("x-request-id", b"").decode("latin-1")[:_REQUEST_ID]
+        return found if found.isprintable() else ""
 
     def _limit_headers(self) -> dict[str, str]:
         admission, admitted = self._admission, self._admitted
@@ -618,11 +624,11 @@ class Session:
             return {}
         levels = admitted.levels
         if not self._took:
-            levels = tuple(_given_back(level, admission.tokens) for level in levels)
+            levels = tuple(_relieved(level, admission.tokens) for level in levels)
         return limit_headers(self._windows, levels)
 
 
-def _given_back(level: Level, tokens: int) -> Level:
+def _relieved(level: Level, tokens: int) -> Level:
     """``level`` as it will be once one request and its tokens are given back."""
     requests, rest = max(0, level.requests - 1), max(0, level.tokens - tokens)
     return Level(requests, rest, level.requests_reset if requests else 0.0, level.tokens_reset if rest else 0.0)
@@ -694,6 +700,12 @@ _TABLE: Final[Mapping[tuple[_State, type], _Handler]] = {
     (_State.ANSWERING, RequestTrailers): lambda _, __: [Continue()],
     (_State.ANSWERING, Closed): _S._on_closed_answering,
     (_State.ANSWERING, Drain): _S._on_drain,
+    (_State.LOGGED, RequestTrailers): lambda _, __: [Continue()],
+    (_State.LOGGED, ResponseHeaders): _S._on_logged_answer,
+    (_State.LOGGED, ResponseBody): lambda _, __: [Replace(None)],
+    (_State.LOGGED, ResponseTrailers): lambda _, __: [Continue()],
+    (_State.LOGGED, Closed): _S._on_closed_logged,
+    (_State.LOGGED, Drain): _S._on_drain_logged,
     (_State.OVER, RequestBody): lambda _, __: [Continue()],
     (_State.OVER, RequestTrailers): lambda _, __: [Continue()],
     (_State.OVER, ResponseHeaders): lambda _, __: [Respond({}, body=False)],

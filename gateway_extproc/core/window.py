@@ -97,11 +97,13 @@ class SlidingWindow:
         else:
             return
         requests_then, tokens_then = slot.requests, slot.tokens
-        slot.requests = min(max(requests_then + clamped(requests), 0), MOST)
-        slot.tokens = min(max(tokens_then + clamped(tokens), 0), MOST)
-        self.requests += slot.requests - requests_then
-        self.tokens += slot.tokens - tokens_then
-        if not slot.requests and not slot.tokens:
+        has_requests, has_tokens = requests_then + requests, tokens_then + tokens
+        if not (0 <= has_requests <= MOST and 0 <= has_tokens <= MOST):
+            has_requests, has_tokens = min(max(has_requests, 0), MOST), min(max(has_tokens, 0), MOST)
+        slot.requests, slot.tokens = has_requests, has_tokens
+        self.requests += has_requests - requests_then
+        self.tokens += has_tokens - tokens_then
+        if not has_requests and not has_tokens:
             del slots[place]
 
     def take(self, now: float, tokens: int) -> int:
@@ -113,8 +115,10 @@ class SlidingWindow:
     def settle(self, now: float, second: int, requests: int, tokens: int) -> None:
         """Give back what is negative to ``second``, if it is still in the window; charge what is positive now."""
         running = self.advance(now)
-        self.add(second, min(requests, 0), min(tokens, 0))
-        self.add(running, max(requests, 0), max(tokens, 0))
+        if requests < 0 or tokens < 0:
+            self.add(second, min(requests, 0), min(tokens, 0))
+        if requests > 0 or tokens > 0:
+            self.add(running, max(requests, 0), max(tokens, 0))
 
     def charge(self, now: float, second: int, requests: int, tokens: int) -> None:
         """Count what was spent in ``second`` elsewhere: one in the future counts now, one that has left does not."""

@@ -369,7 +369,7 @@ def _bootstrap(config: Config, plan: Plan) -> str:
         bootstrap.of(config), listen=f"{plan.hosts[0]}:{plan.port}", admin=f"{LOOPBACK}:{plan.envoy_admin}"
     )
     built = bootstrap.build(settings)
-    (listener,) = built["static_resources"]["listeners"]
+    listener = built["static_resources"]["listeners"][0]
     listener["additional_addresses"] = [
         {"address": {"socket_address": {"address": host, "port_value": plan.port}}} for host in plan.hosts[1:]
     ]

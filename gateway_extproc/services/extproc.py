@@ -19,16 +19,19 @@ import structlog
 from ..core.events import (
     Action,
     Ask,
+    Await,
     Closed,
     Continue,
     Crowded,
     Drain,
     Leave,
+    Misconfigured,
     Outcome,
     Oversized,
     Refuse,
     RequestBody,
     RequestHeaders,
+    RequestTrailers,
     Settle,
     Suspect,
     Unavailable,
@@ -58,6 +61,8 @@ class Sink(Protocol):
 
     def settled(self, outcome: Outcome, settlement: Settlement | None) -> None: ...
 
+    def awaited(self) -> None: ...
+
     def suspect(self, addresses: Sequence[str], why: str) -> None: ...
 
     def decided(self, seconds: float) -> None: ...
@@ -77,6 +82,8 @@ class ExtProc:
         self.is_open = False
         self.draining = False
         self.all: set[_Stream] = set()
+        #: What was said of filters that cannot be served; the codec has three such texts.
+        self._said: set[str] = set()
         self._ended = asyncio.Event()
 
     @property
@@ -110,6 +117,12 @@ class ExtProc:
         stream = _Stream(self, call)
         self.all.add(stream)
         return stream
+
+    def misconfigured(self, why: str) -> None:
+        """Say once what is to be changed."""
+        if why not in self._said:
+            self._said.add(why)
+            log.error("Envoy's ext_proc filter cannot be served", change=why)
 
     def ended(self, stream: _Stream) -> None:
         self.all.discard(stream)
@@ -176,6 +189,8 @@ class _Stream:
         for action in self._session.feed(Closed(self._how or how)):
             if type(action) is Settle:
                 self._settle(action)
+            elif type(action) is Await:
+                self._service.sink.awaited()
 
     # --- what the service tells ---------------------------------------------------------------------------------------
 
@@ -203,13 +218,18 @@ class _Stream:
             return
         session = self._session
         kind = type(event)
-        if kind is RequestBody:
+        if kind is RequestBody or kind is RequestTrailers:
             self._began = perf_counter()
+            self._asked = 0.0
+            undecided = session.deciding
             self._act(session.feed(event))
-            self._leave_place()
-            if not self._held:
-                self._service.sink.decided(perf_counter() - self._began)
+            if undecided and (self._asked or not session.deciding):
+                self._leave_place()
+                if not self._asked:
+                    self._service.sink.decided(perf_counter() - self._began)
             return
+        if kind is Misconfigured:
+            self._service.misconfigured(event.why)  # type: ignore[union-attr]
         actions = session.feed(event)
         if kind is RequestHeaders and session.deciding and not self._has_room(session.declared_length):
             # The reply waits, for Envoy copies the body once it has it.
@@ -230,6 +250,8 @@ class _Stream:
                 return
             if kind is Settle:
                 self._settle(action)  # type: ignore[arg-type]
+            elif kind is Await:
+                service.sink.awaited()
             elif kind is Suspect:
                 service.sink.suspect(action.addresses, action.why)  # type: ignore[union-attr]
             elif kind is Leave:
@@ -243,6 +265,8 @@ class _Stream:
             for action in self._session.feed(Drain()):
                 if type(action) is Settle:
                     self._settle(action)
+                elif type(action) is Await:
+                    service.sink.awaited()
                 elif type(action) is Leave:
                     self._call.end()
 

@@ -29,6 +29,8 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, Final
 
+from google.protobuf.struct_pb2 import Struct, Value
+
 from ..core.events import (
     Action,
     Answer,
@@ -59,6 +61,7 @@ from ._pb.ext_proc_pb2 import (
     ProcessingResponse,
     ProtocolConfiguration,
 )
+from .access_log import NAMESPACE, NOTE
 
 SERVICE: Final = "envoy.service.ext_proc.v3.ExternalProcessor"
 METHOD: Final = "Process"
@@ -94,7 +97,7 @@ NO_OVERRIDE: Final = (
 )
 
 
-class UnknownMessage(ValueError):
+class UnknownMessage(Exception):
     """A message without a request in it, or of a kind we do not know."""
 
 
@@ -215,8 +218,11 @@ class Codec:
 
     # --- what Envoy is told ------------------------------------------------------------------------------------------
 
-    def _continue(self, _: Continue) -> Sequence[bytes]:
-        return self._unchanged[self._kind]
+    def _continue(self, action: Continue) -> Sequence[bytes]:
+        unchanged = self._unchanged
+        if not action.answer and unchanged is _UNCHANGED and self._kind == "request_headers":
+            return _ANSWER_UNSEEN
+        return unchanged[self._kind]
 
     def _route(self, action: Route) -> Sequence[bytes]:
         options = [_option(name, value) for name, value in action.set.items()]
@@ -229,15 +235,16 @@ class Codec:
             options.append(_option("content-length", b"%d" % len(body)))
         removed = [_field(_REMOVE_HEADERS, name.encode()) for name in action.remove]
         common = _field(_HEADER_MUTATION, b"".join(options + removed)) + _CLEAR_ROUTE_CACHE
+        note = _metadata(action.note) if action.note else b""
         if self._mode != _DUPLEX:
-            head = _field(_REQUEST_BODY, _field(_RESPONSE, common))
+            head = _field(_REQUEST_BODY, _field(_RESPONSE, common)) + note
             if body is None:
                 return (head,)
             change = ProcessingResponse()
             change.request_body.response.body_mutation.body = body
             return (head + change.SerializeToString(),)
         assert body is not None
-        head = _field(_REQUEST_HEADERS, _field(_RESPONSE, common))
+        head = _field(_REQUEST_HEADERS, _field(_RESPONSE, common)) + note
         if self._kind == "request_trailers":
             return (head, *_pieces("request_body", body, False), *_UNCHANGED["request_trailers"])
         return (head, *_pieces("request_body", body, True))
@@ -356,6 +363,12 @@ def _option(name: str, value: bytes) -> bytes:
     return _field(_SET_HEADERS, header + _APPEND_ACTION)
 
 
+def _metadata(note: str) -> bytes:
+    """The note as dynamic metadata: ``{NAMESPACE: {NOTE: note}}`` in a Struct."""
+    inner = _field(_FIELDS, _NOTE_KEY + _field(_VALUE, _field(_STRING_VALUE, note.encode())))
+    return _field(_DYNAMIC_METADATA, _field(_FIELDS, _NAMESPACE_KEY + _field(_VALUE, _field(_STRUCT_VALUE, inner))))
+
+
 def _pieces(kind: str, data: bytes, end: bool) -> list[bytes]:
     """A body, or a piece of one, as FULL_DUPLEX_STREAMED wants it; ``end``: nothing follows it."""
     found = []
@@ -368,8 +381,8 @@ def _pieces(kind: str, data: bytes, end: bool) -> list[bytes]:
     return found
 
 
-def _let_through(kind: str) -> tuple[bytes]:
-    """The reply that lets a message of ``kind`` through."""
+def _let_through(kind: str, *, answer: bool = True) -> tuple[bytes]:
+    """The reply that lets a message of ``kind`` through; ``answer``: and asks for the answer's headers."""
     reply = ProcessingResponse()
     # Without this an empty reply has no kind, and Envoy answers 500.
     part = getattr(reply, kind)
@@ -378,7 +391,9 @@ def _let_through(kind: str) -> tuple[bytes]:
         # What we want to see of a request that we let pass; of Envoy's own answers to others we see nothing.
         mode = reply.mode_override
         mode.request_body_mode = _BUFFERED
-        mode.response_header_mode = mode.response_trailer_mode = ProcessingMode.SEND
+        # With the trailers the stream stays open until the answer ends, trailers or not.
+        mode.response_trailer_mode = ProcessingMode.SEND
+        mode.response_header_mode = ProcessingMode.SEND if answer else ProcessingMode.SKIP
     return (reply.SerializeToString(),)
 
 
@@ -393,12 +408,21 @@ _HEADER: Final = _tag(HeaderValueOption.HEADER_FIELD_NUMBER)
 _KEY: Final = _tag(HeaderValue.KEY_FIELD_NUMBER)
 _RAW_VALUE: Final = _tag(HeaderValue.RAW_VALUE_FIELD_NUMBER)
 _APPEND_ACTION: Final = HeaderValueOption(append_action=_OVERWRITE).SerializeToString()
+_DYNAMIC_METADATA: Final = _tag(ProcessingResponse.DYNAMIC_METADATA_FIELD_NUMBER)
+_FIELDS: Final = _tag(Struct.FIELDS_FIELD_NUMBER)
+_STRUCT_VALUE: Final = _tag(Value.STRUCT_VALUE_FIELD_NUMBER)
+_STRING_VALUE: Final = _tag(Value.STRING_VALUE_FIELD_NUMBER)
+_VALUE: Final = _tag(2)  # a map's entries are messages of a key (1) and a value (2)
+_NAMESPACE_KEY: Final = _field(_tag(1), NAMESPACE.encode())
+_NOTE_KEY: Final = _field(_tag(1), NOTE.encode())
 _CLEAR_ROUTE_CACHE: Final = CommonResponse(clear_route_cache=True).SerializeToString()
 
 #: By kind of message, the replies that change nothing.
 _UNCHANGED: Final[Mapping[str, Sequence[bytes]]] = {kind: _let_through(kind) for kind in _DECODE}
 #: The same where requests are FULL_DUPLEX_STREAMED: until they are routed nothing is said.
 _HELD_BACK: Final[Mapping[str, Sequence[bytes]]] = {**_UNCHANGED, "request_headers": (), "request_body": ()}
+#: The reply to the headers of a request of whose answer nothing is wanted but its end.
+_ANSWER_UNSEEN: Final = _let_through("request_headers", answer=False)
 #: What a reply to an answer's headers ends with where the answer's body is to be seen.
 _ASK_BODY: Final = ProcessingResponse(
     mode_override=ProcessingMode(response_body_mode=_STREAMED, response_trailer_mode=ProcessingMode.SEND)

@@ -15,6 +15,8 @@ from . import h2
 
 #: Compressed flag (1 byte) and length (4 bytes).
 _PREFIX: Final = 5
+#: Pieces of a message that are smaller, in bytes, are gathered in one buffer: each alone would take 40 bytes more.
+_SMALL: Final = 1024
 #: Longest status message that is sent, in characters.
 _MAX_STATUS_MESSAGE: Final = 1024
 _UNITS: Final = {"H": 3600.0, "M": 60.0, "S": 1.0, "m": 1e-3, "u": 1e-6, "n": 1e-9}
@@ -26,39 +28,49 @@ NOT_GRPC: Final = h2.block(((":status", "415"), ("content-type", "text/plain")))
 NOT_GRPC_BODY: Final = b"This port speaks gRPC.\n"
 
 
-class Malformed(Exception):
+class Refused(Exception):
+    """What came is not taken. ``messages`` are those that were whole before it."""
+
+    def __init__(self, why: str, messages: Sequence[bytes] = ()) -> None:
+        super().__init__(why)
+        self.messages = messages
+
+
+class Malformed(Refused):
     """The bytes are no gRPC message that we take."""
 
 
-class TooLarge(Exception):
+class TooLarge(Refused):
     """A message of more bytes than are taken was announced."""
 
-    def __init__(self, size: int) -> None:
-        super().__init__(f"a message of {size} bytes")
+    def __init__(self, size: int, messages: Sequence[bytes]) -> None:
+        super().__init__(f"a message of {size} bytes", messages)
         self.size = size
 
 
 class Assembler:
-    """One stream's messages. ``waiting`` is the bytes that are held until theirs is whole."""
+    """One stream's messages. ``waiting`` is the bytes that are held until theirs is whole; ``unfinished``: whether a
+    message or its prefix has begun, which may hold none."""
 
-    __slots__ = ("_begun", "_limit", "_missing", "_pieces", "waiting")
+    __slots__ = ("_begun", "_limit", "_missing", "_pieces", "unfinished", "waiting")
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
-        self._pieces: list[bytes] = []
+        self._pieces: list[bytes | bytearray] = []
         #: Whether the pieces are of a message, whose prefix was read, or of a prefix; and the bytes that either lacks.
         self._begun = False
         self._missing = 0
+        self.unfinished = False
         self.waiting = 0
 
     def feed(self, data: bytes) -> list[bytes]:
         """The messages that ``data`` completes. Raises Malformed and TooLarge; nothing may be fed afterwards."""
         messages: list[bytes] = []
         position, size = 0, len(data)
-        if self.waiting or self._begun:
+        if self.unfinished:
             missing = self._missing
             if missing > size:
-                self._pieces.append(data)
+                self._keep(data)
                 self.waiting += size
                 self._missing = missing - size
                 return messages
@@ -66,6 +78,7 @@ class Assembler:
             whole = b"".join(self._pieces)
             self._pieces.clear()
             self.waiting = 0
+            self.unfinished = False
             if self._begun:
                 self._begun = False
                 messages.append(whole)
@@ -74,10 +87,10 @@ class Assembler:
                 data, size = whole, len(whole)
         while size - position >= _PREFIX:
             if data[position]:
-                raise Malformed("compressed messages are not taken")
+                raise Malformed("compressed messages are not taken", messages)
             length = int.from_bytes(data[position + 1 : position + _PREFIX], "big")
             if length > self._limit:
-                raise TooLarge(length)
+                raise TooLarge(length, messages)
             position += _PREFIX
             end = position + length
             if end > size:
@@ -92,8 +105,18 @@ class Assembler:
 
     def _hold(self, piece: bytes, missing: int) -> None:
         self._pieces.append(piece)
+        self.unfinished = True
         self.waiting = len(piece)
         self._missing = missing
+
+    def _keep(self, piece: bytes) -> None:
+        pieces = self._pieces
+        if len(piece) >= _SMALL:
+            pieces.append(piece)
+        elif isinstance(pieces[-1], bytearray):
+            pieces[-1] += piece
+        else:
+            pieces.append(bytearray(piece))
 
 
 def framed(message: bytes) -> bytes:
@@ -114,7 +137,9 @@ def refusal(status: int, message: str) -> bytes:
 def _status(status: int, message: str) -> Sequence[tuple[str, str]]:
     said = [("grpc-status", str(int(status)))]
     if message:
-        said.append(("grpc-message", quote(message[:_MAX_STATUS_MESSAGE], safe=" !\"#$&'()*+,/:;<=>?@[\\]^`{|}~")))
+        # Spaces are encoded too: a header's value may not begin or end with one.
+        text = quote(message[:_MAX_STATUS_MESSAGE], safe="!\"#$&'()*+,/:;<=>?@[\\]^`{|}~", errors="replace")
+        said.append(("grpc-message", text))
     return said
 
 

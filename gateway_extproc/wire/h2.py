@@ -11,18 +11,20 @@ A stream's life, by the flags in ``Stream``:
 =================  =================  =================================
                    we may still send  we have ended it
 =================  =================  =================================
-peer may send      open               half-closed; what comes is ignored
+peer may send      open               closed: forgotten, by RST_STREAM
 peer has ended it  half-closed        closed: forgotten
 =================  =================  =================================
 
 RST_STREAM from either side forgets the stream. Envoy resets its ext_proc streams as the normal goodbye, so resets are
-no sign of an attack; streams that were reset before they brought any data are (see ``MAX_IDLE_WORK``).
+no sign of an attack; streams that were reset before they brought any data are (see ``MAX_IDLE_WORK``). A stream that
+we end first is reset right after, without an error: the peer need not send the rest, and nothing of it is kept.
 """
 
 from __future__ import annotations
 
+import re
 import struct
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable
 from enum import IntEnum
 from typing import Final
@@ -39,6 +41,9 @@ PREFACE: Final = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 MAX_STREAMS: Final = 20_000
 #: Largest frame that we take, in bytes: what Envoy sends of a large body at once is read at once.
 MAX_FRAME: Final = 1 << 18
+#: Largest frame that is read only once all of it is there, in bytes: any but DATA without padding, which alone is ever
+#: large.
+MAX_GATHERED: Final = 32 << 10
 #: Bytes of one stream, and of one connection, that may be on their way to us. What arrives is taken in at once, so
 #: these bound the peer's burst; memory is bounded by whoever assembles messages.
 STREAM_WINDOW: Final = 1 << 20
@@ -50,16 +55,26 @@ MAX_BLOCK: Final = 16 << 10
 MAX_CONTINUATIONS: Final = 8
 #: Table of repeated headers that the peer may use (the RFC's default).
 TABLE_SIZE: Final = 4096
-#: Blocks whose meaning is remembered while the table does not change.
-BLOCKS: Final = 256
-#: Bytes that may wait for the peer's windows on one stream (on top of the largest message) and on one connection.
+#: Changes of the table's size that one block may begin with (RFC 7541, section 4.2, knows no reason for more).
+SIZE_CHANGES: Final = 2
+#: Blocks whose meaning is remembered while the table does not change, and the most headers of such a block: an Envoy
+#: says the same few things again and again.
+BLOCKS: Final = 16
+BLOCK_HEADERS: Final = 32
+#: Bytes that may wait for the peer's windows on one stream, on top of the largest message.
 MAX_QUEUED: Final = 1 << 20
+#: What each piece that waits is counted for on top of its bytes: the objects that hold it.
+PIECE: Final = 256
 #: Frames a second that ask for nothing (PING, SETTINGS, empty DATA, unknown frames, ...) and streams a second that are
 #: reset before they brought data. An Envoy pings every 10 s, and sends a stream's first data along with its headers.
 MAX_IDLE_WORK: Final = 1000
-#: How many of them each DATA frame that brings something makes good: gRPC's own client updates both windows and pings
-#: for every few answers.
+#: How many of them each DATA frame that brings something, or takes an answer, makes good: gRPC's own client updates
+#: both windows and pings for every few answers. A large answer makes good one for every 4 KiB.
 WORTH: Final = 4
+#: How many of them SETTINGS are: they are said once or twice, and all that waits may have to be looked at.
+SETTINGS_WORK: Final = 20
+#: A WINDOW_UPDATE of less, in bytes, asks for nothing even where something waits for it.
+MIN_GRANT: Final = 256
 #: Ids of ended streams that are remembered, to tell late frames from wrong ones.
 REMEMBERED: Final = 1024
 
@@ -141,7 +156,7 @@ class Stream:
     """One open stream. ``owner`` is for whoever uses the connection; nothing here reads it."""
 
     __slots__ = (
-        "brought", "expected", "id", "local_ended", "owner", "queue", "queued", "receive_window", "received",
+        "brought", "expected", "id", "local_ended", "looks", "owner", "queue", "queued", "receive_window", "received",
         "remote_ended", "send_credit", "trailers",
     )  # fmt: skip
 
@@ -151,7 +166,7 @@ class Stream:
         #: Whether it ever brought data, or ended its request: work rather than idling.
         self.brought = False
         self.remote_ended = False
-        #: Also once the stream is forgotten: what is sent on it goes nowhere.
+        #: Also once the stream is forgotten by a reset: what is sent on it goes nowhere.
         self.local_ended = False
         #: The content-length that the request declared, and the bytes that came.
         self.expected: int | None = None
@@ -159,10 +174,22 @@ class Stream:
         self.receive_window = STREAM_WINDOW
         #: What the peer granted above (below) its initial window.
         self.send_credit = 0
-        #: What waits for windows, in bytes ``queued``, and the trailers that end the stream after it.
-        self.queue: deque[bytes] | None = None
+        #: What waits for windows, in bytes ``queued`` (with PIECE for each), how often ``give_up`` saw it since any of
+        #: it was sent, and the trailers that end the stream after it.
+        self.queue: deque[memoryview] | None = None
         self.queued = 0
+        self.looks = 0
         self.trailers: bytes | None = None
+
+
+class Backlog:
+    """What waits for windows, in bytes, over all the connections that share this, and its bound."""
+
+    __slots__ = ("limit", "size")
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.size = 0
 
 
 class _Headers(msgspec.Struct, frozen=True):
@@ -184,11 +211,13 @@ class _ConnectionError(Exception):
 
 
 class _Table(HeaderTable):
-    """A header table that counts its changes: while it does not change, the same block has the same meaning."""
+    """A header table that counts its changes: while it does not change, the same block has the same meaning.
+    ``size_changes`` are those of its size in one block."""
 
     def __init__(self) -> None:
         super().__init__()
         self.changes = 0
+        self.size_changes = 0
 
     def add(self, name: bytes, value: bytes) -> None:
         self.changes += 1
@@ -201,6 +230,9 @@ class _Table(HeaderTable):
     @maxsize.setter
     def maxsize(self, size: int) -> None:
         self.changes += 1
+        self.size_changes += 1
+        if self.size_changes > SIZE_CHANGES:
+            raise HPACKError("the table changes its size again and again")
         HeaderTable.maxsize.fset(self, size)  # type: ignore[attr-defined]  # mypy takes the property for its value
 
 
@@ -210,7 +242,7 @@ def block(headers: Iterable[tuple[str, str]]) -> bytes:
     return encoder.encode([NeverIndexedHeaderTuple(n.encode(), v.encode()) for n, v in headers], huffman=False)
 
 
-def frame(kind: int, flags: int, number: int, payload: bytes = b"") -> bytes:
+def frame(kind: int, flags: int, number: int, payload: bytes | memoryview = b"") -> bytes:
     """One frame's bytes."""
     size = len(payload)
     return _HEAD.pack(size >> 8, size & 0xFF, kind, flags, number) + payload
@@ -230,8 +262,9 @@ class Connection:
     """``receive`` what came, then ``take`` what is to be sent. ``max_message`` is the largest that one stream may have
     to queue at once."""
 
-    def __init__(self, max_message: int) -> None:
+    def __init__(self, max_message: int, backlog: Backlog) -> None:
         self._max_queued = max_message + MAX_QUEUED
+        self._backlog = backlog
         self._out: list[bytes] = [_GREETING]
         self._rest = b""
         self._greeted = False
@@ -257,11 +290,15 @@ class Connection:
         self._initial_window = _DEFAULT_WINDOW
         self._largest_credit = 0
         self._frame_size = _DEFAULT_FRAME
-        self._blocked: dict[int, Stream] = {}
+        #: Streams on which something waits, and those of them that wait for the connection alone, longest first.
+        self._waiting: dict[int, Stream] = {}
+        self._ready: OrderedDict[int, Stream] = OrderedDict()
         self._queued = 0
+        self._held = False
         self._idle_work = 0
         self._second = 0.0
-        self._leaving = False
+        #: The last stream that is served, once we have said that no further one is.
+        self._last_served: int | None = None
         self._over = False
         self._events: list[Event] = []
 
@@ -279,6 +316,7 @@ class Connection:
             self._read(self._rest + data if self._rest else data)
         except _ConnectionError as error:
             self._end(error.code, error.why)
+        self._events = []  # what was told is not kept
         return events
 
     def _read(self, data: bytes) -> None:
@@ -312,6 +350,8 @@ class Connection:
                 position += 9
                 self._begin_data(number, length, bool(flags & END_STREAM))
                 continue
+            if length > MAX_GATHERED:
+                raise _ConnectionError(Code.ENHANCE_YOUR_CALM, "a large frame that is no DATA")
             if size - position - 9 < length:
                 break
             position += 9
@@ -319,6 +359,7 @@ class Connection:
                 self._frame(kind, flags, number, data[position : position + length])
             except _StreamError as error:
                 self._reset(error.number, error.code)
+                self._idle(error.why)
             position += length
         self._rest = data[position:] if position < size else b""
 
@@ -335,8 +376,8 @@ class Connection:
         else:
             self._idle("unknown frames")
 
-    def _idle(self, what: str) -> None:
-        self._idle_work += 1
+    def _idle(self, what: str, weight: int = 1) -> None:
+        self._idle_work += weight
         if self._idle_work > MAX_IDLE_WORK:
             raise _ConnectionError(Code.ENHANCE_YOUR_CALM, f"too many {what}")
 
@@ -344,10 +385,7 @@ class Connection:
 
     def _begin_data(self, number: int, length: int, end: bool) -> None:
         """The head of an unpadded DATA frame."""
-        stream = self._take_data(number, length)
-        if stream is not None and not length and not end:
-            self._idle("empty DATA frames")
-        self._data = stream
+        self._data = self._take_data(number, length, length, end)
         self._data_ends = end
         self._data_left = length
         if not length and end:
@@ -355,14 +393,13 @@ class Connection:
 
     def _on_padded_data(self, flags: int, number: int, payload: bytes) -> None:
         data = _unpadded(payload)
-        stream = self._take_data(number, len(payload))
-        if stream is not None and not data and not flags & END_STREAM:
-            self._idle("empty DATA frames")
-        self._data = stream
-        self._on_data(data, bool(flags & END_STREAM))
+        end = bool(flags & END_STREAM)
+        self._data = self._take_data(number, len(payload), len(data), end)
+        self._on_data(data, end)
 
-    def _take_data(self, number: int, length: int) -> Stream | None:
-        """Count a DATA frame's ``length`` against the windows; the stream it is for, None where it is to be ignored."""
+    def _take_data(self, number: int, length: int, brings: int, end: bool) -> Stream | None:
+        """Count a DATA frame's ``length``, which ``brings`` bytes of data, against the windows; the stream it is for,
+        None where it is to be ignored."""
         if not number:
             raise _ConnectionError(Code.PROTOCOL_ERROR, "DATA on stream 0")
         self._receive_window -= length
@@ -383,6 +420,10 @@ class Connection:
                 return None
             self._out.append(frame(WINDOW_UPDATE, 0, number, _UINT.pack(STREAM_WINDOW - stream.receive_window)))
             stream.receive_window = STREAM_WINDOW
+        if brings:
+            self._idle_work -= WORTH
+        elif not end:
+            self._idle("empty DATA frames")
         return stream
 
     def _on_data(self, data: bytes, end: bool) -> None:
@@ -390,8 +431,6 @@ class Connection:
         if stream is None or stream.id not in self.streams:  # reset while its frame was still coming
             return
         stream.brought = True
-        if data and self._idle_work:
-            self._idle_work = max(0, self._idle_work - WORTH)
         if stream.expected is not None:
             stream.received += len(data)
             if stream.received > stream.expected or (end and stream.received != stream.expected):
@@ -401,12 +440,11 @@ class Connection:
             self._end_remote(stream)
         elif not data:
             return
-        if not stream.local_ended:
-            self._events.append(Data(stream, data, end))
+        self._events.append(Data(stream, data, end))
 
     def _late(self, number: int, what: str) -> None:
         """A frame that needs an open stream, for one that is not (or that its peer has ended)."""
-        if number > self._last:
+        if number > self._last or not number & 1:
             raise _ConnectionError(Code.PROTOCOL_ERROR, f"{what} on a stream that was not opened")
         self._idle(f"{what} frames on ended streams")
         if number not in self._reset_here:
@@ -426,6 +464,8 @@ class Connection:
             payload = payload[5:]
             if itself:
                 flags |= _DEPENDS_ON_ITSELF
+        if len(payload) > MAX_BLOCK:
+            raise _ConnectionError(Code.ENHANCE_YOUR_CALM, "a header block too large")
         if flags & END_HEADERS:
             self._on_block(number, flags, payload)
         else:
@@ -444,8 +484,6 @@ class Connection:
 
     def _on_block(self, number: int, flags: int, data: bytes) -> None:
         """A whole header block. It is decoded whatever becomes of its stream: the table is the connection's."""
-        if len(data) > MAX_BLOCK:
-            raise _ConnectionError(Code.ENHANCE_YOUR_CALM, "a header block too large")
         decoded = self._decoded(data)
         stream = self.streams.get(number)
         if stream is not None:
@@ -460,13 +498,11 @@ class Connection:
             code = Code.STREAM_CLOSED if number in self._ended_there else Code.PROTOCOL_ERROR
             raise _ConnectionError(code, "HEADERS on a stream that has been")
         self._last = number
-        if self._leaving or len(self.streams) >= MAX_STREAMS:
-            self._idle("streams beyond the limit")
+        if self._last_served is not None or len(self.streams) >= MAX_STREAMS:
             raise _StreamError(number, Code.REFUSED_STREAM, "no further stream is taken")
         end = bool(flags & END_STREAM)
         length = decoded.length
         if length is None or (end and length > 0) or flags & _DEPENDS_ON_ITSELF:
-            self._idle("malformed requests")
             raise _StreamError(number, Code.PROTOCOL_ERROR, "malformed request")
         stream = self.streams[number] = Stream(number)
         if length >= 0:
@@ -480,8 +516,7 @@ class Connection:
         if wrong or (stream.expected is not None and stream.received != stream.expected):
             raise _StreamError(stream.id, Code.PROTOCOL_ERROR, "malformed trailers")
         self._end_remote(stream)
-        if not stream.local_ended:
-            self._events.append(Data(stream, b"", True))
+        self._events.append(Data(stream, b"", True))
 
     def _decoded(self, data: bytes) -> _Headers:
         """What a block says. The same bytes say the same as long as the table does not change."""
@@ -492,6 +527,7 @@ class Connection:
         known = self._blocks.get(data)
         if known is not None:
             return known
+        self._table.size_changes = 0
         try:
             found = self._decoder.decode(data, raw=True)
         except OversizedHeaderListError:
@@ -503,7 +539,7 @@ class Connection:
         except UnicodeDecodeError:
             return _NO_TEXT
         decoded = _Headers(headers, _checked(headers))
-        if self._table.changes == changes:
+        if self._table.changes == changes and len(headers) <= BLOCK_HEADERS:
             if len(self._blocks) >= BLOCKS:
                 self._blocks.clear()
             self._blocks[data] = decoded
@@ -523,7 +559,7 @@ class Connection:
     def _on_reset(self, _: int, number: int, payload: bytes) -> None:
         if len(payload) != 4:
             raise _ConnectionError(Code.FRAME_SIZE_ERROR, "RST_STREAM of the wrong size")
-        if not number or number > self._last:
+        if number > self._last or not number & 1:
             raise _ConnectionError(Code.PROTOCOL_ERROR, "RST_STREAM on a stream that was not opened")
         stream = self.streams.get(number)
         if stream is None:
@@ -536,7 +572,7 @@ class Connection:
             self._idle("streams reset before they brought data")
 
     def _on_settings(self, flags: int, number: int, payload: bytes) -> None:
-        self._idle("SETTINGS frames")
+        self._idle("SETTINGS frames", SETTINGS_WORK)
         if number:
             raise _ConnectionError(Code.PROTOCOL_ERROR, "SETTINGS on a stream")
         if flags & ACK:
@@ -555,7 +591,6 @@ class Connection:
             elif kind == _INITIAL_WINDOW:
                 self._set_initial_window(value)
         self._out.append(_SETTINGS_ACK)
-        self._unblock()
 
     def _set_initial_window(self, value: int) -> None:
         # The streams' windows are kept as differences to it, so that this costs nothing however many there are.
@@ -565,7 +600,13 @@ class Connection:
             too_large = value + self._largest_credit > _MAX_WINDOW
         if too_large:
             raise _ConnectionError(Code.FLOW_CONTROL_ERROR, "INITIAL_WINDOW_SIZE too large")
+        grown = value > self._initial_window
         self._initial_window = value
+        if grown:
+            for stream in self._waiting.values():
+                if value + stream.send_credit > 0:
+                    self._ready[stream.id] = stream
+            self._unblock()
 
     def _on_push_promise(self, _: int, __: int, ___: bytes) -> None:
         raise _ConnectionError(Code.PROTOCOL_ERROR, "a client does not push")
@@ -591,28 +632,30 @@ class Connection:
         if len(payload) != 4:
             raise _ConnectionError(Code.FRAME_SIZE_ERROR, "WINDOW_UPDATE of the wrong size")
         grant = _UINT.unpack(payload)[0] & 0x7FFFFFFF
-        if not self._blocked:
-            self._idle("WINDOW_UPDATE frames that nothing waits for")
         if not number:
             if not grant:
                 raise _ConnectionError(Code.PROTOCOL_ERROR, "WINDOW_UPDATE of nothing")
+            if not self._ready or grant < MIN_GRANT:
+                self._idle("WINDOW_UPDATE frames that nothing waits for")
             self._send_window += grant
             if self._send_window > _MAX_WINDOW:
                 raise _ConnectionError(Code.FLOW_CONTROL_ERROR, "the connection's window is too large")
             self._unblock()
             return
-        if number > self._last:
+        if number > self._last or not number & 1:
             raise _ConnectionError(Code.PROTOCOL_ERROR, "WINDOW_UPDATE on a stream that was not opened")
         if not grant:
             raise _StreamError(number, Code.PROTOCOL_ERROR, "WINDOW_UPDATE of nothing")
         stream = self.streams.get(number)
+        if stream is None or stream.queue is None or grant < MIN_GRANT:
+            self._idle("WINDOW_UPDATE frames that nothing waits for")
         if stream is None:
             return  # it has ended, and the peer did not know
         stream.send_credit += grant
         self._largest_credit = max(self._largest_credit, stream.send_credit)
         if self._initial_window + stream.send_credit > _MAX_WINDOW:
             raise _StreamError(number, Code.FLOW_CONTROL_ERROR, "the stream's window is too large")
-        if number in self._blocked:
+        if stream.queue is not None:
             self._send_queued(stream)
 
     # --- what is sent ------------------------------------------------------------------------------------------------
@@ -640,8 +683,8 @@ class Connection:
             self._end_local(stream)
 
     def send_data(self, stream: Stream, data: bytes) -> bool:
-        """Send, or queue while a window is closed. False: the stream's or the connection's queue was full, and the
-        stream was reset instead."""
+        """Send, or queue while a window is closed. False: too much waits already on the stream, the connection or all
+        of them, and the stream was reset instead."""
         if stream.local_ended:
             return True
         size = len(data)
@@ -650,22 +693,33 @@ class Connection:
             and size <= self._send_window
             and size <= self._initial_window + stream.send_credit
             and size <= self._frame_size
+            and not self._held
         ):
             self._send_window -= size
             stream.send_credit -= size
+            self._idle_work -= WORTH + (size >> 12)
             self._out.append(_HEAD.pack(size >> 8, size & 0xFF, DATA, 0, stream.id))
             self._out.append(data)
             return True
-        if stream.queued + size > self._max_queued or self._queued + size > 4 * self._max_queued:
+        cost = size + PIECE
+        backlog = self._backlog
+        if (
+            stream.queued + cost > self._max_queued
+            or self._queued + cost > 4 * self._max_queued
+            or backlog.size + cost > backlog.limit
+        ):
             self.reset(stream, Code.ENHANCE_YOUR_CALM)
             return False
+        stream.queued += cost
+        self._queued += cost
+        backlog.size += cost
         if stream.queue is None:
-            stream.queue = deque()
-            self._blocked[stream.id] = stream
-        stream.queue.append(data)
-        stream.queued += size
-        self._queued += size
-        self._send_queued(stream)
+            stream.queue = deque((memoryview(data),))
+            stream.looks = 0
+            self._waiting[stream.id] = stream
+            self._send_queued(stream)
+        else:
+            stream.queue.append(memoryview(data))
         return True
 
     def send_trailers(self, stream: Stream, trailer_block: bytes) -> None:
@@ -683,8 +737,30 @@ class Connection:
         """End the stream at once. No event follows."""
         if stream.id in self.streams:
             self._forget(stream)
+            self._idle_work -= WORTH  # what the peer sends before it hears of it
             self._reset_here.append(stream.id)
             self._out.append(frame(RST_STREAM, 0, stream.id, _UINT.pack(code)))
+
+    def hold(self) -> None:
+        """Send no data for now: it waits as if the connection's window were closed, and is counted."""
+        self._held = True
+
+    def go_on(self) -> None:
+        """Send data again."""
+        self._held = False
+        self._unblock()
+
+    def give_up(self, looks: int) -> list[Stream]:
+        """Reset the streams whose data has waited during ``looks`` calls of this without any of it being sent, and
+        tell which they are. Calling it now and then is the clock."""
+        gone = []
+        for stream in self._waiting.values():
+            stream.looks += 1
+            if stream.looks > looks:
+                gone.append(stream)
+        for stream in gone:
+            self.reset(stream, Code.CANCEL)
+        return gone
 
     def ping(self) -> None:
         """Ask for a sign of life: the answer is bytes to receive, and no event."""
@@ -693,19 +769,28 @@ class Connection:
     def leave(self) -> None:
         """Take no further streams; those that are open end as they would. Streams that the peer opened before it hears
         of this are refused, so that it knows they can be sent elsewhere."""
-        if not self._leaving and not self._over:
-            self._leaving = True
+        if self._last_served is None and not self._over:
+            self._last_served = self._last
             self._out.append(frame(GOAWAY, 0, 0, _UINT.pack(self._last) + _UINT.pack(Code.NO_ERROR)))
 
     def end(self, code: Code, why: str) -> None:
-        """Say goodbye and forget everything."""
+        """Say goodbye. What is sent from now on goes nowhere; ``streams`` are left to look at."""
         if not self._over:
             self._end(code, why)
 
     def _end(self, code: Code, why: str) -> None:
         self._over = True
-        self._out.append(frame(GOAWAY, 0, 0, _UINT.pack(self._last) + _UINT.pack(code) + why.encode()))
+        # The number must not grow from one goodbye to the next.
+        last = self._last if self._last_served is None else self._last_served
+        self._out.append(frame(GOAWAY, 0, 0, _UINT.pack(last) + _UINT.pack(code) + why.encode()))
         self._events.append(Ended(code, why))
+        for stream in self.streams.values():
+            stream.local_ended = True
+            stream.queue = None
+        self._waiting.clear()
+        self._ready.clear()
+        self._backlog.size -= self._queued
+        self._queued = 0
 
     def _reset(self, number: int, code: Code) -> None:
         """A stream error of the peer's."""
@@ -719,52 +804,65 @@ class Connection:
     def _end_remote(self, stream: Stream) -> None:
         stream.remote_ended = True
         stream.brought = True
-        if stream.local_ended:
-            self._forget(stream)
-            self._ended_there.append(stream.id)
 
     def _end_local(self, stream: Stream) -> None:
-        stream.local_ended = True
         if stream.remote_ended:
             self._forget(stream)
             self._ended_there.append(stream.id)
+        else:
+            self.reset(stream, Code.NO_ERROR)
 
     def _forget(self, stream: Stream) -> None:
         del self.streams[stream.id]
         stream.local_ended = True
         if stream.queue is not None:
             self._queued -= stream.queued
-            stream.queue = None
-            del self._blocked[stream.id]
+            self._backlog.size -= stream.queued
+            self._empty(stream)
+
+    def _empty(self, stream: Stream) -> None:
+        """Nothing waits on the stream any more."""
+        stream.queue = None
+        del self._waiting[stream.id]
+        self._ready.pop(stream.id, None)
 
     def _unblock(self) -> None:
-        """The windows have grown: send what they allow, in the order in which streams were blocked."""
-        for stream in [*self._blocked.values()]:
-            if self._send_window <= 0:
-                return
-            self._send_queued(stream)
+        """The connection's window has grown: send what it allows, in the order in which streams began to wait."""
+        ready = self._ready
+        while ready and self._send_window > 0 and not self._held:
+            self._send_queued(next(iter(ready.values())))
 
     def _send_queued(self, stream: Stream) -> None:
+        """Send what the windows allow; then the stream is known to wait for the connection, or for its own."""
         queue = stream.queue
         assert queue is not None
         while queue:
-            data = queue[0]
-            room = min(self._send_window, self._initial_window + stream.send_credit, self._frame_size)
-            if room <= 0 and data:
+            piece = queue[0]
+            own = self._initial_window + stream.send_credit
+            room = 0 if self._held else min(self._send_window, own, self._frame_size)
+            if room <= 0 and piece:
+                if own > 0:
+                    self._ready[stream.id] = stream
+                else:
+                    self._ready.pop(stream.id, None)
                 return
-            if len(data) > room:
-                queue[0] = data[room:]
-                data = data[:room]
+            if len(piece) > room:
+                queue[0] = piece[room:]
+                piece = piece[:room]
+                size = cost = room
             else:
                 queue.popleft()
-            size = len(data)
+                size = len(piece)
+                cost = size + PIECE
             self._send_window -= size
             stream.send_credit -= size
-            stream.queued -= size
-            self._queued -= size
-            self._out.append(frame(DATA, 0, stream.id, data))
-        stream.queue = None
-        del self._blocked[stream.id]
+            stream.queued -= cost
+            stream.looks = 0
+            self._queued -= cost
+            self._backlog.size -= cost
+            self._idle_work -= size >> 12
+            self._out.append(frame(DATA, 0, stream.id, piece))
+        self._empty(stream)
         if stream.trailers is not None:
             self.send_trailers(stream, stream.trailers)
 
@@ -778,6 +876,9 @@ def _unpadded(payload: bytes) -> bytes:
 #: Headers that belong to one hop of HTTP/1.1 (RFC 9113, section 8.2.2).
 _HOP: Final = frozenset({"connection", "keep-alive", "proxy-connection", "transfer-encoding", "upgrade"})
 _PSEUDO: Final = frozenset({":method", ":scheme", ":path", ":authority"})
+#: What a name consists of (RFC 9110, section 5.1, in lower case), and what a value must not have (RFC 9113, 8.2.1).
+_NAME: Final = re.compile(r"[!#$%&'*+.^_`|~0-9a-z-]+")
+_NOT_IN_VALUE: Final = re.compile(r"[\0\r\n]|^[ \t]|[ \t]\Z")
 
 
 def _checked(headers: Iterable[Header]) -> int | None:
@@ -785,16 +886,18 @@ def _checked(headers: Iterable[Header]) -> int | None:
     pseudo: dict[str, str] = {}
     length, regular = -1, False
     for name, value in headers:
+        if _NOT_IN_VALUE.search(value):
+            return None
         if name[:1] == ":":
             if regular or name in pseudo or name not in _PSEUDO:
                 return None
             pseudo[name] = value
             continue
         regular = True
-        if not name or name in _HOP or name != name.lower() or (name == "te" and value != "trailers"):
+        if name in _HOP or not _NAME.fullmatch(name) or (name == "te" and value != "trailers"):
             return None
         if name == "content-length":
-            if not value.isdecimal() or len(value) > 15 or length not in (-1, int(value)):
+            if not (value.isascii() and value.isdecimal()) or len(value) > 15 or length not in (-1, int(value)):
                 return None
             length = int(value)
     return length if pseudo.get(":method") and pseudo.get(":scheme") and pseudo.get(":path") else None

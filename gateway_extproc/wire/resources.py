@@ -41,7 +41,13 @@ ROUTES: Final = TYPE + "envoy.config.route.v3.RouteConfiguration"
 
 #: Name of the one route configuration.
 ROUTE_CONFIGURATION: Final = "gateway"
-#: The cluster without endpoints that the entry route points to: reached only when the gateway gave no answer.
+#: Where the entry route leads, reached only when the gateway gave no answer: a listener in Envoy itself that sends the
+#: request through all filters once more, since a gateway that died may have a sibling, or be back.
+AGAIN: Final = "again"
+#: What marks a request that was sent through them a second time (no client can: Envoy removes it), and what sends it.
+AGAIN_HEADER: Final = "x-gateway-again"
+AGAIN_STATUS: Final = 307
+#: The cluster without endpoints where it then ends.
 NOWHERE: Final = "nowhere"
 #: The request headers that the routes to pods read; nobody but the gateway can set them.
 MODEL_HEADER: Final = "model"
@@ -231,9 +237,18 @@ def _routes(
     host.request_body_buffer_limit.value = max_body_bytes
     for model in models:
         host.routes.add().CopyFrom(_route(model, policies.get(model, ModelPolicy())))
+    given_up = host.routes.add(name="given up")
+    given_up.match.prefix = "/"
+    given_up.match.headers.add(name=AGAIN_HEADER, present_match=True)
+    given_up.route.cluster = NOWHERE
     entry = host.routes.add(name="entry")
     entry.match.prefix = "/"
-    entry.route.cluster = NOWHERE
+    entry.route.cluster = AGAIN
+    again = entry.route.internal_redirect_policy
+    again.max_internal_redirects.value = 1
+    again.redirect_response_codes.append(AGAIN_STATUS)
+    again.allow_cross_scheme_redirect = True
+    again.response_headers_to_copy.append(AGAIN_HEADER)
     if cors is not None:
         host.typed_per_filter_config["envoy.filters.http.cors"].CopyFrom(_any(_cors(cors)))
     return configuration
@@ -245,8 +260,10 @@ def _route(model: str, policy: ModelPolicy) -> route_pb2.Route:
     route.match.prefix = "/"
     matcher = route.match.headers.add(name=MODEL_HEADER)
     matcher.string_match.exact = model
-    # Envoy's own words about the client; the router's are off in the bootstrap.
-    route.request_headers_to_remove.extend(["x-envoy-external-address", "x-envoy-internal"])
+    # Envoy's own words; the router's are off in the bootstrap.
+    route.request_headers_to_remove.extend(
+        ["x-envoy-external-address", "x-envoy-internal", "x-envoy-original-url", AGAIN_HEADER]
+    )
     action = route.route
     action.cluster = cluster_name(model)
     # A stream's length has no cap; silence has.

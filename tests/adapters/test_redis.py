@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import ssl
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
+import uvloop
 
 from gateway_extproc.adapters import redis as adapter
 from gateway_extproc.adapters.redis import IN_FLIGHT, RedisStore
-from gateway_extproc.core.store import Admission, Admitted, Denied, Settlement, StoreUnavailable, Window
+from gateway_extproc.core.store import Admission, Admitted, Answer, Denied, Settlement, StoreUnavailable, Window
 from tests.asking import admit
+from tests.certificates import Authority
 from tests.valkey import Valkey
 
 KEY = "{alice}:*"
@@ -63,11 +67,16 @@ async def opened(url: str, timeout: float = TIMEOUT) -> AsyncIterator[RedisStore
         await store.close()
 
 
+def at(server: asyncio.Server) -> str:
+    return f"redis://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+
+
 class Proxy:
     """A TCP hop in front of Valkey that can lose what goes either way, and cut every connection."""
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, tls: ssl.SSLContext | None = None) -> None:
         self._port = port
+        self._tls = tls
         self._writers: set[asyncio.StreamWriter] = set()
         self._pumps: set[asyncio.Task[None]] = set()
         self.lose_questions = False
@@ -75,8 +84,8 @@ class Proxy:
         self.bytes_lost = 0
 
     async def __aenter__(self) -> Proxy:
-        self._server = await asyncio.start_server(self._meet, "127.0.0.1", 0)
-        self.url = f"redis://127.0.0.1:{self._server.sockets[0].getsockname()[1]}/0"
+        self._server = await asyncio.start_server(self._meet, "127.0.0.1", 0, ssl=self._tls)
+        self.url = f"redis{'s' if self._tls else ''}://127.0.0.1:{self._server.sockets[0].getsockname()[1]}/0"
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -140,6 +149,68 @@ async def test_one_connection_carries_everything_under_load(valkey: Valkey) -> N
 async def test_a_socket_path_is_an_address_too(valkey: Valkey) -> None:
     async with opened(valkey.unix_url) as store:
         assert isinstance(await admit(store, asks()), Admitted)
+
+
+async def test_user_password_and_database_of_the_address_are_used(own_valkey: Valkey) -> None:
+    with own_valkey.client() as client:
+        client.execute_command("ACL", "SETUSER", "gateway", "on", ">p@ss/word", "~*", "+@all", "-ping")
+        client.config_set("requirepass", "other")
+        own = own_valkey.url.removesuffix("/0").replace("redis://", "redis://gateway:p%40ss%2Fword@")
+        async with opened(f"{own}/3") as store:
+            assert isinstance(await admit(store, asks()), Admitted)
+        client.execute_command("SELECT", "3")
+        assert client.exists(f"gw:1:{KEY}")
+        async with opened(f"{own}/99") as store:
+            with pytest.raises(StoreUnavailable, match="ERR"):
+                await admit(store, asks())
+        async with opened(own_valkey.url.replace("redis://", "redis://:other@")) as store:
+            assert isinstance(await admit(store, asks()), Admitted)
+        async with opened(own_valkey.url) as store:
+            with pytest.raises(StoreUnavailable, match="authentication failed"):
+                await admit(store, asks())
+
+
+async def test_tls_is_checked_as_the_address_says(valkey: Valkey, tmp_path: Path) -> None:
+    ours, foreign = Authority(tmp_path), Authority(tmp_path, "foreign")
+    server, client = ours.signs("server"), ours.signs("client")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(*server)
+    context.load_verify_locations(ours.file)
+    context.verify_mode = ssl.CERT_REQUIRED
+    who = f"ssl_certfile={client.certificate}&ssl_keyfile={client.key}"
+    async with Proxy(int(valkey.port), context) as proxy:
+        for options, refused in (
+            (f"ssl_ca_certs={ours.file}&{who}", False),
+            (f"ssl_cert_reqs=none&{who}", False),
+            (f"ssl_ca_certs={foreign.file}&{who}", True),
+            (f"ssl_ca_certs={ours.file}", True),
+            (f"ssl_ca_certs={tmp_path / 'none'}&{who}", True),
+            (who, True),
+        ):
+            async with opened(f"{proxy.url}?{options}", timeout=2) as store:
+                if not refused:
+                    assert isinstance(await admit(store, asks()), Admitted)
+                    continue
+                with pytest.raises(StoreUnavailable, match="no connection"):
+                    await admit(store, asks())
+
+
+@pytest.mark.parametrize("options", ["ssl_cert_reqs=perhaps", "ssl_color=blue"])
+async def test_tls_options_that_are_none_are_an_error(options: str) -> None:
+    with pytest.raises(ValueError, match="TLS"):
+        RedisStore(f"rediss://127.0.0.1?{options}")
+
+
+def test_another_event_loop_serves_as_well(valkey: Valkey) -> None:
+    async def use(url: str) -> None:
+        async with opened(url, timeout=5) as store:
+            answers = await asyncio.gather(*(admit(store, asks(rpm=20, tokens=2)) for _ in range(30)))
+            assert sum(isinstance(answer, Admitted) for answer in answers) == 20
+            store.settle(Settlement("s", (KEY,), 0, 0, 5))
+            await store.flush()
+            assert await counted(store) == (20, 45)
+
+    uvloop.run(use(valkey.url))
 
 
 async def test_options_in_the_address_change_nothing(valkey: Valkey) -> None:
@@ -339,6 +410,69 @@ async def test_no_message_holds_the_address_or_a_secret(own_valkey: Valkey) -> N
     assert str(caught.value) == "authentication failed"
 
 
+@pytest.mark.parametrize(
+    "said", [b"HTTP/1.1 400 Bad Request\r\n\r\n", b"+OK\r\n+OK\r\n", b"$%d\r\n" % (1 << 29) + b"x" * 200_000]
+)
+async def test_who_does_not_speak_the_protocol_is_no_store(said: bytes) -> None:
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(OSError):
+            while await reader.read(65536):
+                writer.write(said)
+        writer.transport.abort()
+
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as server, opened(at(server)) as store:
+        with pytest.raises(StoreUnavailable, match=r"unexpected answer|no connection"):
+            await admit(store, asks())
+
+
+async def test_a_store_that_hangs_up_is_not_called_for_every_question() -> None:
+    met = 0
+
+    async def hang_up(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal met
+        met += 1
+        writer.transport.abort()
+
+    async with await asyncio.start_server(hang_up, "127.0.0.1", 0) as server, opened(at(server)) as store:
+        with pytest.raises(StoreUnavailable):
+            await admit(store, asks())
+        began = time.monotonic()
+        for _ in range(50):
+            with pytest.raises(StoreUnavailable, match="no connection"):
+                await admit(store, asks())
+        took = time.monotonic() - began
+        assert met <= 2 + took / (adapter.FIRST_PAUSE * (1 - adapter.SPREAD))
+        # Whoever looks after the store has a pace of its own and is not put off.
+        before = met
+        with pytest.raises(StoreUnavailable):
+            await store.ping()
+        assert met == before + 1
+
+
+async def test_questions_do_not_wait_for_all_the_settlements_of_an_outage(valkey: Valkey) -> None:
+    async with opened(valkey.url, timeout=5) as store:
+        for number in range(5000):
+            store.settle(Settlement(str(number), (KEY,), 0, 0, 1))
+        assert isinstance(await admit(store, asks("{bob}:*")), Admitted)
+        assert store.pending > 2500
+        await store.flush()
+        assert await counted(store) == (0, 5000)
+
+
+async def test_a_caller_that_fails_harms_no_other(valkey: Valkey) -> None:
+    failures: list[Any] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: failures.append(context["exception"]))
+
+    def fail(_: Answer) -> None:
+        raise KeyError("of the caller")
+
+    async with opened(valkey.url) as store:
+        store.ask(asks(), fail)
+        assert isinstance(await admit(store, asks()), Admitted)
+        assert await counted(store) == (2, 0)
+    assert [type(failure) for failure in failures] == [KeyError]
+
+
 async def test_settlements_past_the_bound_are_dropped_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(adapter, "MAX_NOTES", 5)
     async with opened("redis://127.0.0.1:1/0") as store:
@@ -353,6 +487,29 @@ async def test_questions_past_the_bound_are_refused_at_once(monkeypatch: pytest.
         answers = await asyncio.gather(*(admit(store, asks()) for _ in range(8)), return_exceptions=True)
         assert [isinstance(answer, Admitted) for answer in answers] == [True] * 5 + [False] * 3
         assert str(answers[-1]) == "too many questions wait"
+
+
+async def test_a_settlement_whose_id_redis_may_have_forgotten_is_not_sent_again(
+    valkey: Valkey, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(adapter, "SETTLED_MEMORY", 1)
+    async with Proxy(int(valkey.port)) as proxy, opened(proxy.url) as store:
+        await store.ping()
+        proxy.lose_answers = True
+        store.settle(Settlement("s", (KEY,), 0, 0, 5))
+
+        async def dropped() -> bool:
+            return store.dropped == 1
+
+        await until(lambda: _silent(proxy))
+        proxy.lose_answers = False
+        await until(dropped)
+        assert store.pending == 0
+        assert await counted(store) == (0, 5)
+
+
+async def _silent(proxy: Proxy) -> bool:
+    return bool(proxy.bytes_lost)
 
 
 async def test_a_settlement_of_nothing_is_not_sent(valkey: Valkey) -> None:

@@ -116,7 +116,7 @@ class Backend(asyncio.Protocol):
 
 
 async def main(port: int) -> None:
-    server = await asyncio.get_running_loop().create_server(Backend, "127.0.0.1", port)
+    server = await asyncio.get_running_loop().create_server(Backend, "0.0.0.0", port)
     await server.serve_forever()
 
 

@@ -1,6 +1,7 @@
-"""Closed-loop load: some connections, each with one request at a time, for some seconds.
+"""Closed-loop load: some connections, each with one request at a time, for some seconds; and streams held open.
 
-wrk where it is installed (it costs less than what it measures), else an asyncio client of our own.
+wrk for short requests, where it is installed (it costs less than what it measures). It cuts off what is in flight at
+the end, which counts as cost and not as a request: long requests come from a client of our own, which lets them end.
 """
 
 from __future__ import annotations
@@ -8,83 +9,171 @@ from __future__ import annotations
 import asyncio
 import re
 import shutil
+import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from itertools import cycle
 from pathlib import Path
-from typing import NamedTuple
+from random import Random
+from typing import NamedTuple, cast
 
 #: What a request is given before it counts as lost, in seconds.
 TIMEOUT = 30
+#: Streams that are asked for at a time while many are opened: fewer than Envoy's listen backlog.
+OPENED_AT_ONCE = 100
 
 
 class Load(NamedTuple):
-    """What came back. Times in milliseconds."""
+    """What came back in ``seconds``. Times in milliseconds."""
 
     requests: int
     errors: int
     p50: float
     p99: float
+    seconds: float
 
 
-def run(port: int, path: str, body: bytes, headers: Mapping[str, str], connections: int, seconds: float) -> Load:
-    """POST ``body`` for ``seconds``."""
-    if shutil.which("wrk"):
-        return _wrk(port, path, body, headers, connections, seconds)
-    return asyncio.run(_own(port, path, body, headers, connections, seconds))
+class Request(NamedTuple):
+    """What is POSTed. With several ``users`` each request comes from one of ``user-0`` to ``user-{users - 1}``, at
+    random."""
+
+    port: int
+    path: str
+    body: bytes
+    headers: Mapping[str, str]
+    users: int = 1
+
+    def head(self) -> bytes:
+        lines = [f"POST {self.path} HTTP/1.1", "host: bench", f"content-length: {len(self.body)}"]
+        return "\r\n".join([*lines, *(f"{name}: {value}" for name, value in self.headers.items()), "", ""]).encode()
 
 
-def _wrk(port: int, path: str, body: bytes, headers: Mapping[str, str], connections: int, seconds: float) -> Load:
+def run(request: Request, connections: int, seconds: float, *, whole: bool) -> Load:
+    """``whole``: requests are long, and none may be cut off."""
+    if not whole and shutil.which("wrk"):
+        return _wrk(request, connections, max(1, round(seconds)))
+    return asyncio.run(_own(request, connections, seconds))
+
+
+def _wrk(request: Request, connections: int, seconds: int) -> Load:
     with tempfile.TemporaryDirectory() as directory:
         content, script = Path(directory, "body"), Path(directory, "post.lua")
-        content.write_bytes(body)
+        content.write_bytes(request.body)
         lines = [
             'wrk.method = "POST"',
             f'local file = io.open("{content}", "rb"); wrk.body = file:read("*a"); file:close()',
-            *(f'wrk.headers["{name}"] = "{value}"' for name, value in headers.items()),
+            *(f'wrk.headers["{name}"] = "{value}"' for name, value in request.headers.items()),
             "done = function(summary, latency)",
             "  local errors = summary.errors",
             "  local failed = errors.connect + errors.read + errors.write + errors.status + errors.timeout",
-            '  io.write(string.format("RESULT %d %d %f %f\\n", summary.requests, failed,',
-            "    latency:percentile(50), latency:percentile(99)))",
+            '  io.write(string.format("RESULT %d %d %f %f %d\\n", summary.requests, failed,',
+            "    latency:percentile(50), latency:percentile(99), summary.duration))",
             "end",
         ]
+        if request.users > 1:
+            pick = f'wrk.headers["user"] = "user-" .. math.random(0, {request.users - 1})'
+            lines += ["math.randomseed(os.time())", f"request = function() {pick}; return wrk.format() end"]
         script.write_text("\n".join(lines))
-        bounds = [f"-d{max(1, round(seconds))}s", f"--timeout={TIMEOUT}s"]
+        bounds = [f"-d{seconds}s", f"--timeout={TIMEOUT}s"]
         command = ["wrk", "-t1", f"-c{connections}", *bounds, "-s", str(script)]
-        made = subprocess.run([*command, f"http://127.0.0.1:{port}{path}"], capture_output=True, text=True, check=True)
-    found = re.search(r"RESULT (\d+) (\d+) ([\d.]+) ([\d.]+)", made.stdout)
+        url = f"http://127.0.0.1:{request.port}{request.path}"
+        made = subprocess.run([*command, url], capture_output=True, text=True, check=True)
+    found = re.search(r"RESULT (\d+) (\d+) ([\d.]+) ([\d.]+) (\d+)", made.stdout)
     assert found is not None, made.stdout + made.stderr
-    return Load(int(found[1]), int(found[2]), float(found[3]) / 1000, float(found[4]) / 1000)
+    count, errors, p50, p99, took = map(float, found.groups())
+    return Load(int(count), int(errors), p50 / 1e3, p99 / 1e3, took / 1e6)
 
 
-async def _own(port: int, path: str, body: bytes, headers: Mapping[str, str], connections: int, seconds: float) -> Load:
-    head = f"POST {path} HTTP/1.1\r\nhost: bench\r\ncontent-length: {len(body)}\r\n"
-    request = (head + "".join(f"{k}: {v}\r\n" for k, v in headers.items()) + "\r\n").encode() + body
-    end = time.perf_counter() + seconds
+class _Client(asyncio.Protocol):
+    """One connection. An answer's end is where its length says, or its last chunk."""
+
+    def __init__(self) -> None:
+        self.answered: asyncio.Future[bool] | None = None
+        self._transport: asyncio.Transport | None = None
+        self._head = b""
+        self._left = -1  # bytes still to come; -1: until the last chunk
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._ended(False)
+
+    def ask(self, *parts: bytes) -> asyncio.Future[bool]:
+        """Send a request; whether its answer is a whole 200."""
+        assert self._transport is not None
+        self.answered = asyncio.get_running_loop().create_future()
+        self._head, self._left = b"", -1
+        self._transport.writelines(parts)
+        if self._transport.is_closing():
+            self._ended(False)
+        return self.answered
+
+    def data_received(self, data: bytes) -> None:
+        if not self._head:
+            self._head, _, data = data.partition(b"\r\n\r\n")
+            length = re.search(rb"content-length: (\d+)", self._head)
+            self._left = int(length[1]) if length else -1
+        if self._left >= 0:
+            self._left -= len(data)
+            whole = self._left == 0
+        else:
+            whole = data.endswith(b"0\r\n\r\n")  # events end in an empty line of their own, so no other chunk does
+        if whole:
+            self._ended(self._head.startswith(b"HTTP/1.1 200"))
+
+    def _ended(self, good: bool) -> None:
+        if self.answered is not None and not self.answered.done():
+            self.answered.set_result(good)
+
+    def close(self) -> None:
+        assert self._transport is not None
+        self._transport.close()
+
+
+async def _own(request: Request, connections: int, seconds: float) -> Load:
+    rng, head = Random(0), request.head()
+    users = (
+        (head[:-2] + b"user: user-%d\r\n\r\n" % rng.randrange(request.users) for _ in cycle([None]))
+        if request.users > 1
+        else cycle([head])
+    )
+    began = time.perf_counter()
     times: list[float] = []
     errors = 0
 
     async def client() -> None:
         nonlocal errors
-        reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1 << 20)
-        while time.perf_counter() < end:
-            began = time.perf_counter()
-            writer.write(request)
-            async with asyncio.timeout(TIMEOUT):
-                answer = await reader.readuntil(b"\r\n\r\n")
-                length = re.search(rb"content-length: (\d+)", answer)
-                if length is not None:
-                    await reader.readexactly(int(length[1]))
-                else:
-                    while size := int(await reader.readuntil(b"\r\n"), 16):
-                        await reader.readexactly(size + 2)
-                    await reader.readexactly(2)
-            times.append(time.perf_counter() - began)
-            errors += not answer.startswith(b"HTTP/1.1 200")
-        writer.close()
+        while time.perf_counter() - began < seconds:
+            _, connection = await asyncio.get_running_loop().create_connection(_Client, "127.0.0.1", request.port)
+            good = True
+            while good and (asked := time.perf_counter()) - began < seconds:
+                async with asyncio.timeout(TIMEOUT):
+                    good = await connection.ask(next(users), request.body)
+                times.append(time.perf_counter() - asked)
+                errors += not good
+            connection.close()
 
     await asyncio.gather(*(client() for _ in range(connections)))
+    took = time.perf_counter() - began
     times.sort()
-    return Load(len(times), errors, times[len(times) // 2] * 1e3, times[int(len(times) * 0.99)] * 1e3)
+    return Load(len(times), errors, times[len(times) // 2] * 1e3, times[int(len(times) * 0.99)] * 1e3, took)
+
+
+@contextmanager
+def held(request: Request, count: int) -> Iterator[Load]:
+    """So many streams, each of which has begun and not ended."""
+    began = time.perf_counter()
+    errors = 0
+    asked = request.head() + request.body
+    with ExitStack() as stack:
+        for first in range(0, count, OPENED_AT_ONCE):
+            opened = []
+            for _ in range(first, min(count, first + OPENED_AT_ONCE)):
+                opened.append(stack.enter_context(socket.create_connection(("127.0.0.1", request.port), TIMEOUT)))
+                opened[-1].sendall(asked)
+            errors += sum(not one.recv(1 << 12).startswith(b"HTTP/1.1 200") for one in opened)
+        yield Load(count, errors, 0.0, 0.0, time.perf_counter() - began)

@@ -1,7 +1,8 @@
 """The gateway's own work without gRPC: messages in, replies out, limits in a real Valkey; one process, one thread.
 
-``python -m tests.bench.own`` prints µs of CPU per request, at 1 and 16 requests at once. What gRPC, threads and cold
-caches add under real load is in ``make bench``'s difference of two processes.
+``python -m tests.bench.own`` prints µs of CPU per request, at 1 and 16 requests at once: of all the gateway's own
+work, and of asking and settling alone, with what Valkey spends on it. What gRPC, threads and cold caches add under
+real load is in ``make bench``'s difference of two processes.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import asyncio
 import random
 import time
 from itertools import count
+from pathlib import Path
 
 import uvloop
 
@@ -17,16 +19,20 @@ from gateway_extproc.adapters.guarded import GuardedStore
 from gateway_extproc.adapters.memory import MemoryStore
 from gateway_extproc.adapters.redis import RedisStore
 from gateway_extproc.core.directory import Directory, User
-from gateway_extproc.core.events import Ask, Closed, Event, Settle
+from gateway_extproc.core.events import Action, Ask, Closed, Leave, Settle, Suspect
 from gateway_extproc.core.fleet import Fleet, PodSpec
 from gateway_extproc.core.session import Policy, Session, World
+from gateway_extproc.core.store import Admission, Admitted, Answer, Settlement, Store, Window
 from gateway_extproc.wire import extproc
 from gateway_extproc.wire._pb.ext_proc_pb2 import ProcessingRequest
+from tests.asking import admit
 from tests.bench.backend import CHAT, MODEL
 from tests.valkey import Valkey
 
 BODY = b'{"model":"%b","messages":[{"role":"user","content":"%b"}],"max_tokens":16}' % (MODEL.encode(), b"word " * 200)
 REQUESTS = 4000
+#: Questions asked where nothing else is measured.
+QUESTIONS = 20_000
 
 
 def messages() -> list[bytes]:
@@ -63,25 +69,27 @@ async def measure(at_once: int) -> float:
     )  # fmt: skip
     sent = messages()
     valkey = Valkey().start()
-    store = GuardedStore(
-        RedisStore(valkey.url), MemoryStore(time.time), policy="local", gateway="bench", clock=time.time
-    )
-    store.start()
+    store = guarded(valkey)
 
     async def request() -> None:
-        session = Session(world)
+        session, codec = Session(world), extproc.Codec()
         for raw in sent:
-            kind, event = extproc.decode(ProcessingRequest.FromString(raw))
+            event = codec.decode(raw)
+            assert event is not None
             actions = session.feed(event)
             if isinstance(actions[0], Ask):
-                answer: Event = await admit(store, actions[0].admission)
-                actions = session.feed(answer)
-            for action in actions:
-                extproc.encode(kind, action).SerializeToString()
+                actions = session.feed(await admit(store, actions[0].admission))
+            carry_out(actions, codec)
             await asyncio.sleep(0)
-        for action in session.feed(Closed("reset")):
-            if isinstance(action, Settle) and action.settlement is not None:
-                store.settle(action.settlement)
+        carry_out(session.feed(Closed("reset")), codec)
+
+    def carry_out(actions: list[Action], codec: extproc.Codec) -> None:
+        for action in actions:
+            if isinstance(action, Settle):
+                if action.settlement is not None:
+                    store.settle(action.settlement)
+            elif not isinstance(action, Suspect | Leave):
+                codec.encode(action)
 
     async def client(requests: int) -> None:
         for _ in range(requests):
@@ -97,10 +105,70 @@ async def measure(at_once: int) -> float:
         valkey.stop()
 
 
+class Asker:
+    """Asks and settles, over and over; no task and no future, as in a listener. ``done`` when it has done so
+    ``times``."""
+
+    def __init__(self, store: Store, name: str, times: int) -> None:
+        self._store = store
+        self._windows = (Window("{user:bench}:*", "user 'bench'", 10**9, 10**12),)
+        self._ids = (f"{name}-{number}" for number in range(times))
+        self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._ask()
+
+    def _ask(self) -> None:
+        name = next(self._ids, None)
+        if name is None:
+            self.done.set_result(None)
+            return
+        self._id = name
+        self._store.ask(Admission(name, self._windows, 300), self._told)
+
+    def _told(self, answer: Answer) -> None:
+        assert isinstance(answer, Admitted)
+        self._store.settle(Settlement(self._id, ("{user:bench}:*",), answer.second, 0, -20))
+        asyncio.get_running_loop().call_soon(self._ask)
+
+
+async def measure_asking(at_once: int) -> tuple[float, float]:
+    """µs of CPU per request, here and in Valkey."""
+    valkey = Valkey().start()
+    store = guarded(valkey)
+    names = count()
+
+    async def ask(times: int) -> None:
+        await asyncio.gather(*(Asker(store, str(next(names)), times // at_once).done for _ in range(at_once)))
+
+    try:
+        await ask(50 * at_once)
+        here, there = time.process_time(), cpu(valkey.pid)
+        await ask(QUESTIONS)
+        here, there = time.process_time() - here, cpu(valkey.pid) - there
+        return here / QUESTIONS * 1e6, there / QUESTIONS * 1e6
+    finally:
+        await store.close()
+        valkey.stop()
+
+
+def cpu(pid: int) -> float:
+    """Seconds of CPU that a process's first thread has used: Valkey's only one that works here."""
+    return int(Path(f"/proc/{pid}/schedstat").read_text().split()[0]) / 1e9
+
+
+def guarded(valkey: Valkey) -> GuardedStore:
+    store = GuardedStore(
+        RedisStore(valkey.url), MemoryStore(time.time), policy="local", gateway="bench", clock=time.time
+    )
+    store.start()
+    return store
+
+
 def main() -> None:
     for at_once in (1, 16):
         spent = sorted(uvloop.run(measure(at_once)) for _ in range(3))[1]
+        here, there = sorted(uvloop.run(measure_asking(at_once)) for _ in range(3))[1]
         print(f"own work without gRPC, {at_once} at once: {spent:.0f} µs of CPU per request", flush=True)
+        print(f"  asking and settling alone: {here:.0f} µs, and {there:.0f} µs of Valkey's", flush=True)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from gateway_extproc.core.store import (
     WINDOW,
     Admission,
     Admitted,
+    Answer,
     Denied,
     Level,
     Merge,
@@ -133,6 +134,13 @@ async def level(harness: Harness, key: str = "{alice}:*") -> Level:
 async def counted(harness: Harness, key: str = "{alice}:*") -> tuple[int, int]:
     found = await level(harness, key)
     return found.requests, found.tokens
+
+
+async def until_counted(harness: Harness, expected: tuple[int, int]) -> None:
+    deadline = time.monotonic() + 5
+    while (found := await counted(harness)) != expected and time.monotonic() < deadline:
+        await harness.store.flush()
+    assert found == expected
 
 
 async def admitted(harness: Harness, admission: Admission) -> Admitted:
@@ -359,10 +367,53 @@ async def test_a_cancelled_caller_is_charged_nothing(harness: Harness) -> None:
 
     answers = await asyncio.gather(*(ask(turns) for turns in range(100)))
     heard = sum(answer is not None for answer in answers)
-    deadline = time.monotonic() + 5
-    while (found := await counted(harness)) != (heard, 3 * heard) and time.monotonic() < deadline:
-        await harness.store.flush()
-    assert found == (heard, 3 * heard)
+    await until_counted(harness, (heard, 3 * heard))
+
+
+async def test_an_answer_is_told_once(harness: Harness) -> None:
+    told: list[Answer] = []
+    questions = [harness.store.ask(asks(window(rpm=2)), told.append) for _ in range(5)]
+    assert [question is None for question in questions] == [bool(told)] * 5
+    assert await counted(harness) == (2, 0)  # asked last, so answered last
+    assert [type(answer) for answer in told] == [Admitted] * 2 + [Denied] * 3
+
+
+async def test_a_withdrawn_question_is_not_told_and_charged_nothing(harness: Harness) -> None:
+    told: list[Answer] = []
+    for turns in range(10):
+        question = harness.store.ask(asks(window(), tokens=3), told.append)
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        if question is not None:
+            question.withdraw()
+    heard = len(told)
+    await until_counted(harness, (heard, 3 * heard))
+    assert len(told) == heard
+
+
+async def test_withdrawing_after_the_answer_gives_nothing_back(harness: Harness) -> None:
+    told: list[Answer] = []
+    question = harness.store.ask(asks(window(), tokens=3), told.append)
+    assert await counted(harness) == (1, 3)
+    if question is not None:
+        question.withdraw()
+    await harness.store.flush()
+    assert await counted(harness) == (1, 3)
+
+
+async def test_who_is_told_may_ask_and_settle(harness: Harness) -> None:
+    answers: asyncio.Queue[Answer] = asyncio.Queue()
+
+    def again(answer: Answer) -> None:
+        assert isinstance(answer, Admitted)
+        harness.store.settle(Settlement("first", ("{alice}:*",), answer.second, -1, -3))
+        harness.store.ask(asks(window(rpm=1)), answers.put_nowait)
+
+    harness.store.ask(asks(window(), tokens=3), again)
+    async with asyncio.timeout(5):
+        # What was settled before is known to the question behind it.
+        assert isinstance(await answers.get(), Admitted)
+    assert await counted(harness) == (1, 0)
 
 
 Call = tuple[str, int, int, int]

@@ -93,13 +93,18 @@ def in_flight(world: World) -> dict[str, int]:
 
 
 def headers(
-    path: str = "/v1/chat/completions", method: str = "POST", *, end: bool = False, **more: str | bytes
+    path: str = "/v1/chat/completions",
+    method: str = "POST",
+    *,
+    end: bool = False,
+    carry: bool = False,
+    **more: str | bytes,
 ) -> RequestHeaders:
     """A request's headers; underscores in a name stand for dashes."""
     pairs = [(":method", method.encode()), (":path", path.encode())]
     for name, value in more.items():
         pairs.append((name.replace("_", "-"), value.encode() if isinstance(value, str) else value))
-    return RequestHeaders(pairs, end)
+    return RequestHeaders(pairs, end, carry)
 
 
 def payload(model: object = "m", prompt: int = 10, **members: object) -> bytes:

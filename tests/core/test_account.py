@@ -60,7 +60,7 @@ def paid(found: Any) -> tuple[str, int, int]:
         (End(200, whole=False), ("cut", 0, 0)),
         (End(500, whole=True), ("upstream_error", 0, -110)),
         (End(404, whole=True, sent=5), ("upstream_error", 0, -110)),
-        (End(0), ("client_gone", 0, 10 - 110)),
+        (End(None), ("client_gone", 0, 10 - 110)),
         (End(503, taken=False), ("no_pod", -1, -110)),
     ],
     ids=lambda value: None if isinstance(value, End) else f"{value[0]}{value[1:]}",
@@ -74,7 +74,7 @@ def test_what_is_given_back_goes_to_the_second_and_the_windows_that_it_was_taken
     assert found.settlement == Settlement("mine-1", ("{user:ann}:*",), SECOND, 0, -97)
 
 
-@pytest.mark.parametrize("end", [End(200, usage=Usage(1, 1)), End(503, taken=False), End(0)])
+@pytest.mark.parametrize("end", [End(200, usage=Usage(1, 1)), End(503, taken=False), End(None)])
 def test_a_request_that_took_nothing_changes_nothing(end: End) -> None:
     assert settle(note(keys=()), end, Estimates()).settlement is None
 
@@ -93,7 +93,7 @@ def test_the_outcome_says_who_and_what_and_how() -> None:
         (End(200, usage=Usage(9, 4)), (9, 4), False),
         (End(200, sent=7), (10, 7), True),
         (End(200), (10, 100), True),
-        (End(0), (10, 0), True),
+        (End(None), (10, 0), True),
         (End(500), (0, 0), False),
         (End(503, taken=False), (0, 0), False),
     ],
@@ -106,7 +106,7 @@ def test_the_outcome_tells_what_was_charged_and_whether_anybody_counted_it(
 
 
 def test_a_client_that_left_before_the_answer_is_shown_as_gone() -> None:
-    assert settle(note(), End(0), Estimates()).outcome.status == CLIENT_GONE
+    assert settle(note(), End(None), Estimates()).outcome.status == CLIENT_GONE
 
 
 def test_only_a_whole_good_answer_that_told_its_usage_is_learned_from() -> None:

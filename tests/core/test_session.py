@@ -17,6 +17,8 @@ from gateway_extproc.core.events import (
     Drain,
     Event,
     Leave,
+    Misconfigured,
+    Observed,
     Refuse,
     Replace,
     RequestBody,
@@ -27,6 +29,7 @@ from gateway_extproc.core.events import (
     ResponseTrailers,
     Settle,
     Suspect,
+    Truncated,
     Unavailable,
 )
 from gateway_extproc.core.session import ModelPolicy, ProtocolError, World, duration, limit_headers
@@ -155,6 +158,20 @@ def test_an_answer_may_end_with_trailers() -> None:
     play = answering().through(chunk({"usage": usage(9, 3)}))
     assert play >> ResponseTrailers() << Continue()
     assert play >> Closed("reset") << settled("ok", tokens=12 - RESERVED)
+
+
+def test_an_event_that_trailers_cut_off_is_read_and_reaches_the_client() -> None:
+    cut = delta().rstrip()
+    play = streaming()
+    assert play >> chunk(delta() + cut) << Replace(delta())
+    assert play >> ResponseTrailers() << Replace(cut)
+    assert play >> Closed("reset") << settled("ok", tokens=12 - RESERVED, output_tokens=2)
+
+
+def test_usage_that_trailers_cut_off_is_charged_and_kept_from_the_client() -> None:
+    play = streaming().through(chunk(delta() + usage_event(9, 3).rstrip()))
+    assert play >> ResponseTrailers() << Continue()
+    assert play >> Closed("reset") << settled("ok", tokens=12 - RESERVED, estimated=False)
 
 
 def test_trailers_of_a_request_pass() -> None:
@@ -564,6 +581,71 @@ def test_a_body_may_come_in_pieces() -> None:
     for at in range(0, len(whole), 7):
         assert play >> RequestBody(whole[at : at + 7], False) << Continue()
     assert play >> RequestBody(b"", True) << Ask(Admission("id-1", ALICE, RESERVED))
+
+
+def test_trailers_end_a_body_that_had_no_other_end() -> None:
+    play = Playbook(one_pod())
+    data = payload()
+    assert play >> headers() << Continue()
+    assert play >> RequestBody(data[:20], False) << Continue()
+    assert play >> RequestBody(data[20:], False) << Continue()
+    assert play >> RequestTrailers() << routed("a")
+
+
+def test_trailers_without_a_body_are_a_request_without_one() -> None:
+    play = Playbook(one_pod()).through(headers())
+    assert play >> RequestTrailers() << refused(404, "unknown_url") << settled("unknown_url")
+
+
+@pytest.mark.parametrize("user", ["", "alice"])
+def test_a_body_that_nobody_keeps_comes_with_the_route(user: str) -> None:
+    data = payload(max_tokens=4)
+    play = Playbook(one_pod()).through(headers(user=user, carry=True))
+    play.through(RequestBody(data[:20], False), RequestBody(data[20:], True))
+    if user:
+        play.through(admitted(LEVEL))
+    assert play.route.body == data
+
+
+def test_a_body_that_nobody_keeps_and_that_is_changed_comes_changed() -> None:
+    play = Playbook(one_pod()).through(headers(user="alice", carry=True), body(stream=True), admitted(LEVEL))
+    assert play.route.body is not None
+    assert json.loads(play.route.body)["stream_options"] == {"include_usage": True}
+
+
+def test_a_body_of_which_only_the_beginning_is_shown_is_too_large() -> None:
+    play = Playbook(one_pod()).through(headers(user="alice"))
+    message = "The request body is larger than 1048576 bytes."
+    assert (
+        play >> Truncated(1 << 20)
+        << refused(413, "request_too_large", message=message)
+        << settled("request_too_large", user="alice")
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("seen", [True, False])
+def test_a_request_that_cannot_be_shown_is_our_error_and_has_its_own_reason(seen: bool) -> None:
+    play = Playbook(one_pod())
+    if seen:
+        play.through(headers())
+    assert play >> Misconfigured("why") << refused(500, "internal_error") << settled("misconfigured", status=500)
+    assert "why" not in play.refuse.refusal.message
+    assert play >> Closed("reset") << NOTHING
+
+
+def test_a_request_that_is_only_watched_takes_nothing_and_is_counted() -> None:
+    play = Playbook(one_pod())
+    assert play >> Observed() << settled("observed")
+    assert play >> Closed("done") << NOTHING
+
+
+@pytest.mark.parametrize("event", [chunk(b"x"), ResponseTrailers()])
+def test_an_answer_whose_headers_are_not_shown_pays_its_reservation(event: Event) -> None:
+    play = taken()
+    reply = Continue() if isinstance(event, ResponseTrailers) else Replace(None)
+    assert play >> event << reply << settled("unseen", estimated=True)
+    assert play >> Closed("reset") << NOTHING
+    assert in_flight(play.world) == {}
 
 
 def test_a_body_in_pieces_is_refused_with_the_piece_that_is_too_much() -> None:
@@ -978,7 +1060,7 @@ def test_an_answer_that_is_whole_when_the_gateway_leaves_pays_what_it_used() -> 
 
 def test_a_request_that_no_pod_took_gives_back_all_it_took_when_the_gateway_leaves() -> None:
     play = taken().through(local_reply(503, "no_healthy_upstream"))
-    assert play >> Drain() << settled("drained", requests=-1, tokens=-RESERVED) << Leave()
+    assert play >> Drain() << settled("no_pod", requests=-1, tokens=-RESERVED) << Leave()
 
 
 def test_the_gateway_leaves_a_stream_only_when_it_holds_nothing_of_it_and_then_holds_nothing_more() -> None:
@@ -1070,12 +1152,12 @@ def test_a_model_that_is_gone_idle_or_forbidden_is_not_found(model: str) -> None
         (lambda: Playbook(), body()),
         (lambda: Playbook(), admitted()),
         (lambda: Playbook() >> headers(), headers()),
-        (lambda: Playbook() >> headers(), RequestTrailers()),
+        (lambda: Playbook() >> headers(), Observed()),
         (lambda: Playbook() >> headers(), chunk()),
         (lambda: asked(), body()),
         (lambda: asked(), answer()),
         (lambda: taken(), admitted(LEVEL)),
-        (lambda: taken(), chunk()),
+        (lambda: taken(), Truncated(9)),
         (lambda: answering(), answer()),
         (lambda: answering(), Unavailable()),
         (lambda: taken().through(Drain()), headers()),

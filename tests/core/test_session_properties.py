@@ -7,6 +7,7 @@ session (``Life``) knows the contract's table of who pays what, and nothing of h
 from __future__ import annotations
 
 import json
+import re
 from typing import Any, Final
 
 from hypothesis import given, settings
@@ -23,6 +24,8 @@ from gateway_extproc.core.events import (
     Drain,
     Event,
     Leave,
+    Misconfigured,
+    Observed,
     Refuse,
     Replace,
     RequestBody,
@@ -34,6 +37,7 @@ from gateway_extproc.core.events import (
     ResponseTrailers,
     Route,
     Settle,
+    Truncated,
     Unavailable,
 )
 from gateway_extproc.core.fleet import Load
@@ -59,10 +63,10 @@ from tests.core.playbook import (
 REPLIES: Final = (Continue, Route, Refuse, Answer, Respond, Replace, Ask)
 #: What may come when; everything else is out of order.
 LEGAL: Final[dict[str, tuple[type, ...]]] = {
-    "new": (RequestHeaders, ResponseHeaders, Closed, Drain),
-    "body": (RequestBody, ResponseHeaders, Closed, Drain),
+    "new": (RequestHeaders, Misconfigured, Observed, ResponseHeaders, Closed, Drain),
+    "body": (RequestBody, RequestTrailers, Truncated, Misconfigured, ResponseHeaders, Closed, Drain),
     "asking": (Admitted, Denied, Unavailable, Closed, Drain),
-    "routed": (RequestTrailers, ResponseHeaders, Closed, Drain),
+    "routed": (RequestTrailers, ResponseHeaders, ResponseBody, ResponseTrailers, Closed, Drain),
     "answering": (RequestTrailers, ResponseBody, ResponseTrailers, Closed, Drain),
     "over": (RequestBody, RequestTrailers, ResponseHeaders, ResponseBody, ResponseTrailers, Closed, Drain),
     "closed": (),
@@ -85,8 +89,9 @@ PODS: Final = {"a": ("m",), "b": ("m", "n"), "c": ("n",)}
 
 levels = st.builds(Level, st.integers(0, 99), st.integers(0, 9999), st.floats(0, 61), st.floats(0, 61))
 requests = st.builds(
-    lambda path, **more: headers(path, **{name: value for name, value in more.items() if value}),
+    lambda path, carry, **more: headers(path, carry=carry, **{n: value for n, value in more.items() if value}),
     st.sampled_from(["/v1/chat/completions"] * 4 + ["/v1/embeddings", "/v1/messages", "/v1/models", "/nowhere"]),
+    carry=st.booleans(),
     user=st.sampled_from(["", "alice", "bob", "carol"]),
     routing_strategy=st.sampled_from(["", "random", "least-request", "throughput", "best"]),
 )
@@ -128,6 +133,9 @@ events: Final[dict[type, st.SearchStrategy[Any]]] = {
     RequestHeaders: requests,
     RequestBody: pieces,
     RequestTrailers: st.just(RequestTrailers()),
+    Truncated: st.just(Truncated(9)),
+    Misconfigured: st.just(Misconfigured("why")),
+    Observed: st.just(Observed()),
     Admitted: st.builds(lambda some: Admitted(SECOND, (some,)), levels) | st.just(Admitted(SECOND, ())),
     Denied: st.builds(
         lambda kind, wait, level: Denied(0, kind, wait, (level,)),
@@ -178,10 +186,10 @@ class Life:
         self.shown_request = False
         self.admission: Admission | None = None
         self.admitted = False
+        self._carries = False
         #: Requests and tokens that the store should hold in the end.
         self.owed = (0, 0)
-        self._model = ""
-        self._prompt_bytes = 0
+        self._prompt = 0
         self._strips = False
         self._taken = True
         self._good = False
@@ -197,13 +205,19 @@ class Life:
 
     def note(self, event: Event) -> None:
         """Before the event: what the table says about an end that it may bring."""
-        if isinstance(event, RequestHeaders):
+        if isinstance(event, RequestHeaders | Misconfigured | Observed):
             self.shown_request = True
+        if isinstance(event, RequestHeaders):
+            self._carries = event.carry
+        if isinstance(event, ResponseBody | ResponseTrailers) and self.phase == "routed":
+            # An answer without its headers.
+            self.owed = (1, self.admission.tokens if self.admission is not None else 0)
         if isinstance(event, Admitted):
             self.admitted = True
         if isinstance(event, RequestBody) and self.phase == "body" and event.data.startswith(b"{"):
             sent = json.loads(event.data)
-            self._model, self._prompt_bytes = sent["model"], len(json.dumps(sent["messages"]))
+            # Estimated once, when it is admitted: what is learned meanwhile changes nothing.
+            self._prompt = self.play.world.estimates.prompt(sent["model"], len(json.dumps(sent["messages"])))
         if isinstance(event, ResponseHeaders) and self.phase == "routed":
             status = dict(event.headers)[":status"]
             self._taken, self._good = event.details not in NOT_TAKEN, status == b"200"
@@ -235,7 +249,7 @@ class Life:
 
     def _account(self, event: Closed | Drain) -> None:
         reserved = self.admission.tokens if self.admission is not None else 0
-        prompt = self.play.world.estimates.prompt(self._model, self._prompt_bytes)
+        prompt = self._prompt
         if self.phase == "routed":
             # Answered by nobody; or the gateway leaves before.
             self.owed = (1, prompt if event == Closed("reset") else reserved)
@@ -254,18 +268,18 @@ class Life:
             return 1, 0
         failed = event == Closed("failed") and not whole
         if self._kind == "text/event-stream" and not failed:
-            return 1, prompt + sum(one.count(b'"content"') for one in self._events())
+            return 1, prompt + sum(len(_OUTPUT.findall(one)) for one in self._events())
         return 1, reserved
 
     def _events(self) -> list[bytes]:
-        """The events of a stream that are complete."""
+        """The events of a stream that are complete, and at its end what is left."""
         found = self._came.split(b"\n\n")
-        return found if self._ended else found[:-1]
+        return found if self._ended or self._trailed else found[:-1]
 
     def _told(self) -> int | None:
         counts = []
         if self._kind == "text/event-stream":
-            counts = [json.loads(one[6:])["usage"] for one in self._events() if b'"usage"' in one]
+            counts = [json.loads(one[6:])["usage"] for one in self._events() if _tells_usage(one)]
         elif self._kind == "application/json" and self._came.strip():
             counts = [json.loads(self._came)["usage"]]
         if not counts:
@@ -287,14 +301,15 @@ class Life:
         """Whether bytes of the answer are still owed to the client."""
         reads = self._kind == "text/event-stream" and self._strips
         unfinished = self._came != b"" and not self._came.endswith(b"\n\n")
-        return self.phase == "answering" and reads and unfinished and not (self._ended or self._let_go)
+        over = self._ended or self._trailed or self._let_go
+        return self.phase == "answering" and reads and unfinished and not over
 
     def follow(self, event: Event, actions: list[Action]) -> None:
         """After the event: what it called for is one reply, and says what comes next."""
         replies = [action for action in actions if isinstance(action, REPLIES)]
         leaves = [action for action in actions if isinstance(action, Leave)]
         over = any(isinstance(action, Settle) for action in actions)
-        assert len(replies) == (0 if isinstance(event, Closed | Drain) else 1)
+        assert len(replies) == (0 if isinstance(event, Closed | Drain | Observed) else 1)
         if isinstance(event, Drain):
             assert bool(leaves) == (self.phase in ("routed", "answering", "over") and not self.holds)
         else:
@@ -303,6 +318,10 @@ class Life:
             (reply,) = replies
             assert isinstance(reply, Replace)
             self._shown += event.data if reply.data is None else reply.data
+            self._check_shown()
+        if self.phase == "answering" and isinstance(event, ResponseTrailers):
+            (reply,) = replies
+            self._shown += reply.data or b"" if isinstance(reply, Replace) else b""
             self._check_shown()
         if isinstance(event, Closed):
             self.phase = "closed"
@@ -313,7 +332,9 @@ class Life:
             if isinstance(reply, Ask):
                 self.phase, self.admission = "asking", reply.admission
             elif isinstance(reply, Route):
-                self.phase, self._strips = "routed", reply.body is not None
+                self.phase = "routed"
+                assert self._carries <= (reply.body is not None)
+                self._strips = reply.body is not None and b"include_usage" in reply.body
             elif isinstance(reply, Respond):
                 self.phase = "answering"
             elif self.phase == "new":
@@ -323,11 +344,20 @@ class Life:
         """The client gets every byte in order, but for events that only the gateway asked for."""
         expected = self._came
         if self._kind == "text/event-stream" and self._strips:
-            whole = [one + b"\n\n" for one in self._events() if one]
-            expected = b"".join(one for one in whole if b'"usage"' not in one)
-            if self._let_go and not self._ended:
-                expected += self._came.rpartition(b"\n\n")[2]
+            *whole, rest = self._came.split(b"\n\n")
+            expected = b"".join(one + b"\n\n" for one in whole if one and not _tells_usage(one))
+            if (self._let_go and not self._ended) or (self._trailed and not _tells_usage(rest)):
+                expected += rest
         assert self._shown == expected
+
+
+#: Output in an event, which may have been cut.
+_OUTPUT: Final = re.compile(rb'"content": "w')
+
+
+def _tells_usage(event: bytes) -> bool:
+    """Whether an event has usage, and all of it came."""
+    return b'"usage"' in event and event.rstrip().endswith(b"}}")
 
 
 class Gateway(RuleBasedStateMachine):
@@ -437,7 +467,7 @@ class Gateway(RuleBasedStateMachine):
         for action in actions:
             if isinstance(action, Settle) and action.settlement is not None:
                 self.ledger.settle(action.settlement)
-        if life.leaving and isinstance(event, ResponseBody):
+        if life.leaving and isinstance(event, ResponseBody | ResponseTrailers):
             self.feed(life, Drain())  # as the listener does
 
     @invariant()

@@ -114,15 +114,17 @@ def test_ipv6_and_host_names_are_kept() -> None:
 
 
 def test_a_request_that_the_gateway_did_not_decide_reaches_no_pod() -> None:
-    """Every route to a pod asks for the gateway's header, and the last one leads nowhere."""
+    """Every route to a pod asks for the gateway's header; the others lead back to the gateway, once, and nowhere."""
     value = built({"a": [pod(A)], "b": [pod(B)]})[ROUTES][ROUTE_CONFIGURATION].value
     (host,) = RouteConfiguration.FromString(value).virtual_hosts
-    *to_pods, entry = host.routes
+    *to_pods, given_up, entry = host.routes
     assert [(r.match.headers[0].name, r.match.headers[0].string_match.exact) for r in to_pods] == [
         ("model", "a"),
         ("model", "b"),
     ]
-    assert (entry.match.prefix, entry.route.cluster) == ("/", "nowhere")
+    assert (entry.match.prefix, entry.route.cluster) == ("/", "again")
+    assert entry.route.internal_redirect_policy.response_headers_to_copy == [given_up.match.headers[0].name]
+    assert (given_up.match.prefix, given_up.route.cluster) == ("/", "nowhere")
     assert host.request_body_buffer_limit.value == LIMIT
 
 

@@ -95,20 +95,34 @@ class HeaderMatcher(_message.Message):
     def __init__(self, name: _Optional[str] = ..., present_match: _Optional[bool] = ..., string_match: _Optional[_Union[_matcher_pb2.StringMatcher, _Mapping]] = ..., invert_match: _Optional[bool] = ...) -> None: ...
 
 class RouteAction(_message.Message):
-    __slots__ = ("cluster", "prefix_rewrite", "auto_host_rewrite", "timeout", "retry_policy", "idle_timeout")
+    __slots__ = ("cluster", "prefix_rewrite", "auto_host_rewrite", "timeout", "retry_policy", "idle_timeout", "internal_redirect_policy")
     CLUSTER_FIELD_NUMBER: _ClassVar[int]
     PREFIX_REWRITE_FIELD_NUMBER: _ClassVar[int]
     AUTO_HOST_REWRITE_FIELD_NUMBER: _ClassVar[int]
     TIMEOUT_FIELD_NUMBER: _ClassVar[int]
     RETRY_POLICY_FIELD_NUMBER: _ClassVar[int]
     IDLE_TIMEOUT_FIELD_NUMBER: _ClassVar[int]
+    INTERNAL_REDIRECT_POLICY_FIELD_NUMBER: _ClassVar[int]
     cluster: str
     prefix_rewrite: str
     auto_host_rewrite: _wrappers_pb2.BoolValue
     timeout: _duration_pb2.Duration
     retry_policy: RetryPolicy
     idle_timeout: _duration_pb2.Duration
-    def __init__(self, cluster: _Optional[str] = ..., prefix_rewrite: _Optional[str] = ..., auto_host_rewrite: _Optional[_Union[_wrappers_pb2.BoolValue, _Mapping]] = ..., timeout: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., retry_policy: _Optional[_Union[RetryPolicy, _Mapping]] = ..., idle_timeout: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
+    internal_redirect_policy: InternalRedirectPolicy
+    def __init__(self, cluster: _Optional[str] = ..., prefix_rewrite: _Optional[str] = ..., auto_host_rewrite: _Optional[_Union[_wrappers_pb2.BoolValue, _Mapping]] = ..., timeout: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., retry_policy: _Optional[_Union[RetryPolicy, _Mapping]] = ..., idle_timeout: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., internal_redirect_policy: _Optional[_Union[InternalRedirectPolicy, _Mapping]] = ...) -> None: ...
+
+class InternalRedirectPolicy(_message.Message):
+    __slots__ = ("max_internal_redirects", "redirect_response_codes", "allow_cross_scheme_redirect", "response_headers_to_copy")
+    MAX_INTERNAL_REDIRECTS_FIELD_NUMBER: _ClassVar[int]
+    REDIRECT_RESPONSE_CODES_FIELD_NUMBER: _ClassVar[int]
+    ALLOW_CROSS_SCHEME_REDIRECT_FIELD_NUMBER: _ClassVar[int]
+    RESPONSE_HEADERS_TO_COPY_FIELD_NUMBER: _ClassVar[int]
+    max_internal_redirects: _wrappers_pb2.UInt32Value
+    redirect_response_codes: _containers.RepeatedScalarFieldContainer[int]
+    allow_cross_scheme_redirect: bool
+    response_headers_to_copy: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, max_internal_redirects: _Optional[_Union[_wrappers_pb2.UInt32Value, _Mapping]] = ..., redirect_response_codes: _Optional[_Iterable[int]] = ..., allow_cross_scheme_redirect: _Optional[bool] = ..., response_headers_to_copy: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class RetryPolicy(_message.Message):
     __slots__ = ("retry_on", "num_retries", "retry_host_predicate", "host_selection_retry_max_attempts", "retriable_status_codes", "retry_back_off", "per_try_idle_timeout")

@@ -1,0 +1,150 @@
+"""What is measured: ways through Envoy, what is sent through them, and which of it makes a row. Data only.
+
+A row is a way and a work. Rows of one stage are measured in turn, round by round, so that a machine that slows down
+slows all of them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from functools import lru_cache
+from itertools import product
+from typing import Any, Literal, NamedTuple
+
+from tests.bench.backend import MODEL
+
+KB = 1000
+MIB = 1 << 20
+
+
+class Way(NamedTuple):
+    """One way through Envoy. ``messages``: of a request with a JSON answer, to a bare responder. ``users``: with a
+    record each. ``pods``: addresses of the one backend, with their model stated; ``scraped``: polled as by default,
+    otherwise once a minute, so that the polls are in no request's figure."""
+
+    kind: Literal["alone", "bare", "gateway"]
+    transport: str = ""
+    messages: int = 0
+    source: str = "body"
+    limits: bool = True
+    workers: int = 1
+    pods: int = 1
+    strategy: str = ""
+    users: int = 1
+    scraped: bool = False
+
+    @property
+    def name(self) -> str:
+        if self.kind == "alone":
+            return "Envoy alone"
+        if self.kind == "bare":
+            named = {"grpc": "grpc.aio", "h2": "h2"}[self.transport]
+            return f"bare {named}, {self.messages} messages"
+        parts = [f"gateway {self.transport}", self.source, "limits" if self.limits else "no limits"]
+        parts += [f"{self.workers} workers"] * (self.workers > 1)
+        parts += [f"{self.pods:,} pods"] * (self.pods > 1) + [self.strategy] * bool(self.strategy)
+        return ", ".join(parts + [f"{self.users:,} users"] * (self.users > 1))
+
+    @property
+    def processes(self) -> Way:
+        """The way whose processes this one uses: it differs from it by what requests say of themselves."""
+        return self._replace(limits=True, strategy="")
+
+    @property
+    def bare(self) -> Way:
+        """The grpc.aio responder that gets the messages which this way gets."""
+        sent = self.messages or (4 if self.source == "body" else 3 if self.limits else 2)
+        return Way("bare", "grpc", sent)
+
+
+class Work(NamedTuple):
+    """What is done with a way. ``prompt`` in bytes; ``chunks`` of the streamed answer, 0: JSON; ``connections`` at
+    once, or streams held open. ``doing``: short requests, long ones (none is cut off), streams held open, nothing."""
+
+    name: str
+    prompt: int = 0
+    chunks: int = 0
+    connections: int = 1
+    doing: Literal["short", "long", "hold", "rest"] = "short"
+
+    @property
+    def path(self) -> str:
+        gap = "&gap=600" if self.doing == "hold" else ""
+        return "/v1/chat/completions" + (f"?chunks={self.chunks}{gap}" if self.chunks else "")
+
+    @property
+    def body(self) -> bytes:
+        return _body(self.prompt, bool(self.chunks))
+
+
+@lru_cache(maxsize=8)
+def _body(prompt: int, stream: bool) -> bytes:
+    asked: dict[str, Any] = {"model": MODEL, "messages": [{"role": "user", "content": "word " * (prompt // 5)}]}
+    asked["max_tokens"] = 16
+    if stream:
+        # As clients do that want to know; else a user's tpm limit has the gateway ask, and read the whole answer.
+        asked |= {"stream": True, "stream_options": {"include_usage": True}}
+    return json.dumps(asked).encode()
+
+
+class Row(NamedTuple):
+    way: Way
+    work: Work
+
+    @property
+    def name(self) -> str:
+        return f"{self.work.name}: {self.way.name}"
+
+
+class Stage(NamedTuple):
+    """``rounds`` 0: as many as were asked for."""
+
+    name: str
+    rows: Sequence[Row]
+    rounds: int = 0
+
+
+ALONE = Way("alone")
+GRPC, GRPC3, GRPC2, H2, H2_3, H2_2 = (Way("bare", kind, n) for kind, n in product(("grpc", "h2"), (4, 3, 2)))
+ON_H2, LOG_ON_H2, ON_GRPC, LOG_ON_GRPC = (
+    Way("gateway", kind, source=source) for kind, source in product(("h2", "grpc"), ("body", "access_log"))
+)
+GATEWAYS = [way._replace(limits=limits) for way in (ON_H2, LOG_ON_H2, ON_GRPC, LOG_ON_GRPC) for limits in (True, False)]
+WAYS = [ALONE, GRPC, GRPC3, GRPC2, H2, H2_3, H2_2, *GATEWAYS]
+TWO_WORKERS = ON_H2._replace(workers=2)
+
+SMALL = Work("1 KB, 16 connections", KB, connections=16)
+SINGLE = Work("1 KB, 1 connection", KB)
+MIDDLE = Work("100 KB", 100 * KB, connections=16)
+LARGE = Work("20 MB", 20 * MIB, doing="long")
+STREAM_10, STREAM_100, STREAM_1000 = (
+    Work(f"stream of {n:,} chunks", KB, n, connections, "long") for n, connections in ((10, 8), (100, 4), (1000, 1))
+)
+#: 20 MB come last: memory is not to be had back from them, which the others would show.
+WORKS = (SMALL, SINGLE, STREAM_10, STREAM_100, STREAM_1000, MIDDLE, LARGE)
+
+PODS = {n: ON_H2._replace(pods=n) for n in (10, 100, 1000)}
+STRATEGIES = ("random", "least-request")
+USERS = {n: ON_H2._replace(users=n) for n in (10, 100_000)}
+#: More connections than 10,000 streams need files are beyond the usual limits: Envoy has two for each.
+OPEN = {n: Work(f"{n:,} open streams", KB, 1, n, "hold") for n in (10, 1000, 10_000)}
+REST = Work("at rest", doing="rest")
+RESTING = ON_H2._replace(pods=100, scraped=True)
+#: A gateway of its own, whose memory no other row has used.
+HELD = ON_H2._replace(scraped=True)
+
+STAGES = (
+    Stage("ways", [Row(TWO_WORKERS, SMALL), *(Row(way, work) for work in WORKS for way in WAYS)]),
+    Stage("pods", [Row(way._replace(strategy=name), SMALL) for name in STRATEGIES for way in PODS.values()]),
+    Stage("users", [Row(way, SMALL) for way in USERS.values()]),
+    Stage("open streams", [Row(HELD, work) for work in OPEN.values()], rounds=1),
+    Stage("at rest", [Row(RESTING, REST)], rounds=1),
+)
+
+#: What `make bench-check` measures: the bare responders, the gateway's common requests, and what grows with an answer.
+CHECKED = (
+    *(Row(way, SMALL) for way in (GRPC, GRPC3, ON_H2, LOG_ON_H2, ON_GRPC)),
+    *(Row(way, MIDDLE) for way in (GRPC, ON_H2)),
+    *(Row(way, STREAM_100) for way in (GRPC, GRPC3, ON_H2, LOG_ON_H2)),
+)
