@@ -1,6 +1,6 @@
 """HTTP/2 as a peer of ours writes and reads it, frame by frame, right or wrong.
 
-Written here: ``raw`` and what builds on it, since tests have to be able to write nonsense. Read by hyperframe and hpack,
+Written here: ``raw`` and what builds on it, since tests must be able to write nonsense. Read by hyperframe and hpack,
 which know nothing of our code.
 """
 
@@ -10,7 +10,7 @@ import struct
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-from hpack import Decoder, Encoder
+from hpack import Decoder
 from hyperframe.frame import Frame, GoAwayFrame, RstStreamFrame, WindowUpdateFrame
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
@@ -20,8 +20,8 @@ END_HEADERS = 0x4
 PADDED = 0x8
 WITH_PRIORITY = 0x20
 
-HEADER_TABLE_SIZE, ENABLE_PUSH, MAX_CONCURRENT_STREAMS, INITIAL_WINDOW_SIZE, MAX_FRAME_SIZE, MAX_HEADER_LIST_SIZE = range(
-    1, 7
+HEADER_TABLE_SIZE, ENABLE_PUSH, MAX_CONCURRENT_STREAMS, INITIAL_WINDOW_SIZE, MAX_FRAME_SIZE, MAX_HEADER_LIST_SIZE = (
+    range(1, 7)
 )
 
 #: What makes a request one, and one of gRPC.
@@ -48,22 +48,20 @@ def settings(values: Mapping[int, int] | Iterable[tuple[int, int]] = ()) -> byte
 
 def block(headers: Iterable[tuple[str, str]] = CALL) -> bytes:
     """A block that leaves the table as it is."""
-    return b"".join(
-        b"\x10" + bytes([len(name)]) + name + _length(len(value)) + value
-        for name, value in ((name.encode(), value.encode()) for name, value in headers)
-    )
+    return b"".join(b"\x10" + string(name.encode()) + string(value.encode()) for name, value in headers)
 
 
-def _length(size: int) -> bytes:
-    """A string's length (RFC 7541, section 5.1, with a prefix of 7 bits)."""
+def string(value: bytes) -> bytes:
+    """RFC 7541, section 5.2."""
+    size = len(value)
     if size < 127:
-        return bytes([size])
+        return bytes([size]) + value
     size -= 127
     made = bytearray([127])
     while size >= 128:
         made.append(size & 127 | 128)
         size >>= 7
-    return bytes([*made, size])
+    return bytes([*made, size]) + value
 
 
 def headers(stream: int, pairs: Iterable[tuple[str, str]] = CALL, *, end: bool = False) -> bytes:
@@ -103,16 +101,17 @@ class Reader:
         self._decoder = Decoder()
 
     def read(self, sent: bytes) -> list[Frame]:
-        rest = self._rest + sent
-        found = []
-        while len(rest) >= 9:
-            made, length = Frame.parse_frame_header(memoryview(rest[:9]))
-            if len(rest) - 9 < length:
+        view = memoryview(self._rest + sent)
+        found, position = [], 0
+        while len(view) - position >= 9:
+            made, length = Frame.parse_frame_header(view[position : position + 9])
+            if len(view) - position - 9 < length:
                 break
-            made.parse_body(memoryview(rest[9 : 9 + length]))
-            rest = rest[9 + length :]
+            position += 9
+            made.parse_body(view[position : position + length])
+            position += length
             found.append(made)
-        self._rest = rest
+        self._rest = bytes(view[position:])
         return found
 
     def headers(self, found: Frame) -> dict[str, str]:
@@ -145,8 +144,3 @@ def seen(found: Iterable[Frame]) -> list[Seen]:
             about = (bytes(one.opaque_data), "ACK" in one.flags)  # type: ignore[attr-defined]
         short.append(Seen(kind, one.stream_id, about))
     return short
-
-
-def encoder() -> Encoder:
-    """An encoder of somebody else's, with a table that changes."""
-    return Encoder()

@@ -372,8 +372,9 @@ def test_a_pod_carries_what_all_workers_gave_it_and_is_ready_if_it_is_for_all() 
 
 
 def test_a_model_has_as_many_ready_pods_as_every_worker_knows() -> None:
-    found = merge_models([[{"id": "m", "pods": 2, "ready_pods": 2}], [{"id": "m", "pods": 1, "ready_pods": 0}], []])
-    assert found == [{"id": "m", "pods": 2, "ready_pods": 0}]
+    two, one = {"id": "m", "pods": 2, "ready_pods": 2}, {"id": "m", "pods": 1, "ready_pods": 1}
+    assert merge_models([[two], [one]]) == [{"id": "m", "pods": 2, "ready_pods": 1}]
+    assert merge_models([[two], []]) == [{"id": "m", "pods": 2, "ready_pods": 0}]
 
 
 def readiness(ready: bool, store: bool = True, connected: tuple[str, ...] = ()) -> dict[str, Any]:

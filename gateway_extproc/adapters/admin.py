@@ -51,7 +51,7 @@ STOP_WAIT: Final = 1.0
 
 _JSON: Final = "application/json"
 #: On every answer. A name of our own keeps aiohttp from sending its and Python's versions.
-_HEADERS: Final[Mapping[str, str]] = {
+HEADERS: Final[Mapping[str, str]] = {
     "server": "gateway",
     "cache-control": "no-store",
     "x-content-type-options": "nosniff",
@@ -130,12 +130,12 @@ def models_shown(fleet: Fleet, policy: Policy) -> list[dict[str, Any]]:
 
 
 def _json(value: object, status: int = 200) -> web.Response:
-    return web.Response(body=msgspec.json.encode(value), status=status, content_type=_JSON, headers=_HEADERS)
+    return web.Response(body=msgspec.json.encode(value), status=status, content_type=_JSON, headers=HEADERS)
 
 
 def _refused(refusal: Refusal, headers: Mapping[str, str] | None = None) -> web.Response:
     return web.Response(
-        body=refusal.body(), status=refusal.status, content_type=_JSON, headers={**_HEADERS, **(headers or {})}
+        body=refusal.body(), status=refusal.status, content_type=_JSON, headers={**HEADERS, **(headers or {})}
     )
 
 
@@ -158,7 +158,7 @@ def _other_origin(why: str) -> Refusal:
 
 
 @web.middleware
-async def _errors(request: web.Request, handler: _Handler) -> web.StreamResponse:
+async def errors(request: web.Request, handler: _Handler) -> web.StreamResponse:
     """Whatever goes wrong is answered in the one form."""
     try:
         return await handler(request)
@@ -256,7 +256,7 @@ class _Views:
 
     async def page(self, _: web.Request) -> web.Response:
         headers = {
-            **_HEADERS,
+            **HEADERS,
             "content-security-policy": self._policy,
             "referrer-policy": "no-referrer",
             "x-frame-options": "DENY",
@@ -272,7 +272,7 @@ class _Views:
 
     async def metrics(self, _: web.Request) -> web.Response:
         page, content_type = self._state.metrics()
-        return web.Response(body=page, headers={**_HEADERS, "content-type": content_type})
+        return web.Response(body=page, headers={**HEADERS, "content-type": content_type})
 
     async def pods(self, _: web.Request) -> web.Response:
         return _json(pods_shown(self._state.fleet(), self._state.clock()))
@@ -313,7 +313,7 @@ def create_app(state: AdminState) -> web.Application:
     admin = web.Application(middlewares=[views.guard])
     for name in ("config", "models", "overview", "pods"):
         admin.router.add_get(f"/{name}", getattr(views, name))
-    app = web.Application(middlewares=[_errors], client_max_size=BODY)
+    app = web.Application(middlewares=[errors], client_max_size=BODY)
     app.router.add_get("/", views.page)
     for name in ("healthz", "readyz", "metrics"):
         app.router.add_get(f"/{name}", getattr(views, name))

@@ -204,7 +204,7 @@ async def serve(address: str, services: Services, max_body_bytes: int, tls: TLSF
     except RuntimeError as error:
         raise PortInUse(f"{address}: {error}") from error
     await server.start()
-    return Server(server, port)
+    return Server(server, 0 if address.startswith("unix:") else port)
 
 
 def _try(address: str) -> None:

@@ -68,10 +68,12 @@ class Listen(Part, frozen=True, kw_only=True):
     """Where the gateway itself listens."""
 
     grpc: Annotated[
-        str, about(
+        str,
+        about(
             "What Envoy connects to. Port 0 takes any free port. With `--workers N` it is the first one's: the others "
             "have the ports after it, or the socket's path with `-1`, `-2`, ….",
-            address(any_port=True, socket=True))
+            address(any_port=True, socket=True),
+        ),
     ] = "127.0.0.1:9002"
     http: Annotated[
         str,
@@ -133,7 +135,8 @@ class Envoy(Part, frozen=True, kw_only=True):
     message_timeout: Annotated[
         float | None,
         about(
-            "How long Envoy waits for the gateway's word on a request: longer than `store.timeout` and 1 s. "
+            "How long Envoy waits for the gateway's word on a request, before it asks once more: longer than "
+            "`store.timeout` and 1 s. "
             "Absent: computed.",
             duration(1.0, 600),
         ),

@@ -84,7 +84,10 @@ class Lease:
 def choose(strategy: str, candidates: Sequence[Pod], choices: int, tokens: int, now: float, rng: Random) -> Lease:
     """Pick from ``candidates`` (at least one): the strategy's best pod, and up to ``choices - 1`` that can stand in
     for it. ``tokens`` is what the request is expected to process."""
-    wanted = len(candidates) if any(not p.stands_in_for(candidates[0]) for p in candidates) else choices
-    order = STRATEGIES[strategy](candidates, wanted, now, rng)
-    first = order[0]
-    return Lease([pod for pod in order if pod.stands_in_for(first)][:choices], tokens, now)
+    order = STRATEGIES[strategy]
+    best = order(candidates, choices, now, rng)
+    first = best[0]
+    if not all(pod.stands_in_for(first) for pod in best):
+        alike = [pod for pod in candidates if pod is not first and pod.stands_in_for(first)]
+        best = [first, *order(alike, choices - 1, now, rng)]
+    return Lease(best, tokens, now)

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from time import perf_counter
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 import structlog
 
@@ -186,18 +186,14 @@ class _Stream:
         self._leave_place()
         self._waiting = None
         self._service.ended(self)
-        for action in self._session.feed(Closed(self._how or how)):
-            if type(action) is Settle:
-                self._settle(action)
-            elif type(action) is Await:
-                self._service.sink.awaited()
+        self._carry_out(self._session.feed(Closed(self._how or how)))
 
     # --- what the service tells ---------------------------------------------------------------------------------------
 
     def drain(self) -> None:
         """Leave, unless something is still to be said; then what says it looks again."""
         if not (self._held or self._session.deciding):
-            self._act(self._session.feed(Drain()))
+            self._carry_out(self._session.feed(Drain()))
 
     def resume(self) -> None:
         """Go on: take up the messages that waited."""
@@ -241,39 +237,34 @@ class _Stream:
         self._act(actions)
 
     def _act(self, actions: list[Action]) -> None:
-        """Carry out what the session wants, in order."""
-        service = self._service
+        """Carry out what the session wants, and leave where we are to."""
+        self._carry_out(actions)
+        if self._service.draining and self in self._service.all and not self._session.deciding:
+            # Nothing comes of it where the session has left already, or holds bytes back that the client must get.
+            self._carry_out(self._session.feed(Drain()))
+
+    def _carry_out(self, actions: list[Action]) -> None:
         for action in actions:
-            kind = type(action)
-            if kind is Ask:
-                self._ask(action)  # type: ignore[arg-type]  # type() is cheaper than isinstance and says the same
-                return
-            if kind is Settle:
-                self._settle(action)  # type: ignore[arg-type]
-            elif kind is Await:
-                service.sink.awaited()
-            elif kind is Suspect:
-                service.sink.suspect(action.addresses, action.why)  # type: ignore[union-attr]
-            elif kind is Leave:
-                self._call.end()
-                return
+            do = _ACTIONS.get(type(action))
+            if do is not None:
+                do(self, action)
             else:
                 for reply in self._codec.encode(action):
                     self._call.send(reply)
-        if service.draining and not self._session.deciding:
-            # Nothing comes of it where the session has left already, or holds bytes back that the client must get.
-            for action in self._session.feed(Drain()):
-                if type(action) is Settle:
-                    self._settle(action)
-                elif type(action) is Await:
-                    service.sink.awaited()
-                elif type(action) is Leave:
-                    self._call.end()
 
     def _settle(self, action: Settle) -> None:
         if action.settlement is not None:
             self._service.store.settle(action.settlement)
         self._service.sink.settled(action.outcome, action.settlement)
+
+    def _await(self, _: Await) -> None:
+        self._service.sink.awaited()
+
+    def _suspect(self, action: Suspect) -> None:
+        self._service.sink.suspect(action.addresses, action.why)
+
+    def _leave(self, _: Leave) -> None:
+        self._call.end()
 
     # --- what streams wait for ----------------------------------------------------------------------------------------
 
@@ -329,3 +320,13 @@ class _Stream:
             for reply in self._codec.encode(Refuse(internal_error(), {})):
                 self._call.send(reply)
         self._call.end()
+
+
+#: What is done with an action. What is not here is a reply.
+_ACTIONS: Final[Mapping[type, Callable[[_Stream, Any], None]]] = {
+    Ask: _Stream._ask,
+    Settle: _Stream._settle,
+    Await: _Stream._await,
+    Suspect: _Stream._suspect,
+    Leave: _Stream._leave,
+}

@@ -11,6 +11,7 @@ import asyncio
 from collections.abc import Callable, Mapping
 from http import HTTPStatus
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final
 
 import aiohttp
@@ -18,22 +19,23 @@ import msgspec
 from aiohttp import web
 from yarl import URL
 
-from ..adapters.admin import BODY
+from ..adapters.admin import BODY, HEADERS, errors
+from ..adapters.metrics import CONTENT_TYPE
 from ..config import Config, masked
 from ..core.refusal import Refusal
 from .merge import Family, Totals, merge_models, merge_overview, merge_pages, merge_pods, merge_readiness, render_page
 
 #: Seconds that a worker gets for an answer; one that hangs must not make the others look so.
 PATIENCE: Final = 2.0
-#: Headers that belong to a connection and not to what travels on it (RFC 9110, section 7.6.1), and lengths, which are
-#: written anew.
-_OF_A_CONNECTION: Final = frozenset(
+#: Headers that are not handed on: those that belong to a connection (RFC 9110, section 7.6.1), and what each side
+#: writes anew.
+_OUR_OWN: Final = frozenset(
     {"connection", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade", "content-length", "date", "server"}
 )
 
 
 class Answer(msgspec.Struct, frozen=True):
-    """What one worker said."""
+    """What one worker said; header names are lower-case."""
 
     status: int
     headers: Mapping[str, str]
@@ -58,7 +60,7 @@ class Front:
 
     def app(self) -> web.Application:
         """Everything that ``listen.http`` answers."""
-        app = web.Application(client_max_size=BODY)
+        app = web.Application(middlewares=[errors], client_max_size=BODY)
         for path, handler in (
             ("/readyz", self._readyz),
             ("/metrics", self._metrics),
@@ -82,14 +84,14 @@ class Front:
         found = merge_readiness([msgspec.json.decode(a.body) for a in answers], self._workers, self._enough)
         if found["ready"]:
             self._enough = 1
-        return web.json_response(body=msgspec.json.encode(found), status=200 if found["ready"] else 503)
+        return _ours(msgspec.json.encode(found), 200 if found["ready"] else 503)
 
     async def _metrics(self, request: web.Request) -> web.Response:
         for process, answer in (await self._all(request)).items():
             if process in self._running():  # It may have ended meanwhile, and then was counted.
                 self._totals.seen(process, answer.body.decode())
         page = merge_pages([self._totals.page(), _own_page(self._workers, len(self._running()), self._restarts())])
-        return web.Response(body=render_page(page).encode(), headers={"content-type": "text/plain; version=0.0.4"})
+        return _ours(render_page(page).encode(), 200, {"content-type": CONTENT_TYPE})
 
     def _joined(self, merge: Callable[[list[Any]], Any]) -> Callable[[web.Request], Any]:
         async def handler(request: web.Request) -> web.Response:
@@ -136,7 +138,7 @@ def _own_page(configured: int, running: int, restarts: int) -> dict[str, Family]
 
 async def _ask(socket: Path, request: web.Request, body: bytes) -> Answer | None:
     """What the worker behind ``socket`` answers; None where it does not."""
-    headers = {name: value for name, value in request.headers.items() if name.lower() not in _OF_A_CONNECTION}
+    headers = {name: value for name, value in request.headers.items() if name.lower() not in _OUR_OWN}
     try:
         # A connection for each question: the next one may meet another process on the same socket.
         async with (
@@ -154,17 +156,21 @@ async def _ask(socket: Path, request: web.Request, body: bytes) -> Answer | None
                 allow_redirects=False,
             ) as answer,
         ):
-            return Answer(answer.status, dict(answer.headers), await answer.read())
+            found = {name.lower(): value for name, value in answer.headers.items()}
+            return Answer(answer.status, found, await answer.read())
     except (aiohttp.ClientError, OSError, TimeoutError):
         return None
 
 
 def _response(answer: Answer | None) -> web.Response:
+    """What a worker said; None: nobody did."""
     if answer is None:
         nobody = Refusal(
             status=503, type="api_error", code="internal_error", message="No worker answers right now.", retry_after=1.0
         )
-        headers = {"content-type": "application/json", "server": "gateway", **nobody.headers()}
-        return web.Response(body=nobody.body(), status=nobody.status, headers=headers)
-    headers = {name: value for name, value in answer.headers.items() if name.lower() not in _OF_A_CONNECTION}
-    return web.Response(body=answer.body, status=answer.status, headers={"server": "gateway", **headers})
+        return _ours(nobody.body(), nobody.status, nobody.headers())
+    return _ours(answer.body, answer.status, {k: v for k, v in answer.headers.items() if k not in _OUR_OWN})
+
+
+def _ours(body: bytes, status: int, headers: Mapping[str, str] = MappingProxyType({})) -> web.Response:
+    return web.Response(body=body, status=status, headers={"content-type": "application/json", **HEADERS, **headers})

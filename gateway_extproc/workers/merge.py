@@ -123,8 +123,13 @@ def merge_pods(answers: Iterable[Any]) -> Any:
 
 
 def merge_models(answers: Iterable[Any]) -> Any:
-    """A model has as many ready pods as the worker knows that knows fewest."""
-    return sorted(_joined(answers, "id", _join_model), key=lambda model: str(model["id"]))
+    """A model has as many ready pods as the worker knows that knows fewest: none, where one does not know it yet."""
+    lists = list(answers)
+    found = _joined(lists, "id", _join_model)
+    for model in found:
+        if not all(any(each["id"] == model["id"] for each in known) for known in lists):
+            model["ready_pods"] = 0
+    return sorted(found, key=lambda model: str(model["id"]))
 
 
 def merge_readiness(answers: Sequence[Any], workers: int, enough: int) -> dict[str, Any]:

@@ -38,9 +38,9 @@ log = structlog.get_logger(__name__)
 #: Seconds until a worker that died is replaced, at first and at most: doubled with each death, and spread by half so
 #: that workers which die of one cause do not all start at once.
 SOON: Final = 0.1
-LATE: Final = 10.0
+LATE: Final = 5.0
 #: Seconds after which a worker has proven itself: the next death is again the first.
-PROVEN: Final = 30.0
+PROVEN: Final = 10.0
 #: Seconds that workers get to stop: longer than each takes at most (app.py: streams, settlements, the admin side).
 GRACE: Final = 8.0
 #: Exit codes of a first start that need no second try: the user's mistake, and what is not to be had.

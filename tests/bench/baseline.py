@@ -1,7 +1,7 @@
 """What the figures were: ratios of earlier runs, and which of a run's have got worse by more than noise.
 
-A ratio is a row's CPU of the server, or of Envoy, to the grpc.aio responder's for 1 KB in the same run, so that
-machines compare. The file keeps the ratios of the last RUNS runs: what they were (the median), and how far they
+A ratio is a gateway's CPU of the server, or of Envoy, to that of the grpc.aio responder which did the same in the same
+run, so that machines compare. The file keeps the ratios of the last RUNS runs: what they were (the median), and how far they
 strayed.
 """
 
@@ -15,7 +15,7 @@ from typing import NamedTuple
 import msgspec
 
 from tests.bench.figures import Results
-from tests.bench.rows import GRPC, SMALL, Row
+from tests.bench.rows import Row
 
 FILE = Path(__file__).with_name("baseline.json")
 #: Runs that are remembered.
@@ -46,13 +46,13 @@ class Change(NamedTuple):
 
 
 def ratios(found: Results, rows: Iterable[Row]) -> dict[str, float]:
-    """What a run's rows come to."""
-    base = found[Row(GRPC, SMALL).name]
+    """What the gateways among a run's rows come to."""
     ours = {}
     for row in rows:
-        if (figures := found.get(row.name)) is not None:
-            ours[f"{row.name}: server"] = figures.server / base.server
-            ours[f"{row.name}: Envoy"] = figures.envoy / base.envoy
+        if row.way.kind == "gateway":
+            figures, bare = found[row.name], found[Row(row.way.bare, row.work).name]
+            ours[f"{row.name}: server"] = figures.server / bare.server
+            ours[f"{row.name}: Envoy"] = figures.envoy / bare.envoy
     return ours
 
 

@@ -23,7 +23,7 @@ REST = 5.0
 
 class Figures(msgspec.Struct, frozen=True):
     """µs of CPU per request of the server, of Envoy and of Valkey (at rest: per second; of streams held open: for
-    opening one); times in milliseconds; the server's resident memory in bytes, before and after."""
+    opening one); times in milliseconds; the server's resident memory afterwards in bytes."""
 
     server: float
     envoy: float
@@ -31,7 +31,6 @@ class Figures(msgspec.Struct, frozen=True):
     p50: float
     p99: float
     rate: float
-    before: int
     memory: int
     requests: int
     errors: int
@@ -48,6 +47,8 @@ def _done(running: Running, row: Row, seconds: float) -> Iterator[Load]:
     if work.doing == "rest":
         time.sleep(max(seconds, REST))
         yield Load(round(max(seconds, REST)), 0, 0.0, 0.0, max(seconds, REST))
+    elif work.doing == "paced":
+        yield load.run_paced(request, seconds)
     elif work.doing == "hold":
         with load.held(request, work.connections) as found:
             yield found
@@ -61,25 +62,24 @@ def _done(running: Running, row: Row, seconds: float) -> Iterator[Load]:
 def measured(running: Running, row: Row, seconds: float) -> Figures:
     """One round."""
     processes = running.server, running.envoy, running.store
-    kept = measure.memory(running.server)
     before = [measure.cpu(pids) for pids in processes]
     with _done(running, row, seconds) as found:
         used = [measure.cpu(pids) - was for pids, was in zip(processes, before, strict=True)]
         memory = measure.memory(running.server)
     server, envoy, store = (spent * 1e6 / max(1, found.requests) for spent in used)
     rate = found.requests / found.seconds
-    return Figures(server, envoy, store, found.p50, found.p99, rate, kept, memory, found.requests, found.errors)
+    return Figures(server, envoy, store, found.p50, found.p99, rate, memory, found.requests, found.errors)
 
 
 def middle(rounds: Sequence[Figures]) -> Figures:
-    """The median of each figure; memory from the first to the last."""
+    """The median of each figure; memory after the last."""
 
     def of(name: str) -> float:
         return median(float(getattr(each, name)) for each in rounds)
 
     requests, errors = sum(each.requests for each in rounds), sum(each.errors for each in rounds)
     server, envoy, store, p50, p99, rate = map(of, ("server", "envoy", "store", "p50", "p99", "rate"))
-    return Figures(server, envoy, store, p50, p99, rate, rounds[0].before, rounds[-1].memory, requests, errors)
+    return Figures(server, envoy, store, p50, p99, rate, rounds[-1].memory, requests, errors)
 
 
 def stage_of(stage: Stage, rounds: int, seconds: float) -> Results:
@@ -91,7 +91,7 @@ def stage_of(stage: Stage, rounds: int, seconds: float) -> Results:
         for work in dict.fromkeys(row.work for row in stage.rows):
             rows = [row for row in stage.rows if row.work == work]
             taken: dict[str, list[Figures]] = {row.name: [] for row in rows}
-            for row in rows if work.doing in ("short", "long") else ():
+            for row in rows if work.doing in ("short", "long", "paced") else ():
                 measured(ways.run(row.way), Row(row.way, row.work._replace(doing="long")), WARM)
             for _ in range(stage.rounds or rounds):
                 for row in rows:

@@ -36,7 +36,7 @@ def all_rows(found: Results, rows: Iterable[Row]) -> str:
 
 
 def _line(row: Row, figures: Figures, alone: Figures | None, bare: Figures | None, work: str) -> Sequence[str]:
-    timed = row.work.doing in ("short", "long")
+    closed, timed = row.work.doing in ("short", "long"), row.work.doing not in ("hold", "rest")
 
     def added(name: str) -> str:
         if not timed:
@@ -55,7 +55,7 @@ def _line(row: Row, figures: Figures, alone: Figures | None, bare: Figures | Non
         f"{figures.store:.0f}",
         added("p50"),
         added("p99"),
-        f"{figures.rate:.0f}" if timed else "",
+        f"{figures.rate:.0f}" if closed else "",
         f"{figures.memory / (1 << 20):.0f}" if figures.memory else "",
         str(figures.errors),
     )
@@ -65,13 +65,13 @@ def goals(verdicts: Iterable[Verdict]) -> str:
     lines: list[Sequence[str]] = [("goal", "bound", "figure", "")]
     for goal, figure, met, why in verdicts:
         bound = f"{'≥' if goal.least else '≤'} {goal.bound:.3g} {goal.unit}".rstrip()
-        shown = "" if figure is None else f"{figure:.3g} {goal.unit}".rstrip()
+        shown = "" if figure is None else f"{figure:.4g} {goal.unit}".rstrip()
         lines.append((goal.text, bound, shown, why if met is None else "met" if met else "MISSED"))
     return table(lines)
 
 
 def changes(found: Iterable[Change]) -> str:
-    lines: list[Sequence[str]] = [("CPU, to a bare grpc.aio responder's for 1 KB", "was", "at most", "now", "")]
+    lines: list[Sequence[str]] = [("CPU, to that of a bare grpc.aio responder", "was", "at most", "now", "")]
     for change in found:
         said = "WORSE" if change.worse else ""
         lines.append((change.name, f"{change.was:.3f}", f"{change.most:.3f}", f"{change.now:.3f}", said))

@@ -16,6 +16,10 @@ from tests.bench.backend import MODEL
 
 KB = 1000
 MIB = 1 << 20
+#: Seconds between the chunks of an answer: long enough for each to travel alone, as tokens do.
+GAP = 0.001
+#: The same where a stream is to stay open.
+HOLD = 600
 
 
 class Way(NamedTuple):
@@ -60,18 +64,19 @@ class Way(NamedTuple):
 
 class Work(NamedTuple):
     """What is done with a way. ``prompt`` in bytes; ``chunks`` of the streamed answer, 0: JSON; ``connections`` at
-    once, or streams held open. ``doing``: short requests, long ones (none is cut off), streams held open, nothing."""
+    once, or streams held open. ``doing``: short requests, long ones (none is cut off), streams that begin at a fixed
+    rate, streams held open, nothing."""
 
     name: str
     prompt: int = 0
     chunks: int = 0
     connections: int = 1
-    doing: Literal["short", "long", "hold", "rest"] = "short"
+    doing: Literal["short", "long", "paced", "hold", "rest"] = "short"
 
     @property
     def path(self) -> str:
-        gap = "&gap=600" if self.doing == "hold" else ""
-        return "/v1/chat/completions" + (f"?chunks={self.chunks}{gap}" if self.chunks else "")
+        gap = HOLD if self.doing == "hold" else GAP
+        return "/v1/chat/completions" + (f"?chunks={self.chunks}&gap={gap}" if self.chunks else "")
 
     @property
     def body(self) -> bytes:
@@ -118,31 +123,40 @@ SMALL = Work("1 KB, 16 connections", KB, connections=16)
 SINGLE = Work("1 KB, 1 connection", KB)
 MIDDLE = Work("100 KB", 100 * KB, connections=16)
 LARGE = Work("20 MB", 20 * MIB, doing="long")
-STREAM_10, STREAM_100, STREAM_1000 = (
-    Work(f"stream of {n:,} chunks", KB, n, connections, "long") for n, connections in ((10, 8), (100, 4), (1000, 1))
+STREAMS = STREAM_10, STREAM_100, STREAM_1000 = tuple(
+    Work(f"stream of {n:,} chunks", KB, n, doing="paced") for n in (10, 100, 1000)
 )
-#: 20 MB come last: memory is not to be had back from them, which the others would show.
-WORKS = (SMALL, SINGLE, STREAM_10, STREAM_100, STREAM_1000, MIDDLE, LARGE)
+#: Limits are asked once for an answer, whatever its length, so streams are measured with them only.
+STREAMING = [way for way in WAYS if way.limits and way.messages != 2]
 
 PODS = {n: ON_H2._replace(pods=n) for n in (10, 100, 1000)}
 STRATEGIES = ("random", "least-request")
 USERS = {n: ON_H2._replace(users=n) for n in (10, 100_000)}
-#: More connections than 10,000 streams need files are beyond the usual limits: Envoy has two for each.
-OPEN = {n: Work(f"{n:,} open streams", KB, 1, n, "hold") for n in (10, 1000, 10_000)}
-REST = Work("at rest", doing="rest")
+OPEN = {n: Work(f"{n:,} open streams, each", 100, 1, n, "hold") for n in (10, 1000, 10_000)}
+REST = Work("at rest, per second", doing="rest")
 RESTING = ON_H2._replace(pods=100, scraped=True)
 #: A gateway of its own, whose memory no other row has used.
 HELD = ON_H2._replace(scraped=True)
 
 STAGES = (
-    Stage("ways", [Row(TWO_WORKERS, SMALL), *(Row(way, work) for work in WORKS for way in WAYS)]),
+    Stage(
+        "ways",
+        [
+            *(Row(way, SMALL) for way in (*WAYS, TWO_WORKERS)),
+            *(Row(way, SINGLE) for way in WAYS),
+            *(Row(way, work) for work in STREAMS for way in STREAMING),
+            # 20 MB come last: memory is not to be had back from them, which the others would show.
+            *(Row(way, work) for work in (MIDDLE, LARGE) for way in WAYS),
+        ],
+    ),
     Stage("pods", [Row(way._replace(strategy=name), SMALL) for name in STRATEGIES for way in PODS.values()]),
     Stage("users", [Row(way, SMALL) for way in USERS.values()]),
     Stage("open streams", [Row(HELD, work) for work in OPEN.values()], rounds=1),
     Stage("at rest", [Row(RESTING, REST)], rounds=1),
 )
 
-#: What `make bench-check` measures: the bare responders, the gateway's common requests, and what grows with an answer.
+#: What `make bench-check` measures: the gateway's common requests and what grows with an answer, each with the
+#: responder that it is compared with.
 CHECKED = (
     *(Row(way, SMALL) for way in (GRPC, GRPC3, ON_H2, LOG_ON_H2, ON_GRPC)),
     *(Row(way, MIDDLE) for way in (GRPC, ON_H2)),

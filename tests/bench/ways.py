@@ -5,9 +5,11 @@ Owns their processes, which end with the context. Leaves out which there are (ro
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import json
 import os
+import socket
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -31,6 +33,8 @@ from tests.system import Process, System, free_port, request, until
 #: Far more than any load reaches.
 LIMITS = {"rpm": 10**9, "tpm": 10**12}
 LARGEST = 32 << 20
+#: Where rows of ports are looked for (ip_local_port_range begins at 32,768).
+ROWS_OF_PORTS = 20_000, 30_000
 
 
 class Running(NamedTuple):
@@ -64,6 +68,7 @@ class Ways:
         self._directory = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-")))
         self._running: dict[Way, Running] = {}
         self._port = free_port()
+        self._stack.callback(measure.place, [os.getpid()], set(measure.CORES))
         measure.place([os.getpid()], measure.OTHERS)  # children begin where their parent is
         self._process("backend", "-m", "tests.bench.backend", str(self._port))
         until(lambda: _answers(self._port), "the backend")
@@ -123,7 +128,7 @@ class Ways:
         addresses = [f"{ipaddress.IPv4Address(first + n)}:{self._port}" for n in range(way.pods)]
         names = ["bench"] if way.users == 1 else [f"user-{n}" for n in range(way.users)]
         return {
-            "listen": {"transport": way.transport},
+            "listen": {"transport": way.transport, "grpc": f"127.0.0.1:{_ports(way.workers)}"},
             "usage": {"source": way.source},
             "users": [{"name": name, **LIMITS} for name in names],
             "pods": [{"address": a, "name": f"pod-{n}", "models": [MODEL]} for n, a in enumerate(addresses)],
@@ -155,6 +160,17 @@ def fixed(bootstrap: dict[str, Any], backend: str, *, alone: bool) -> dict[str, 
 
 def _data(message: Any) -> dict[str, Any]:
     return MessageToDict(message, preserving_proto_field_name=True)
+
+
+def _ports(count: int) -> int:
+    """The first of so many free ports in a row, as workers need them: below those that the system hands out, which come
+    and go with every connection."""
+    for first in range(*ROWS_OF_PORTS, count):
+        with ExitStack() as stack, contextlib.suppress(OSError):
+            for port in range(first, first + count):
+                stack.enter_context(socket.socket()).bind(("127.0.0.1", port))
+            return first
+    raise RuntimeError("no free ports")
 
 
 def _answers(port: int) -> bool:

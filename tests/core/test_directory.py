@@ -103,3 +103,15 @@ def test_names_that_clients_make_up_are_not_remembered_without_end() -> None:
     assert len(directory._known) <= REMEMBERED
     assert keys(directory, "u0") == ["{user:u0}:*"]
     assert keys(Directory(), "u0") == []
+
+
+@pytest.mark.parametrize(
+    ("user", "default", "expected"),
+    [(None, Limits(rpm=1), False), ("carol", None, False), ("carol", Limits(rpm=1), True), ("alice", None, True)],
+)
+def test_only_a_user_of_a_record_or_of_the_default_may_have_a_limit(
+    user: str | None, default: Limits | None, expected: bool
+) -> None:
+    directory = Directory.of([User(name="alice", per_model={"m": Limits(rpm=1)})], default=default)
+    assert directory.may_limit(user) is expected
+    assert expected or not directory.windows(user, "m")

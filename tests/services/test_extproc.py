@@ -147,6 +147,9 @@ class Recorder:
         if settlement is not None:
             self.settlements.append(settlement)
 
+    def awaited(self) -> None:
+        raise AssertionError("usage is read in bodies here")
+
     def suspect(self, addresses: Sequence[str], why: str) -> None:
         self.suspects.append(tuple(addresses))
 

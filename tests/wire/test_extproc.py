@@ -8,7 +8,9 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
+import msgspec
 import pytest
+from google.protobuf import json_format
 from google.protobuf.message import DecodeError
 from google.protobuf.struct_pb2 import Struct
 from hypothesis import given
@@ -47,6 +49,7 @@ from gateway_extproc.wire._pb.ext_proc_pb2 import (
     ProcessingResponse,
     ProtocolConfiguration,
 )
+from gateway_extproc.wire.access_log import NAMESPACE, NOTE
 
 with warnings.catch_warnings():
     # The witness's generated code uses a form that pydantic has since deprecated.
@@ -250,6 +253,24 @@ def test_a_changed_body_comes_with_its_length(body: bytes) -> None:
     assert response.body_mutation.WhichOneof("mutation") == "body"
     assert response.body_mutation.body == body
     assert told(response.header_mutation)["content-length"] == str(len(body))
+
+
+def test_of_an_answer_that_is_not_to_be_seen_only_the_end_is_asked_for() -> None:
+    seen = encode("request_headers", Continue(answer=False))
+    expected = encode("request_headers", Continue())
+    expected.mode_override.response_header_mode = ProcessingMode.SKIP
+    assert seen == expected
+
+
+@pytest.mark.parametrize("note", ["[1]", "\N{SNOWMAN}" * 5000])
+@pytest.mark.parametrize("body", [None, b"{}"])
+def test_a_note_goes_along_as_metadata_and_changes_nothing_else(note: str, body: bytes | None) -> None:
+    plain = Route({"model": b"m"}, (), body)
+    reply = encode("request_body", msgspec.structs.replace(plain, note=note))
+    assert json_format.MessageToDict(reply.dynamic_metadata) == {NAMESPACE: {NOTE: note}}
+    reply.ClearField("dynamic_metadata")
+    assert reply == encode("request_body", plain)
+    assert not reply.HasField("dynamic_metadata")
 
 
 def test_an_answer_shows_its_body_only_where_it_is_read() -> None:
