@@ -12,17 +12,16 @@ from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 
-import grpc.aio
-
 from gateway_extproc import bootstrap
-from gateway_extproc.adapters import grpc_server
-from gateway_extproc.adapters.xds_server import Endpoints, XdsServer
 from gateway_extproc.bootstrap import Bootstrap
 from gateway_extproc.core.fleet import Fleet, PodSpec
 from gateway_extproc.core.session import ModelPolicy
+from gateway_extproc.services.rpc import Listener
+from gateway_extproc.services.xds import Endpoints, XdsServer
 from gateway_extproc.wire import resources
 from gateway_extproc.wire.resources import Cors, Resources
 from tests.envoy import Envoy, running
+from tests.listening import LISTENERS
 
 #: Seconds within which a state must come.
 DEADLINE = 15.0
@@ -30,18 +29,19 @@ MAX_BODY = 4 * 1024 * 1024
 
 
 class Plane:
-    """``policies``, ``ca_file`` and ``cors`` go into the resources that are built from now on."""
+    """``policies``, ``ca_file`` and ``cors`` go into the resources that are built from now on; nothing is served before
+    ``open``, which ``start`` does where ``ready``."""
 
-    def __init__(self) -> None:
+    def __init__(self, transport: str) -> None:
+        self.transport = transport
         self.fleet = Fleet()
-        self.ready = asyncio.Event()
-        self.ready.set()
+        self.ready = True
         self.policies: Mapping[str, ModelPolicy] = {}
         self.ca_file = ""
         self.cors: Cors | None = None
         self.port = 0
-        self.xds = XdsServer(self.fleet, self._build, self.ready)
-        self._server: grpc.aio.Server | None = None
+        self.xds = XdsServer(self.fleet, self._build)
+        self._server: Listener | None = None
 
     def _build(self, endpoints: Endpoints, routed: frozenset[str]) -> Resources:
         return resources.build(
@@ -54,18 +54,22 @@ class Plane:
         )
 
     async def start(self) -> None:
-        self._server, self.port = await grpc_server.serve(f"127.0.0.1:{self.port}", [self.xds.handlers()], MAX_BODY)
+        if self.ready:
+            self.xds.open()
+        self._server = await LISTENERS[self.transport](f"127.0.0.1:{self.port}", self.xds.services, MAX_BODY)
+        assert self._server is not None
+        self.port = self._server.port
 
     async def stop(self) -> None:
         self.xds.close()
         if self._server is not None:
-            await self._server.stop(0)
+            await self._server.close()
             self._server = None
 
     async def restart(self) -> None:
         """Another process takes over: it knows the same pods, and nothing of any Envoy."""
         await self.stop()
-        self.xds = XdsServer(self.fleet, self._build, self.ready)
+        self.xds = XdsServer(self.fleet, self._build)
         self.xds.publish()
         await self.start()
 
@@ -105,8 +109,9 @@ class Plane:
 
 
 @asynccontextmanager
-async def plane() -> AsyncIterator[Plane]:
-    made = Plane()
+async def plane(transport: str = "h2", *, ready: bool = True) -> AsyncIterator[Plane]:
+    made = Plane(transport)
+    made.ready = ready
     await made.start()
     try:
         yield made

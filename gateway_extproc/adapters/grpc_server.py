@@ -20,6 +20,7 @@ from typing import Any, Final
 import grpc
 import grpc.aio
 import structlog
+from google.protobuf.message import DecodeError
 
 from ..core.address import split_address
 from ..services.rpc import Handler, How, PortInUse, Service, Services, Status, TLSFiles
@@ -124,7 +125,7 @@ async def _serve(service: Service, context: _Context) -> None:
         raise
     except (grpc.aio.UsageError, grpc.aio.AbortError):
         pass  # a reply met a stream that Envoy had already reset
-    except ValueError:
+    except (ValueError, DecodeError):
         call.status, call.why = Status.INVALID_ARGUMENT, "not a message of this method"
         how = "failed"
     except Exception:

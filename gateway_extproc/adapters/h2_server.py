@@ -20,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import structlog
+from google.protobuf.message import DecodeError
 
 from ..core.address import split_address
 from ..services.rpc import Handler, How, PortInUse, Service, Services, Status, TLSFiles
@@ -153,7 +154,7 @@ class _Call:
                     self.end(Status.INTERNAL, "the request ends within a message")
                 else:
                     handler.half_closed()
-        except ValueError:
+        except (ValueError, DecodeError):
             self.end(Status.INVALID_ARGUMENT, "not a message of this method", "failed")
         except Exception:
             log.exception("a service failed")

@@ -7,7 +7,7 @@ once, by itself at the latest. Leaves out what a body costs (services/extproc.py
 from __future__ import annotations
 
 import asyncio
-from collections import deque
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Final
 
@@ -49,6 +49,8 @@ class Place:
             self._timer = None
             if self.granted:
                 self._room._free += self._amount
+            else:
+                self._room._waiting.pop(self, None)
             self._room._next()
 
     def _again(self, seconds: float, then: Callable[[], None]) -> None:
@@ -56,17 +58,14 @@ class Place:
             self._timer.cancel()
         self._timer = asyncio.get_running_loop().call_later(seconds, then)
 
-    @property
-    def _waits(self) -> bool:
-        return self._timer is not None
-
 
 class Room:
     """``size`` bytes."""
 
     def __init__(self, size: int) -> None:
         self._free = self._size = size
-        self._waiting: deque[Place] = deque()
+        self._waiting: OrderedDict[Place, None] = OrderedDict()
+        self._serving = False
 
     def take(self, amount: int, tell: Callable[[bool], None]) -> Place | None:
         """Ask for ``amount`` bytes (at most all there is); None where too many wait already."""
@@ -76,19 +75,22 @@ class Room:
         elif len(self._waiting) >= WAITING_BODIES:
             return None
         else:
-            self._waiting.append(place)
+            self._waiting[place] = None
             place._again(BODY_WAIT, place._give_up)
         return place
 
     def _next(self) -> None:
-        """Serve whoever is first, as far as the room goes; those who gave up are passed over."""
-        while self._waiting:
-            place = self._waiting[0]
-            if place._waits:
+        """Serve whoever is first, as far as the room goes."""
+        if self._serving:  # whoever was told left at once: the loop below goes on
+            return
+        self._serving = True
+        try:
+            while self._waiting:
+                place = next(iter(self._waiting))
                 if place._amount > self._free:
                     return
+                del self._waiting[place]
                 place._grant()
-                self._waiting.popleft()
                 place._tell(True)
-            else:
-                self._waiting.popleft()
+        finally:
+            self._serving = False

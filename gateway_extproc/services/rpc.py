@@ -55,8 +55,8 @@ class Handler(Protocol):
     """What a service is told of a call."""
 
     def message(self, data: bytes) -> None:
-        """One serialized message arrived. A ValueError (what protobuf raises for bytes that are no message is one)
-        ends the call with INVALID_ARGUMENT, any other exception with INTERNAL."""
+        """One serialized message arrived. A ValueError, or protobuf's DecodeError, ends the call with
+        INVALID_ARGUMENT, any other exception with INTERNAL."""
         ...
 
     def oversized(self, size: int) -> None:

@@ -100,14 +100,15 @@ class XdsServer:
             call.end(Status.RESOURCE_EXHAUSTED, "too many Envoys")
         return stream
 
-    def progressed(self, state: xds.DeltaStream) -> None:
+    def progressed(self, stream: _Stream) -> None:
         """What is routable changes by acknowledgements only. Until Envoy has told what it has, it is not held back: a
         restart of ours must not take from it what it can route."""
+        state = stream.state
         for type_url, message in state.refusals:
             self.refused += 1
             log.error("Envoy refused configuration", node=state.node, type=type_url, message=message)
         state.refusals.clear()
-        if state.node and state.known:
+        if state.node and state.known and stream in self._streams:  # sending may have ended it
             self._fleet.acknowledged(state.node, state.routable())
 
     def ended(self, stream: _Stream) -> None:
@@ -138,7 +139,7 @@ class _Stream:
         if self._server.is_open:
             for response in self.state.due():
                 self._call.send(response.SerializeToString())
-            self._server.progressed(self.state)
+            self._server.progressed(self)
 
     def oversized(self, _: int) -> None:
         pass

@@ -308,7 +308,7 @@ class Connection:
         """The events in what came at ``now`` (any clock's seconds). After Ended there are none."""
         if self._over:
             return []
-        events = self._events = []
+        events = self._events
         if now - self._second >= 1.0:
             self._second = now
             self._idle_work = 0
@@ -316,7 +316,9 @@ class Connection:
             self._read(self._rest + data if self._rest else data)
         except _ConnectionError as error:
             self._end(error.code, error.why)
-        self._events = []  # what was told is not kept
+            events.append(Ended(error.code, error.why))
+        if events:
+            self._events = []  # what was told is not kept
         return events
 
     def _read(self, data: bytes) -> None:
@@ -591,6 +593,7 @@ class Connection:
             elif kind == _INITIAL_WINDOW:
                 self._set_initial_window(value)
         self._out.append(_SETTINGS_ACK)
+        self._unblock()  # after it, so that the peer knows why
 
     def _set_initial_window(self, value: int) -> None:
         # The streams' windows are kept as differences to it, so that this costs nothing however many there are.
@@ -606,7 +609,6 @@ class Connection:
             for stream in self._waiting.values():
                 if value + stream.send_credit > 0:
                     self._ready[stream.id] = stream
-            self._unblock()
 
     def _on_push_promise(self, _: int, __: int, ___: bytes) -> None:
         raise _ConnectionError(Code.PROTOCOL_ERROR, "a client does not push")
@@ -783,7 +785,6 @@ class Connection:
         # The number must not grow from one goodbye to the next.
         last = self._last if self._last_served is None else self._last_served
         self._out.append(frame(GOAWAY, 0, 0, _UINT.pack(last) + _UINT.pack(code) + why.encode()))
-        self._events.append(Ended(code, why))
         for stream in self.streams.values():
             stream.local_ended = True
             stream.queue = None

@@ -1,8 +1,8 @@
 """What the figures were: ratios of earlier runs, and which of a run's have got worse by more than noise.
 
 A ratio is a gateway's CPU of the server, or of Envoy, to that of the grpc.aio responder which did the same in the same
-run, so that machines compare. The file keeps the ratios of the last RUNS runs: what they were (the median), and how far they
-strayed.
+run, so that machines compare. The file keeps the ratios of the last RUNS runs: what they were (the median), and how far
+they strayed.
 """
 
 from __future__ import annotations

@@ -13,13 +13,14 @@ import grpc
 import grpc.aio
 import pytest
 
-from gateway_extproc.adapters import xds_server
 from gateway_extproc.core.fleet import TLS
+from gateway_extproc.services import xds as service
 from gateway_extproc.simulator import Settings, start_pod
 from gateway_extproc.wire import resources, xds
 from gateway_extproc.wire._pb.discovery_pb2 import DeltaDiscoveryRequest, DeltaDiscoveryResponse
 from gateway_extproc.wire.resources import CLUSTER, ENDPOINTS, ROUTE_CONFIGURATION, ROUTES
 from tests.envoy import Envoy
+from tests.listening import LISTENERS
 from tests.plane import Plane, plane, pod, until
 
 A, B = "127.0.0.1:7001", "127.0.0.1:7002"
@@ -49,7 +50,7 @@ async def endpoints(envoy: Envoy) -> dict[str, list[str]]:
 async def routes(envoy: Envoy) -> set[str]:
     (entry,) = await envoy.dump("dynamic_route_configs")
     (host,) = entry["route_config"]["virtual_hosts"]
-    return {route["name"].removeprefix("model/") for route in host["routes"]} - {"entry"}
+    return {route["name"].removeprefix("model/") for route in host["routes"]} - {"entry", "given up"}
 
 
 async def ask(envoy: Envoy, model: str, target: str) -> tuple[int, bytes]:
@@ -60,8 +61,9 @@ async def ask(envoy: Envoy, model: str, target: str) -> tuple[int, bytes]:
         return answer.status, await answer.read()
 
 
-async def test_an_envoy_follows_the_fleet() -> None:
-    async with plane() as control, control.envoy() as envoy:
+@pytest.mark.parametrize("transport", LISTENERS)
+async def test_an_envoy_follows_the_fleet(transport: str) -> None:
+    async with plane(transport) as control, control.envoy() as envoy:
         assert await clusters(envoy) == {}
         control.has(pod(A, "a"), pod(B, "a", "b"))
         assert control.offered() == {}  # Known here, and not yet there.
@@ -73,24 +75,27 @@ async def test_an_envoy_follows_the_fleet() -> None:
 
 
 async def test_nothing_is_served_before_the_pods_are_known() -> None:
-    async with plane() as control:
-        control.ready.clear()
+    async with plane(ready=False) as control:
         server = Envoy(control.bootstrap())
         try:
             server.launch()
             await server.until(lambda: server.stat("cluster_manager.cds.update_attempt"), 1)
-            assert control.xds.envoys == ()
+            await until(lambda: control.xds.envoys)
             control.has(pod(A, "a"))
-            control.ready.set()
+            assert await server.stat("cluster_manager.cds.update_success") == 0
+            control.xds.open()
             await server.until(lambda: server.admin("/ready"), "LIVE")
             assert await routes(server) == {"a"}
         finally:
             server.stop()
 
 
-async def test_what_goes_is_first_taken_from_requests_and_later_from_envoy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(xds_server, "REMOVAL_LAG", 0.5)
-    async with plane() as control, control.envoy() as envoy:
+@pytest.mark.parametrize("transport", LISTENERS)
+async def test_what_goes_is_first_taken_from_requests_and_later_from_envoy(
+    monkeypatch: pytest.MonkeyPatch, transport: str
+) -> None:
+    monkeypatch.setattr(service, "REMOVAL_LAG", 0.5)
+    async with plane(transport) as control, control.envoy() as envoy:
         control.has(pod(A, "a"), pod(B, "a", "b"))
         await control.until_offered("ab")
         began = time.monotonic()
@@ -108,7 +113,7 @@ async def clusters_named(envoy: Envoy) -> set[str]:
 
 
 async def test_changes_without_end_do_not_put_off_what_has_to_go(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(xds_server, "REMOVAL_LAG", 0.3)
+    monkeypatch.setattr(service, "REMOVAL_LAG", 0.3)
     async with plane() as control, control.envoy() as envoy:
         control.has(pod(A, "a"), pod(B, "b"))
         await control.until_offered("ab")
@@ -125,7 +130,7 @@ async def test_changes_without_end_do_not_put_off_what_has_to_go(monkeypatch: py
 
 
 async def test_a_pod_that_comes_back_in_time_never_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(xds_server, "REMOVAL_LAG", 0.3)
+    monkeypatch.setattr(service, "REMOVAL_LAG", 0.3)
     async with plane() as control, control.envoy() as envoy:
         control.has(pod(A, "a"), pod(B, "a"))
         await control.until_offered("a")
@@ -139,8 +144,9 @@ async def test_a_pod_that_comes_back_in_time_never_left(monkeypatch: pytest.Monk
         assert await envoy.stat("cluster.model/a.membership_change") == 1
 
 
-async def test_a_gateway_that_starts_again_takes_nothing_away() -> None:
-    async with plane() as control, control.envoy() as envoy:
+@pytest.mark.parametrize("transport", LISTENERS)
+async def test_a_gateway_that_starts_again_takes_nothing_away(transport: str) -> None:
+    async with plane(transport) as control, control.envoy() as envoy:
         control.has(pod(A, "a"), pod(B, "b"))
         await control.until_offered("ab")
         counters = (
@@ -210,7 +216,7 @@ async def test_a_changed_cluster_is_in_use_at_once(monkeypatch: pytest.MonkeyPat
 
 
 async def test_an_answer_outlives_its_pod_and_its_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(xds_server, "REMOVAL_LAG", 0.05)
+    monkeypatch.setattr(service, "REMOVAL_LAG", 0.05)
     async with (
         plane() as control,
         await start_pod(Settings(models=("a",))) as served,
@@ -243,8 +249,9 @@ async def test_each_envoy_is_offered_what_it_has_taken_itself() -> None:
         await until(lambda: control.offered("two") == {"a": [A]})
 
 
-async def test_an_envoy_that_has_gone_is_not_held_back_any_more() -> None:
-    async with plane() as control:
+@pytest.mark.parametrize("transport", LISTENERS)
+async def test_an_envoy_that_has_gone_is_not_held_back_any_more(transport: str) -> None:
+    async with plane(transport) as control:
         async with fake_envoy(control, "two"):
             control.has(pod(A, "a"))
             assert control.offered("two") == {}
@@ -252,17 +259,19 @@ async def test_an_envoy_that_has_gone_is_not_held_back_any_more() -> None:
         assert control.offered("two") == {"a": [A]}
 
 
-async def test_whoever_breaks_the_protocol_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("transport", LISTENERS)
+async def test_whoever_breaks_the_protocol_is_told_so(monkeypatch: pytest.MonkeyPatch, transport: str) -> None:
     monkeypatch.setattr(xds, "SUBSCRIPTIONS", 3)
-    async with plane() as control, channel(control) as call:
+    async with plane(transport) as control, channel(control) as call:
         await call.write(DeltaDiscoveryRequest(type_url=CLUSTER, resource_names_subscribe=["a", "b", "c", "d"]))
         assert await call.code() is grpc.StatusCode.INVALID_ARGUMENT
         assert control.xds.envoys == ()
 
 
-async def test_there_is_a_bound_on_envoys(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(xds_server, "ENVOYS", 1)
-    async with plane() as control, fake_envoy(control, "one"), channel(control) as call:
+@pytest.mark.parametrize("transport", LISTENERS)
+async def test_there_is_a_bound_on_envoys(monkeypatch: pytest.MonkeyPatch, transport: str) -> None:
+    monkeypatch.setattr(service, "ENVOYS", 1)
+    async with plane(transport) as control, fake_envoy(control, "one"), channel(control) as call:
         assert await call.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
