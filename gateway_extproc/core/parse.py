@@ -13,6 +13,7 @@ import codecs
 import enum
 import re
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Final
 from urllib.parse import unquote
 
@@ -37,6 +38,9 @@ MAX_BOUNDARY: Final = 70
 MAX_TOKENS: Final = 2**31
 #: Most choices that a request is taken to ask for (OpenAI's own limit); a larger ``n`` counts as this.
 MAX_CHOICES: Final = 128
+#: Paths whose route is remembered, and their length in characters, with the method: clients use a few short ones.
+KNOWN_PATHS: Final = 1024
+KNOWN_PATH: Final = 128
 #: Bytes validated as UTF-8 at a time: a 32 MiB body as one string could take 128 MiB.
 _UTF8_STEP: Final = 65536
 
@@ -114,6 +118,10 @@ _MODELS: Final = "/v1/models"
 
 def route_of(method: str, path: str) -> Route:
     """Classify a request by its method and path (``:path``, with or without a query). Never raises."""
+    return _route_known(method, path) if len(method) + len(path) <= KNOWN_PATH else _route_of(method, path)
+
+
+def _route_of(method: str, path: str) -> Route:
     path = path.partition("?")[0]
     anthropic = path == "/v1/messages" or path.startswith("/v1/messages/")
     if method == "POST":
@@ -130,6 +138,9 @@ def route_of(method: str, path: str) -> Route:
         if model:
             return Route(Kind.MODEL, model=model)
     return Route(Kind.UNKNOWN, anthropic=anthropic)
+
+
+_route_known: Final = lru_cache(maxsize=KNOWN_PATHS)(_route_of)
 
 
 class Splice(msgspec.Struct, frozen=True):
@@ -290,12 +301,17 @@ def _count(value: msgspec.Raw | None) -> int | None:
 
 
 def _declared_maximum(found: Mapping[str, msgspec.Raw]) -> int | None:
-    declared = [count for name in _DECLARED_MAXIMA if (count := _count(found.get(name))) is not None]
-    return max(declared, default=None)
+    declared = None
+    for name in _DECLARED_MAXIMA:
+        if name in found:
+            count = _count(found[name])
+            if count is not None and (declared is None or count > declared):
+                declared = count
+    return declared
 
 
 def _choices(value: msgspec.Raw | None) -> int:
-    return min(max(1, _count(value) or 1), MAX_CHOICES)
+    return min(max(1, _count(value) or 1), MAX_CHOICES) if value is not None else 1
 
 
 _STRING: Final = msgspec.json.Decoder(str)

@@ -123,6 +123,7 @@ class _State(IntEnum):  # of ints, whose hash costs nothing: the table is asked 
 _SINGLE: Final = frozenset({"user", "authorization", "x-api-key", "routing-strategy", "content-type"})
 #: What request headers begin with that only the gateway sets, beside those that it always sets itself.
 _INTERNAL_PREFIX: Final = "x-gateway-"
+_GATEWAY_KEY: Final = KEY_PREFIX.encode()
 #: Longest x-request-id that logs repeat, in characters.
 _REQUEST_ID: Final = 128
 
@@ -190,11 +191,13 @@ class Session:
     # --- the request -------------------------------------------------------------------------------------------------
 
     def _on_headers(self, event: RequestHeaders) -> list[Action]:
-        repeated = self._take_headers(event.headers)
-        headers = self._headers
+        # Kept by name; few requests have one twice.
+        headers = self._headers = dict(event.headers)
+        repeated = _repeated(event.headers) if len(headers) < len(event.headers) else None
         method = headers.get(":method", b"").decode("latin-1")
         path = headers.get(":path", b"").decode("latin-1")
-        policy = self._world.policy
+        world = self._world
+        policy = world.policy
         target = self._target = route_of(method, path)
         routed = target.kind is Kind.ROUTED
         if target.kind is Kind.UNKNOWN or (routed and (event.end or "upgrade" in headers)):
@@ -207,34 +210,25 @@ class Session:
         self._user = user
         if not routed:
             return self._list_models(target.model)
-        encoding = headers.get("content-encoding", b"").strip().lower()
-        if encoding not in (b"", b"identity"):
-            return self._refuse(refusals.unsupported_encoding(encoding.decode("latin-1")))
+        if "content-encoding" in headers:
+            encoding = headers["content-encoding"].strip().lower()
+            if encoding not in (b"", b"identity"):
+                return self._refuse(refusals.unsupported_encoding(encoding.decode("latin-1")))
         length = headers.get("content-length", b"")
         if length.isdigit():
             self.declared_length = int(length[:20])
             if self.declared_length > policy.max_body_bytes:
                 return self._refuse(refusals.request_too_large(policy.max_body_bytes))
-        strategy = headers.get("routing-strategy", b"").decode("latin-1")
-        if strategy and strategy not in STRATEGIES:
-            return self._refuse(refusals.unknown_strategy(strategy, tuple(STRATEGIES)))
-        self._strategy = strategy
+        if "routing-strategy" in headers:
+            strategy = headers["routing-strategy"].decode("latin-1")
+            if strategy and strategy not in STRATEGIES:
+                return self._refuse(refusals.unknown_strategy(strategy, tuple(STRATEGIES)))
+            self._strategy = strategy
         self._carry = event.carry
         self._state = _State.BODY
-        world = self._world
         if world.logged and target.generates and not policy.expose and not policy.directory.may_limit(user):
             self._shown = False  # nothing is to be added to them
         return [Continue(self._shown)]
-
-    def _take_headers(self, headers: Headers) -> str | None:
-        """Keep the headers by name; the first name that came twice and must not."""
-        kept = self._headers
-        repeated = None
-        for name, value in headers:
-            if name in kept and name in _SINGLE and repeated is None:
-                repeated = name
-            kept[name] = value
-        return repeated
 
     def _on_body(self, event: RequestBody) -> list[Action]:
         self._size += len(event.data)
@@ -255,7 +249,8 @@ class Session:
         return self._on_whole_body(body)
 
     def _on_whole_body(self, body: bytes) -> list[Action]:
-        policy = self._world.policy
+        world = self._world
+        policy = world.policy
         if not body:
             path = self._headers.get(":path", b"").decode("latin-1").partition("?")[0]
             return self._refuse(refusals.unknown_url("POST", path))
@@ -267,7 +262,7 @@ class Session:
         self._request = request
         model = request.model
         directory = policy.directory
-        pods = self._world.fleet.view(self._node).models.get(model)
+        pods = world.fleet.view(self._node).models.get(model)
         if pods is None:
             return self._refuse(refusals.model_not_found(model))
         self._model = model
@@ -276,32 +271,31 @@ class Session:
         self._strategy = self._strategy or policy.model(model).strategy or policy.default_strategy
         if not pods:
             return self._refuse(refusals.no_ready_pods(model))
-        self._windows = directory.windows(self._user, model)
-        tokens = self._estimate(request)
+        windows = self._windows = directory.windows(self._user, model)
+        tightest = None
+        for window in windows:
+            if window.tpm is not None and (tightest is None or window.tpm < tightest):
+                tightest = window.tpm
         self._strip = (
-            request.stream
-            and not request.include_usage
-            and self._target.may_ask_usage
-            and any(window.tpm is not None for window in self._windows)
+            request.stream and not request.include_usage and self._target.may_ask_usage and tightest is not None
         )
         if self._strip or self._carry:  # it is needed again once the question is answered
             self._parts.append(body)
-        self._admission = Admission(self._world.new_id(), self._windows, tokens)
-        if self._windows:
+        admission = self._admission = Admission(world.new_id(), windows, self._estimate(request, tightest))
+        if windows:
             self._state = _State.ASKING
-            return [Ask(self._admission)]
+            return [Ask(admission)]
         return self._route()
 
-    def _estimate(self, request: Request) -> int:
-        """Tokens to reserve. A guess of the output never makes a request larger than the limit it is under: only
-        the prompt, and what ``reserve: max`` declares, can do that."""
+    def _estimate(self, request: Request, tightest: int | None) -> int:
+        """Tokens to reserve. A guess of the output never makes a request larger than the ``tightest`` limit that it is
+        under: only the prompt, and what ``reserve: max`` declares, can do that."""
         estimates, reserve = self._world.estimates, self._world.policy.reserve
         prompt = self._prompt = estimates.prompt(self._model, request.prompt_bytes)
         output = 0
         if self._target.generates:
             output = estimates.output(self._model, request.max_tokens, request.n * request.prompts, reserve)
         self._output = output
-        tightest = min((window.tpm for window in self._windows if window.tpm is not None), default=None)
         if tightest is not None and reserve == "expected":
             output = min(output, max(0, tightest - prompt))
         return prompt + output
@@ -395,13 +389,13 @@ class Session:
     def _header_changes(self, lease: Lease, note: Note) -> tuple[dict[str, bytes], tuple[str, ...]]:
         headers, pod = self._headers, lease.pods[0]
         change = {"model": self._model.encode(), "target-pod": ",".join(note.pods).encode()}
-        remove = ["accept-encoding", *(name for name in headers if name.startswith(_INTERNAL_PREFIX))]
-        gateway_key = KEY_PREFIX.encode()
-        if gateway_key in headers.get("x-api-key", b"") or (pod.api_key is not None and "x-api-key" in headers):
+        remove = [name for name in headers if name[:10] == _INTERNAL_PREFIX]
+        remove.append("accept-encoding")
+        if "x-api-key" in headers and (pod.api_key is not None or _GATEWAY_KEY in headers["x-api-key"]):
             remove.append("x-api-key")
         if pod.api_key is not None:
             change["authorization"] = b"Bearer " + pod.api_key.encode()
-        elif gateway_key in headers.get("authorization", b""):
+        elif _GATEWAY_KEY in headers.get("authorization", b""):
             remove.append("authorization")
         if pod.path_prefix:
             change[":path"] = pod.path_prefix.encode() + headers[":path"]
@@ -415,15 +409,20 @@ class Session:
         self._ended = event.end
         self._state = _State.ANSWERING
         actions = self._follow(event)
-        content_type = headers.get("content-type", b"").partition(b";")[0].strip().lower()
-        # Compressed, though no pod was told that we take that: unreadable, and nothing can be cut out of it.
-        readable = headers.get("content-encoding", b"identity").strip().lower() == b"identity"
-        if not event.end and self._took and readable:
-            if content_type == b"text/event-stream":
-                self._reader = SseUsage(strip=self._strip)
-            elif content_type == b"application/json":
-                self._reader = JsonUsage()
-        return [*actions, Respond(self._answer_headers(), self._reader is not None)]
+        if not event.end and self._took:
+            self._reader = self._reader_of(headers)
+        actions.append(Respond(self._answer_headers(), self._reader is not None))
+        return actions
+
+    def _reader_of(self, headers: Mapping[str, bytes]) -> JsonUsage | SseUsage | None:
+        """What reads the usage out of an answer with these headers."""
+        if "content-encoding" in headers and headers["content-encoding"].strip().lower() != b"identity":
+            # Compressed, though no pod was told that we take that: unreadable, and nothing can be cut out of it.
+            return None
+        kind = headers.get("content-type", b"").partition(b";")[0].strip().lower()
+        if kind == b"text/event-stream":
+            return SseUsage(strip=self._strip)
+        return JsonUsage() if kind == b"application/json" else None
 
     def _on_logged_answer(self, event: ResponseHeaders) -> list[Action]:
         return [*self._follow(event), Respond(self._answer_headers(), body=False)]
@@ -634,6 +633,16 @@ def _relieved(level: Level, tokens: int) -> Level:
     return Level(requests, rest, level.requests_reset if requests else 0.0, level.tokens_reset if rest else 0.0)
 
 
+def _repeated(headers: Headers) -> str | None:
+    """The first name that came twice and must not."""
+    seen: set[str] = set()
+    for name, _ in headers:
+        if name in seen and name in _SINGLE:
+            return name
+        seen.add(name)
+    return None
+
+
 def _status_of(headers: Mapping[str, bytes]) -> int:
     """An answer's status; 0 for what is none."""
     status = headers.get(":status", b"")
@@ -644,24 +653,34 @@ def limit_headers(windows: tuple[Window, ...], levels: tuple[Level, ...]) -> dic
     """The x-ratelimit-* headers: of each kind of limit the window with the least room, in OpenAI's form. ``levels``
     is empty where limits were not applied."""
     found: dict[str, str] = {}
-    pairs = list(zip(windows, levels, strict=False))
-    requests = [(w.rpm - v.requests, w.rpm, v.requests_reset) for w, v in pairs if w.rpm is not None]
-    tokens = [(w.tpm - v.tokens, w.tpm, v.tokens_reset) for w, v in pairs if w.tpm is not None]
-    for kind, rooms in (("requests", requests), ("tokens", tokens)):
-        if rooms:
-            room, limit, reset = min(rooms)
-            found[f"x-ratelimit-limit-{kind}"] = str(limit)
-            found[f"x-ratelimit-remaining-{kind}"] = str(max(0, room))
-            found[f"x-ratelimit-reset-{kind}"] = duration(reset)
+    requests: tuple[int, int, float] | None = None
+    tokens: tuple[int, int, float] | None = None
+    for window, level in zip(windows, levels, strict=False):
+        rpm, tpm = window.rpm, window.tpm
+        if rpm is not None:
+            room = (rpm - level.requests, rpm, level.requests_reset)
+            requests = room if requests is None or room < requests else requests
+        if tpm is not None:
+            room = (tpm - level.tokens, tpm, level.tokens_reset)
+            tokens = room if tokens is None or room < tokens else tokens
+    if requests is not None:
+        left, limit, reset = requests
+        found["x-ratelimit-limit-requests"] = str(limit)
+        found["x-ratelimit-remaining-requests"] = str(left if left > 0 else 0)
+        found["x-ratelimit-reset-requests"] = duration(reset)
+    if tokens is not None:
+        left, limit, reset = tokens
+        found["x-ratelimit-limit-tokens"] = str(limit)
+        found["x-ratelimit-remaining-tokens"] = str(left if left > 0 else 0)
+        found["x-ratelimit-reset-tokens"] = duration(reset)
     return found
 
 
 def duration(seconds: float) -> str:
     """Seconds as OpenAI writes them: ``6.5s``, ``1m3s``; to the millisecond."""
-    milliseconds = max(0, round(seconds * 1000))
-    minutes, rest = divmod(milliseconds, 60_000)
-    text = f"{rest / 1000:.3f}".rstrip("0").rstrip(".")
-    return f"{minutes}m{text}s" if minutes else f"{text}s"
+    whole, part = divmod(max(0, round(seconds * 1000)), 1000)
+    text = f"{whole % 60}.{part:03}".rstrip("0") if part else str(whole % 60)
+    return f"{whole // 60}m{text}s" if whole >= 60 else f"{text}s"
 
 
 #: A handler takes the one event type of its key.

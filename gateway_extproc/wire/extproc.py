@@ -233,8 +233,8 @@ class Codec:
         if body is not None:
             # Envoy refuses a changed body whose length is not the header's.
             options.append(_option("content-length", b"%d" % len(body)))
-        removed = [_field(_REMOVE_HEADERS, name.encode()) for name in action.remove]
-        common = _field(_HEADER_MUTATION, b"".join(options + removed)) + _CLEAR_ROUTE_CACHE
+        options += [_removal(name) for name in action.remove]
+        common = _field(_HEADER_MUTATION, b"".join(options)) + _CLEAR_ROUTE_CACHE
         note = _metadata(action.note) if action.note else b""
         if self._mode != _DUPLEX:
             head = _field(_REQUEST_BODY, _field(_RESPONSE, common)) + note
@@ -336,31 +336,43 @@ def _tag(number: int) -> bytes:
     return bytes((number << 3 | 2,))
 
 
-_SIZES: Final = [bytes((size,)) for size in range(0x80)]
+def _varint(number: int) -> bytes:
+    head = bytearray()
+    while number >= 0x80:
+        head.append(number & 0x7F | 0x80)
+        number >>= 7
+    head.append(number)
+    return bytes(head)
+
+
+#: The lengths that nearly all fields have.
+_SIZES: Final = [_varint(size) for size in range(0x800)]
 
 
 def _field(tag: bytes, data: bytes) -> bytes:
     """A field of bytes, text or a serialized message."""
     size = len(data)
-    if size < 0x80:
-        return tag + _SIZES[size] + data
-    head = bytearray(tag)
-    while size >= 0x80:
-        head.append(size & 0x7F | 0x80)
-        size >>= 7
-    head.append(size)
-    return bytes(head) + data
+    return tag + (_SIZES[size] if size < 0x800 else _varint(size)) + data
 
 
-@lru_cache(maxsize=64)  # the gateway sets some twenty different headers
-def _key(name: str) -> bytes:
-    return _field(_KEY, name.encode())
+@lru_cache(maxsize=1024)  # the gateway sets some twenty different headers, to values of few lengths
+def _before(name: str, size: int) -> bytes:
+    """What stands before a header's value of ``size`` bytes, in a field of HeaderMutation that sets it."""
+    value = bytes(size)
+    header = _field(_HEADER, _field(_KEY, name.encode()) + _field(_RAW_VALUE, value))
+    option = _field(_SET_HEADERS, header + _APPEND_ACTION)
+    return option[: len(option) - size - len(_APPEND_ACTION)]
 
 
 def _option(name: str, value: bytes) -> bytes:
     """A header to be set, as a field of HeaderMutation."""
-    header = _field(_HEADER, _key(name) + _field(_RAW_VALUE, value))
-    return _field(_SET_HEADERS, header + _APPEND_ACTION)
+    return _before(name, len(value)) + value + _APPEND_ACTION
+
+
+@lru_cache(maxsize=64)  # of the gateway's own naming, or one of the client's that begins with x-gateway-
+def _removal(name: str) -> bytes:
+    """A header to be removed, as a field of HeaderMutation."""
+    return _field(_REMOVE_HEADERS, name.encode())
 
 
 def _metadata(note: str) -> bytes:
