@@ -57,7 +57,7 @@ from .parse import Kind, Refused, Request, ask_for_usage, parse_request, route_o
 from .parse import Route as Target
 from .refusal import Refusal
 from .store import Admission, Admitted, Denied, Level, Settlement, Window
-from .usage import JsonUsage, SseUsage
+from .usage import JsonUsage, SseUsage, Usage
 
 
 class ModelPolicy(msgspec.Struct, frozen=True):
@@ -532,12 +532,11 @@ class Session:
     def _on_closed_answering(self, event: Closed | Drain) -> list[Action]:
         reader = self._reader
         whole = self._ended or reader is None  # what is not read cannot be seen to end
-        end = self._end(whole=whole)
-        if reader is not None:
-            left = isinstance(event, Closed) and event.how == "failed" and not whole  # and the answer goes on
-            sent = reader.chunks if isinstance(reader, SseUsage) and not left else None
-            end = msgspec.structs.replace(end, usage=reader.usage(), sent=sent)
-        return self._settle(end)
+        if reader is None:
+            return self._settle(self._end(whole=whole))
+        left = isinstance(event, Closed) and event.how == "failed" and not whole  # and the answer goes on
+        sent = reader.chunks if isinstance(reader, SseUsage) and not left else None
+        return self._settle(self._end(whole=whole, usage=reader.usage(), sent=sent))
 
     def _on_drain(self, event: Drain) -> list[Action]:
         if self.holding:
@@ -570,11 +569,11 @@ class Session:
         self._state = _State.CLOSED
         return []
 
-    def _end(self, *, whole: bool) -> End:
+    def _end(self, *, whole: bool, usage: Usage | None = None, sent: int | None = None) -> End:
         """How a routed request ends here."""
         lease = self._lease
         status = self._status if self._state is not _State.ROUTED else None
-        return End(status, lease.pod.name if lease is not None else "", self._took, whole)
+        return End(status, lease.pod.name if lease is not None else "", self._took, whole, usage, sent)
 
     def _settle(self, end: End) -> list[Action]:
         """A routed request ends, and pays by the rules."""

@@ -8,11 +8,14 @@ as its prefix is there. Leaves out HTTP/2 itself (wire/h2.py).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from struct import Struct
 from typing import Final
 from urllib.parse import quote
 
 from . import h2
 
+_HEAD: Final = Struct(">BI")
+_LENGTH: Final = Struct(">I").unpack_from
 #: Compressed flag (1 byte) and length (4 bytes).
 _PREFIX: Final = 5
 #: Pieces of a message that are smaller, in bytes, are gathered in one buffer: each alone would take 40 bytes more.
@@ -88,7 +91,7 @@ class Assembler:
         while size - position >= _PREFIX:
             if data[position]:
                 raise Malformed("compressed messages are not taken", messages)
-            length = int.from_bytes(data[position + 1 : position + _PREFIX], "big")
+            (length,) = _LENGTH(data, position + 1)
             if length > self._limit:
                 raise TooLarge(length, messages)
             position += _PREFIX
@@ -121,7 +124,7 @@ class Assembler:
 
 def framed(message: bytes) -> bytes:
     """A message with its prefix."""
-    return b"\0" + len(message).to_bytes(4, "big") + message
+    return _HEAD.pack(0, len(message)) + message
 
 
 def trailers(status: int, message: str) -> bytes:
