@@ -90,7 +90,8 @@ class _Call:
             self.started = True
             connection.h2.send_headers(self._stream, grpc_messages.HEADERS)
         if connection.h2.send_data(self._stream, grpc_messages.framed(message)):
-            connection.wake()
+            if not connection.in_turn:
+                connection.wake()
         else:
             connection.server.complain("stream ended: its client does not read")
             self.close("reset")
@@ -188,7 +189,7 @@ class _Connection(asyncio.Protocol):
         self.heard = self.began = server.loop.time()
         self.asked = False
         self._transport: Any = None
-        self._in_turn = False
+        self.in_turn = False
         self._scheduled = False
         self._stalled: asyncio.TimerHandle | None = None
 
@@ -210,7 +211,7 @@ class _Connection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         self.heard = now = self.server.loop.time()
         self.asked = False
-        self._in_turn = True
+        self.in_turn = True
         for event in self.h2.receive(data, now):
             if isinstance(event, h2.Data):
                 call: Any = event.stream.owner
@@ -228,7 +229,7 @@ class _Connection(asyncio.Protocol):
                 self._lose_calls()
                 self.flush()
                 self._transport.close()
-        self._in_turn = False
+        self.in_turn = False
         self.flush()
 
     def eof_received(self) -> bool:
@@ -258,8 +259,8 @@ class _Connection(asyncio.Protocol):
     # --- what is sent ------------------------------------------------------------------------------------------------
 
     def wake(self) -> None:
-        """There is something to send: with the rest of this turn, or else soon."""
-        if not (self._in_turn or self._scheduled):
+        """There is something to send: with the rest of this turn (``in_turn``), or else soon."""
+        if not (self.in_turn or self._scheduled):
             self._scheduled = True
             self.server.loop.call_soon(self.flush)
 

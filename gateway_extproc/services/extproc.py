@@ -239,7 +239,9 @@ class _Stream:
     def _act(self, actions: list[Action]) -> None:
         """Carry out what the session wants, and leave where we are to."""
         self._carry_out(actions)
-        if self._service.draining and self in self._service.all and not self._session.deciding:
+        if not self._service.draining:
+            return
+        if self in self._service.all and not self._session.deciding:
             # Nothing comes of it where the session has left already, or holds bytes back that the client must get.
             self._carry_out(self._session.feed(Drain()))
 

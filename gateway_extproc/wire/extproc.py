@@ -57,6 +57,7 @@ from ._pb.ext_proc_pb2 import (
     BodyResponse,
     CommonResponse,
     HeaderMutation,
+    HttpBody,
     ProcessingRequest,
     ProcessingResponse,
     ProtocolConfiguration,
@@ -71,6 +72,8 @@ NODE_METADATA: Final = "x-gateway-node"
 #: Longest time in seconds that a request waits for room for its body before the gateway answers; the bootstrap's
 #: message time-out is longer.
 BODY_WAIT: Final = 10.0
+#: From how many bytes on a message's body is taken out of it by hand.
+LARGE: Final = 64 * 1024
 #: Most bytes of body in one reply in FULL_DUPLEX_STREAMED, as the Gateway API inference extension has it.
 MAX_PIECE: Final = 62_000
 #: What `response_attributes` of our filter carries: who answered, and in which way (Envoy's attributes reference).
@@ -105,7 +108,19 @@ class Codec:
     """One stream: its messages in, as serialized bytes, and its replies out. ``encode`` answers what ``decode`` saw
     last."""
 
-    __slots__ = ("_awaited", "_data", "_end", "_kind", "_known", "_mode", "_over", "_streams", "_unchanged", "_whole")
+    __slots__ = (
+        "_awaited",
+        "_body",
+        "_data",
+        "_end",
+        "_kind",
+        "_known",
+        "_mode",
+        "_over",
+        "_streams",
+        "_unchanged",
+        "_whole",
+    )
 
     def __init__(self) -> None:
         self._kind = ""
@@ -116,13 +131,19 @@ class Codec:
         self._whole = False  # answers come in one message, whatever it says of their end
         self._unchanged = _UNCHANGED
         self._awaited = False  # the request's body is still to come
+        self._body = b""  # the body of a message that is being decoded, where it is large
         self._data = b""  # the piece of a FULL_DUPLEX_STREAMED answer that is to be sent back
         self._end = False
 
     def decode(self, data: bytes) -> Event | None:
         """The event in a message; None where it calls for none. Raises UnknownMessage, and protobuf's DecodeError for
         what is no message."""
-        message = ProcessingRequest.FromString(data)
+        if len(data) < LARGE:
+            message = ProcessingRequest.FromString(data)
+        else:
+            body, rest = _apart(data)
+            message = ProcessingRequest.FromString(rest)
+            self._body = body if message.HasField("request_body") else b""
         kind = message.WhichOneof("request")
         if kind is None:
             raise UnknownMessage("empty message")
@@ -177,7 +198,7 @@ class Codec:
 
     def _request_body(self, message: ProcessingRequest) -> Event:
         part = message.request_body
-        data = part.body
+        data, self._body = self._body or part.body, b""
         end = part.end_of_stream
         self._awaited = False
         if not end and self._mode != _DUPLEX:
@@ -313,6 +334,33 @@ _ENCODE: Final[Mapping[type, Callable[[Codec, Any], Sequence[bytes]]]] = {
 }
 
 
+def _apart(data: bytes) -> tuple[bytes, bytes]:
+    """A message's request body, and the message without it: protobuf would copy a large one twice. Where it is not
+    what Envoy sends, with the body first, all of it is the message."""
+    if data[0] != _REQUEST_BODY_IN[0]:
+        return b"", data
+    size, at = _read_varint(data, 1)
+    after = at + size
+    if after > len(data) or at >= after or data[at] != _BODY_IN[0]:
+        return b"", data
+    size, begin = _read_varint(data, at + 1)
+    end = begin + size
+    # Of a field that is given again, the last counts.
+    if end > after or _BODY_IN in data[end:after] or _REQUEST_BODY_IN in data[after:]:
+        return b"", data
+    return data[begin:end], _field(_REQUEST_BODY_IN, data[end:after]) + data[after:]
+
+
+def _read_varint(data: bytes, at: int) -> tuple[int, int]:
+    """A length, and where what it is of begins; past the end where it is none."""
+    size = 0
+    for shift, byte in enumerate(data[at : at + 5]):
+        size |= (byte & 0x7F) << 7 * shift
+        if byte < 0x80:
+            return size, at + shift + 1
+    return len(data), len(data)
+
+
 def _headers(headers: HeaderMap) -> Headers:
     # Envoy fills raw_value; value only when told to by a runtime flag.
     return [(header.key, header.raw_value or header.value.encode()) for header in headers.headers]
@@ -409,6 +457,8 @@ def _let_through(kind: str, *, answer: bool = True) -> tuple[bytes]:
     return (reply.SerializeToString(),)
 
 
+_REQUEST_BODY_IN: Final = _tag(ProcessingRequest.REQUEST_BODY_FIELD_NUMBER)
+_BODY_IN: Final = _tag(HttpBody.BODY_FIELD_NUMBER)
 _REQUEST_HEADERS: Final = _tag(ProcessingResponse.REQUEST_HEADERS_FIELD_NUMBER)
 _REQUEST_BODY: Final = _tag(ProcessingResponse.REQUEST_BODY_FIELD_NUMBER)
 _RESPONSE_HEADERS: Final = _tag(ProcessingResponse.RESPONSE_HEADERS_FIELD_NUMBER)

@@ -78,6 +78,9 @@ MIN_GRANT: Final = 256
 #: Ids of ended streams that are remembered, to tell late frames from wrong ones.
 REMEMBERED: Final = 1024
 
+#: Windows are opened again once less than this is left of them.
+_HALF_STREAM: Final = STREAM_WINDOW // 2
+_HALF_CONNECTION: Final = CONNECTION_WINDOW // 2
 _MAX_WINDOW: Final = 2**31 - 1
 _DEFAULT_WINDOW: Final = 65_535
 _DEFAULT_FRAME: Final = 16_384
@@ -348,9 +351,26 @@ class Connection:
             if length > MAX_FRAME:
                 raise _ConnectionError(Code.FRAME_SIZE_ERROR, "a frame larger than agreed")
             if kind == DATA and not flags & PADDED and self._block is None and self._settled:
-                # Taken as it comes: a large body is not gathered here first.
                 position += 9
-                self._begin_data(number, length, bool(flags & END_STREAM))
+                stream = self.streams.get(number)
+                if (
+                    stream is not None
+                    and 0 < length <= size - position
+                    and self._receive_window - length >= _HALF_CONNECTION
+                    and stream.receive_window - length >= _HALF_STREAM
+                    and not (stream.remote_ended or flags & END_STREAM)
+                    and stream.expected is None
+                ):
+                    # Nearly all that comes: a whole frame, well within every window.
+                    self._receive_window -= length
+                    stream.receive_window -= length
+                    stream.brought = True
+                    self._idle_work -= WORTH
+                    self._events.append(Data(stream, data[position : position + length], False))
+                    position += length
+                else:
+                    # Taken as it comes: a large body is not gathered here first.
+                    self._begin_data(number, length, bool(flags & END_STREAM))
                 continue
             if length > MAX_GATHERED:
                 raise _ConnectionError(Code.ENHANCE_YOUR_CALM, "a large frame that is no DATA")
@@ -405,7 +425,7 @@ class Connection:
         if not number:
             raise _ConnectionError(Code.PROTOCOL_ERROR, "DATA on stream 0")
         self._receive_window -= length
-        if self._receive_window < CONNECTION_WINDOW // 2:
+        if self._receive_window < _HALF_CONNECTION:
             if self._receive_window < 0:
                 raise _ConnectionError(Code.FLOW_CONTROL_ERROR, "more data than the connection's window")
             grant = CONNECTION_WINDOW - self._receive_window
@@ -416,7 +436,7 @@ class Connection:
             self._late(number, "DATA")
             return None
         stream.receive_window -= length
-        if stream.receive_window < STREAM_WINDOW // 2:
+        if stream.receive_window < _HALF_STREAM:
             if stream.receive_window < 0:
                 self._reset(number, Code.FLOW_CONTROL_ERROR)
                 return None

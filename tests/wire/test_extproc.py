@@ -651,3 +651,38 @@ def test_the_witness_reads_a_refusal_as_it_was_meant() -> None:
 def test_the_witness_knows_the_method() -> None:
     mapping = ext_proc_v3.ExternalProcessorBase().__mapping__()
     assert f"/{extproc.SERVICE}/{extproc.METHOD}" in mapping
+
+
+# --- large bodies ----------------------------------------------------------------------------------------------------
+
+
+@given(
+    piece=st.binary(min_size=1, max_size=40),
+    size=st.integers(extproc.LARGE - 20, extproc.LARGE + 300),
+    end=st.booleans(),
+    tail=st.sampled_from(["", "attributes", "mode", "body again", "other kind"]),
+)
+def test_a_large_body_is_read_as_protobuf_reads_it(piece: bytes, size: int, end: bool, tail: str) -> None:
+    body = (piece * size)[:size]
+    message = ProcessingRequest()
+    message.request_body.body, message.request_body.end_of_stream = body, end
+    if tail == "attributes":
+        message.attributes["x"].fields["y"].string_value = '"' * 40
+    elif tail == "mode":
+        message.protocol_config.SetInParent()
+    data = message.SerializeToString()
+    if tail == "body again":
+        data += ProcessingRequest(request_body=HttpBody(body=b"last")).SerializeToString()
+    elif tail == "other kind":
+        data += ProcessingRequest(request_trailers=HttpTrailers()).SerializeToString()
+    whole = ProcessingRequest.FromString(data)
+    codec = extproc.Codec()
+    decode(ProcessingRequest(request_headers=HttpHeaders(headers=header_map(*PAIRS))), codec)
+    event = codec.decode(data)
+    if whole.WhichOneof("request") == "request_trailers":
+        assert event == RequestTrailers()
+    else:
+        assert isinstance(event, RequestBody)
+        assert event.data == whole.request_body.body
+    small = ProcessingRequest(request_body=HttpBody(body=b"small", end_of_stream=True))
+    assert decode(small, codec) == RequestBody(b"small", True)
