@@ -21,11 +21,15 @@ def _random(candidates: Sequence[Pod], wanted: int, now: float, rng: Random) -> 
     return rng.sample(candidates, min(wanted, len(candidates)))
 
 
-def _least(cost: Callable[[Pod, float], float]) -> Strategy:
+def _least(costs: Callable[[Sequence[Pod], float], list[float]]) -> Strategy:
     def order(candidates: Sequence[Pod], wanted: int, now: float, rng: Random) -> list[Pod]:
-        ranked = [(cost(pod, now), rng.random(), i) for i, pod in enumerate(candidates)]
-        ranked.sort()
-        return [candidates[i] for _, _, i in ranked[:wanted]]
+        found = costs(candidates, now)
+        least = min(found, default=0.0)
+        best = [pod for pod, cost in zip(candidates, found, strict=True) if cost == least]
+        if len(best) >= wanted:  # nothing is to be sorted where many are idle
+            return rng.sample(best, wanted)
+        ranked = sorted([(cost, rng.random(), at) for at, cost in enumerate(found)])
+        return [candidates[at] for _, _, at in ranked[:wanted]]
 
     return order
 
@@ -33,8 +37,8 @@ def _least(cost: Callable[[Pod, float], float]) -> Strategy:
 #: Every strategy by the name that clients and configuration use (contract section 4).
 STRATEGIES: Final[Mapping[str, Strategy]] = {
     "random": _random,
-    "least-request": _least(lambda pod, now: pod.load.in_flight),
-    "throughput": _least(lambda pod, now: pod.load.tokens(now)),
+    "least-request": _least(lambda pods, now: [pod.load.in_flight for pod in pods]),
+    "throughput": _least(lambda pods, now: [pod.load.tokens(now) for pod in pods]),
 }
 
 

@@ -51,9 +51,10 @@ SMALL_BODY: Final = 64 * 1024
 UNDECLARED_BODY: Final = 1 << 20
 #: How often a body is in memory while it is read: as it was received, as one string, as a message, as its field.
 COPIES: Final = 4
-#: Messages of one stream that may come while it waits. Envoy sends the next when it has the reply to the last, but in
-#: the streamed modes.
+#: Messages of one stream, and their bytes, that may come while it waits. Envoy sends the next when it has the reply to
+#: the last, but in the streamed modes, and there in pieces.
 WAITING_MESSAGES: Final = 64
+WAITING_BYTES: Final = 4 << 20
 
 
 class Sink(Protocol):
@@ -157,7 +158,7 @@ class _Stream:
         if self._held:
             if self._waiting is None:
                 self._waiting = deque()
-            if len(self._waiting) < WAITING_MESSAGES:
+            if len(self._waiting) < WAITING_MESSAGES and sum(map(len, self._waiting)) + len(data) <= WAITING_BYTES:
                 self._waiting.append(data)
             else:
                 self._fail(ValueError("too many messages while the first ones wait"))
