@@ -150,7 +150,7 @@ class Gateway:
         self.extproc = ExtProc(self.world, self.store, self, room)
         ledger = Ledger(self.world.estimates, self.fleet, gateway=f"{self._name}-", clock=time.monotonic)
         self.access_logs = AccessLogs(ledger, self.store.settle, self)
-        self.xds = XdsServer(self.fleet, self._resources)
+        self.xds = XdsServer(self.fleet, self._resources, config.usage.source)
         self.metrics = Metrics(self._sources())
         self._lines = logs.RequestLog(config.logging.successes, time.monotonic)
         self._poller = Poller(self.fleet, config.discovery.poll, config.discovery.timeout, self._rng)
@@ -235,7 +235,7 @@ class Gateway:
         except PortInUse as error:
             raise Unavailable(f"cannot listen for listen.grpc on {error}") from error
         except OSError as error:
-            raise Unavailable(f"cannot serve TLS on {config.listen.grpc}: {error}") from error
+            raise Unavailable(f"listen.tls: its files must be PEM, the key the certificate's own: {error}") from error
         try:
             self._admin, _ = await admin.start(self._admin_app(), config.listen.http)
         except OSError as error:

@@ -24,6 +24,7 @@ from .core.usage import IN_ANSWERS, IN_EVENTS, key_of
 from .wire.access_log import NAMESPACE, NOTE, USAGE
 from .wire.extproc import BODY_WAIT, DETAILS_PREFIX, NODE_METADATA, RESPONSE_ATTRIBUTES
 from .wire.resources import AGAIN, AGAIN_HEADER, AGAIN_STATUS, MODEL_HEADER, NOWHERE, ROUTE_CONFIGURATION, TARGET_HEADER
+from .wire.xds import MADE_FOR
 
 _T: Final = "type.googleapis.com/envoy."
 #: Request headers that the gateway reads. Others, among them cookies, never leave Envoy.
@@ -93,7 +94,11 @@ def of(config: Config, workers: int = 1) -> Bootstrap:
 def build(settings: Bootstrap) -> dict[str, Any]:
     """The bootstrap as plain data."""
     return {
-        "node": {"id": settings.node, "cluster": "gateway"},
+        "node": {
+            "id": settings.node,
+            "cluster": "gateway",
+            "metadata": {MADE_FOR: "access_log" if settings.access_log else "body"},
+        },
         "admin": {"address": _address(settings.admin)},
         "dynamic_resources": {
             "ads_config": {
@@ -217,7 +222,8 @@ def _http(settings: Bootstrap) -> dict[str, Any]:
 
 def _again() -> dict[str, Any]:
     """A listener that only Envoy itself reaches: it sends each request back to where it came from."""
-    headers = {"location": "http://%REQ(:AUTHORITY)%%REQ(:PATH)%", AGAIN_HEADER: "1"}
+    # Not to the host that the client named: where that is none, Envoy would hand the redirect on to the client.
+    headers = {"location": "http://gateway%REQ(:PATH)%", AGAIN_HEADER: "1"}
     route = {
         "match": {"prefix": "/"},
         "direct_response": {"status": AGAIN_STATUS},

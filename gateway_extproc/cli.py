@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -62,17 +63,19 @@ def _add_workers(parser: argparse.ArgumentParser, text: str) -> None:
 
 
 def _workers(text: str) -> int:
-    workers = int(text)
-    if not 1 <= workers <= MAX_WORKERS:
-        raise argparse.ArgumentTypeError(f"not from 1 to {MAX_WORKERS}: {text}")
-    return workers
+    return _whole(text, 1, MAX_WORKERS)
 
 
 def _port(text: str) -> int:
-    port = int(text)
-    if not 0 <= port <= 65535:
-        raise argparse.ArgumentTypeError(f"not a port: {text}")
-    return port
+    return _whole(text, 0, 65535)
+
+
+def _whole(text: str, least: int, most: int) -> int:
+    # argparse itself would name the function that a ValueError comes from.
+    with contextlib.suppress(ValueError):
+        if least <= (number := int(text)) <= most:
+            return number
+    raise argparse.ArgumentTypeError(f"expected a whole number from {least} to {most}, got {text!r}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -32,7 +32,7 @@ class Plane:
     """``policies``, ``ca_file`` and ``cors`` go into the resources that are built from now on; nothing is served before
     ``open``, which ``start`` does where ``ready``."""
 
-    def __init__(self, transport: str) -> None:
+    def __init__(self, transport: str, usage_source: str = "body") -> None:
         self.transport = transport
         self.fleet = Fleet()
         self.ready = True
@@ -40,7 +40,7 @@ class Plane:
         self.ca_file = ""
         self.cors: Cors | None = None
         self.port = 0
-        self.xds = XdsServer(self.fleet, self._build)
+        self.xds = XdsServer(self.fleet, self._build, usage_source)
         self._server: Listener | None = None
 
     def _build(self, endpoints: Endpoints, routed: frozenset[str]) -> Resources:
@@ -109,8 +109,8 @@ class Plane:
 
 
 @asynccontextmanager
-async def plane(transport: str = "h2", *, ready: bool = True) -> AsyncIterator[Plane]:
-    made = Plane(transport)
+async def plane(transport: str = "h2", *, ready: bool = True, usage_source: str = "body") -> AsyncIterator[Plane]:
+    made = Plane(transport, usage_source)
     made.ready = ready
     await made.start()
     try:

@@ -380,6 +380,11 @@ async def test_without_the_gateway_no_pod_is_reached_and_the_client_is_told() ->
                 reply = await front.chat(path=path)
                 reply.refuses(503, "api_error", "internal_error", anthropic=path == ANTHROPIC)
                 assert (reply.headers["retry-after"], reply.headers["retry-after-ms"]) == ("1", "1000")
+            for host in (b"", b"a:99999", b"%41"):  # no host of a URL
+                reply = await front.raw(
+                    b"POST /v1/completions HTTP/1.1\r\nhost: %b\r\ncontent-length: 0\r\n\r\n" % host
+                )
+                reply.refuses(503, "api_error", "internal_error")
             # Envoy's own answers need no gateway, and do not wait for it.
             (await front.raw(b"not HTTP\r\n\r\n")).refuses(400, "invalid_request_error", "invalid_value")
         assert len(pod.pod.control.seen(probes=False, last=9)["requests"]) == 1

@@ -28,6 +28,18 @@ def test_an_address_in_use_is_named_in_one_line(tmp_path: Path, taken: str) -> N
     assert (done.returncode, done.stdout, done.stderr) == (3, "", line)
 
 
+@pytest.mark.parametrize("transport", ["h2", "grpc"])
+def test_certificates_that_are_none_are_told_by_the_name_of_their_setting(tmp_path: Path, transport: str) -> None:
+    file = tmp_path / "gateway.yaml"
+    (tmp_path / "none.pem").write_text("no certificate")
+    listen = f"grpc: '127.0.0.1:0', transport: {transport}, tls: {{cert_file: none.pem, key_file: none.pem}}"
+    file.write_text(f"listen: {{{listen}}}")
+    done = run("serve", "--config", str(file))
+    assert (done.returncode, done.stdout) == (3, "")
+    assert done.stderr.startswith("gateway-extproc: listen.tls: its files must be PEM, the key the certificate's own: ")
+    assert done.stderr.count("\n") == 1
+
+
 def test_a_mistake_in_the_file_is_named_with_its_line(tmp_path: Path) -> None:
     file = tmp_path / "gateway.yaml"
     file.write_text("users:\n  - {name: a, rpm: 5, tmp: 3}\n")
@@ -52,6 +64,13 @@ def test_arguments_that_make_no_sense_are_told_with_exit_code_2(arguments: tuple
     assert (done.returncode, done.stdout) == (2, "")
     assert "usage: gateway-extproc" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("port", ["x", "70000", "-1", "1.5"])
+def test_a_port_that_is_none_is_told_in_words(port: str) -> None:
+    done = run("demo", f"--port={port}")
+    said = f"error: argument --port: expected a whole number from 0 to 65535, got '{port}'\n"
+    assert (done.returncode, done.stderr.endswith(said)) == (2, True), done.stderr
 
 
 @pytest.mark.parametrize("command", ["serve", "demo", "pod", "check", "envoy"])

@@ -111,8 +111,9 @@ def _holds(count: SlidingWindow, second: int) -> bool:
 class GuardedStore:
     """A ``Store`` in front of ``primary``, with ``local`` for when it is away.
 
-    ``gateway`` names this process among all gateways and must be new for each start. ``clock`` is the one that
-    ``local`` counts by (unix seconds). ``on_mode_change(mode, reason)`` hears of every change, for logs and metrics.
+    ``gateway`` names this process among all gateways and must be new for each start; the ids of this process's own
+    admissions begin with it (settlements may be of others'). ``clock`` is the one that ``local`` counts by (unix
+    seconds). ``on_mode_change(mode, reason)`` hears of every change, for logs and metrics.
     Call ``start`` in the event loop; until the first answer requests go to the primary."""
 
     def __init__(
@@ -190,8 +191,9 @@ class GuardedStore:
     def settle(self, settlement: Settlement) -> None:
         if settlement.second >= 0:
             self._primary.settle(settlement)
-            second = self._seconds.get(settlement.second, 0)
-            self._local.settle_now(msgspec.structs.replace(settlement, second=second))
+            if settlement.id.startswith(self._gateway):  # what others admitted was never counted here
+                second = self._seconds.get(settlement.second, 0)
+                self._local.settle_now(msgspec.structs.replace(settlement, second=second))
             return
         here = msgspec.structs.replace(settlement, second=-settlement.second)
         if self._local.settle_now(here) and not self._owed.settle(self._clock(), here):

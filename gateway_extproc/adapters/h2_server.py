@@ -143,6 +143,8 @@ class _Call:
         waiting = assembler.waiting
         if waiting or before:
             self._connection.server.holds(self, waiting, before)
+            if self.over:  # it held too much for too long itself
+                return
         try:
             for message in messages:
                 handler.message(message)

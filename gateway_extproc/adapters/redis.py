@@ -246,7 +246,7 @@ class _Link(asyncio.Protocol):
         """Returns when nothing of the connection is left."""
         self.drop(reason)
         if self._transport is not None:
-            await self.closed
+            await asyncio.shield(self.closed)  # whoever waits may be cancelled
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # uvloop's are of another family

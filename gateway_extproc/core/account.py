@@ -48,6 +48,8 @@ MAX_NOTE: Final = 16 * 1024
 #: Ids of settled entries that are remembered, so that an entry which is sent again counts once. Envoy 1.40 sends none
 #: again by itself; what stands between it and us may, and then soon: this many end in some seconds at most.
 REMEMBERED: Final = 16_384
+#: Seconds that no store's clock says, in either direction: they would not fit into the double that it is told.
+NEVER: Final = 2**53
 
 
 class Note(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -218,7 +220,7 @@ class Ledger:
         except msgspec.DecodeError:
             return None
         seen = self._seen
-        if note.id in seen or not note.pods:
+        if note.id in seen or not note.pods or abs(note.second) >= NEVER:
             return None
         seen[note.id] = None
         if len(seen) > REMEMBERED:

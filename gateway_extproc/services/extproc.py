@@ -9,7 +9,7 @@ out deciding (core/session.py), what messages mean (wire/extproc.py) and how the
 from __future__ import annotations
 
 import asyncio
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping, Sequence
 from time import perf_counter
 from typing import Any, Final, Protocol
@@ -83,6 +83,9 @@ class ExtProc:
         self.is_open = False
         self.draining = False
         self.all: set[_Stream] = set()
+        #: Bytes of unfinished bodies that come in pieces, and the streams that hold them, longest first.
+        self.gathered = 0
+        self._gathering: OrderedDict[_Stream, None] = OrderedDict()
         #: What was said of filters that cannot be served; the codec has three such texts.
         self._said: set[str] = set()
         self._ended = asyncio.Event()
@@ -125,6 +128,18 @@ class ExtProc:
             self._said.add(why)
             log.error("Envoy's ext_proc filter cannot be served", change=why)
 
+    def gathers(self, stream: _Stream, more: int) -> None:
+        """``stream`` holds ``more`` bytes of a body that goes on. Such a body may take minutes, so it is not its place
+        in the room that counts: where all hold more than the room, the one that has not finished for longest ends."""
+        self.gathered += more
+        self._gathering[stream] = None
+        while self.gathered > self.room.size:
+            next(iter(self._gathering)).crowded()
+
+    def gathers_no_more(self, stream: _Stream, held: int) -> None:
+        self.gathered -= held
+        self._gathering.pop(stream, None)
+
     def ended(self, stream: _Stream) -> None:
         self.all.discard(stream)
         if not self.all:
@@ -134,7 +149,7 @@ class ExtProc:
 class _Stream:
     """One request."""
 
-    __slots__ = ("_asked", "_began", "_call", "_codec", "_half_closed", "_held", "_how", "_place",
+    __slots__ = ("_asked", "_began", "_call", "_codec", "_gathered", "_half_closed", "_held", "_how", "_place",
                  "_question", "_service", "_session", "_waiting")  # fmt: skip
 
     def __init__(self, service: ExtProc, call: Call) -> None:
@@ -148,6 +163,7 @@ class _Stream:
         self._half_closed = False
         self._question: Question | None = None
         self._place: Place | None = None
+        self._gathered = 0
         self._asked = 0.0
         self._began = 0.0
         self._how: How | None = None
@@ -196,6 +212,14 @@ class _Stream:
         if not (self._held or self._session.deciding):
             self._carry_out(self._session.feed(Drain()))
 
+    def crowded(self) -> None:
+        """There is no room for the rest of its body."""
+        self._leave_place()
+        try:
+            self._act(self._session.feed(Crowded()))
+        except Exception as error:
+            self._fail(error)
+
     def resume(self) -> None:
         """Go on: take up the messages that waited."""
         self._held = False
@@ -224,6 +248,9 @@ class _Stream:
                 self._leave_place()
                 if not self._asked:
                     self._service.sink.decided(perf_counter() - self._began)
+            elif undecided and kind is RequestBody and (size := len(event.data)):  # type: ignore[union-attr]
+                self._gathered += size
+                self._service.gathers(self, size)
             return
         if kind is Misconfigured:
             self._service.misconfigured(event.why)  # type: ignore[union-attr]
@@ -231,6 +258,7 @@ class _Stream:
         if kind is RequestHeaders and session.deciding and not self._has_room(session.declared_length):
             # The reply waits, for Envoy copies the body once it has it.
             if self._place is None or not self._codec.waits:
+                self._leave_place()
                 actions = session.feed(Crowded())
             else:
                 self._held = True
@@ -314,6 +342,9 @@ class _Stream:
         if self._place is not None:
             self._place.leave()
             self._place = None
+        if self._gathered:
+            self._service.gathers_no_more(self, self._gathered)
+            self._gathered = 0
 
     def _fail(self, error: Exception) -> None:
         """Ours to answer for. Once the answer has begun, leaving is better: it goes on without us."""

@@ -63,13 +63,13 @@ class Room:
     """``size`` bytes."""
 
     def __init__(self, size: int) -> None:
-        self._free = self._size = size
+        self._free = self.size = size
         self._waiting: OrderedDict[Place, None] = OrderedDict()
         self._serving = False
 
     def take(self, amount: int, tell: Callable[[bool], None]) -> Place | None:
         """Ask for ``amount`` bytes (at most all there is); None where too many wait already."""
-        place = Place(self, min(amount, self._size), tell)
+        place = Place(self, min(amount, self.size), tell)
         if not self._waiting and place._amount <= self._free:
             place._grant()
         elif len(self._waiting) >= WAITING_BODIES:

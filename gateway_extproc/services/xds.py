@@ -32,11 +32,16 @@ Endpoints = Mapping[str, tuple[PodSpec, ...]]
 
 
 class XdsServer:
-    """Publishes ``build(endpoints, routed models)`` of the fleet's endpoints to all Envoys, once it is opened."""
+    """Publishes ``build(endpoints, routed models)`` of the fleet's endpoints to all Envoys, once it is opened.
 
-    def __init__(self, fleet: Fleet, build: Callable[[Endpoints, frozenset[str]], Resources]) -> None:
+    An Envoy whose bootstrap was made for another ``usage_source`` is served, and told of in the log."""
+
+    def __init__(
+        self, fleet: Fleet, build: Callable[[Endpoints, frozenset[str]], Resources], usage_source: str = "body"
+    ) -> None:
         self._fleet = fleet
         self._build = build
+        self._usage_source = usage_source
         self._streams: set[_Stream] = set()
         self.is_open = False
         self._published: dict[str, dict[str, PodSpec]] = {}
@@ -100,6 +105,15 @@ class XdsServer:
             call.end(Status.RESOURCE_EXHAUSTED, "too many Envoys")
         return stream
 
+    def joined(self, state: xds.DeltaStream) -> None:
+        """An Envoy has said who it is."""
+        if state.made_for not in ("", self._usage_source):
+            # Nothing else shows it: requests are answered, and keep being charged what was reserved for them.
+            log.warning(
+                "Envoy's bootstrap was made for another usage.source: make it anew, and start Envoy again",
+                node=state.node, made_for=state.made_for, usage_source=self._usage_source,
+            )  # fmt: skip
+
     def progressed(self, stream: _Stream) -> None:
         """What is routable changes by acknowledgements only. Until Envoy has told what it has, it is not held back: a
         restart of ours must not take from it what it can route."""
@@ -127,11 +141,14 @@ class _Stream:
         self.state = state
 
     def message(self, data: bytes) -> None:
+        known = self.state.node
         try:
             self.state.received(DeltaDiscoveryRequest.FromString(data))
         except xds.Rejected as error:
             self._call.end(Status.INVALID_ARGUMENT, str(error))
             return
+        if self.state.node != known:
+            self._server.joined(self.state)
         self.advance()
 
     def advance(self) -> None:

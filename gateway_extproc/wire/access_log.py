@@ -40,7 +40,11 @@ def entries(data: bytes) -> Iterator[Entry]:
         usage: dict[str, float | str] = {}
         if USAGE in metadata:
             for key, value in metadata[USAGE].fields.items():
-                usage[key] = value.string_value or value.number_value
+                kind = value.WhichOneof("kind")
+                if kind == "number_value":
+                    usage[key] = value.number_value
+                elif kind == "string_value":
+                    usage[key] = value.string_value
         upstream = common.upstream_remote_address.socket_address
         yield Entry(
             note,

@@ -22,6 +22,8 @@ SERVICE: Final = "envoy.service.discovery.v3.AggregatedDiscoveryService"
 METHOD: Final = "DeltaAggregatedResources"
 #: The types we serve, in the order in which additions go out.
 TYPES: Final = (CLUSTER, ENDPOINTS, ROUTES)
+#: Where the metadata of a node, in our own bootstrap, tells the `usage.source` that it was made for.
+MADE_FOR: Final = "gateway.usage_source"
 #: Most resource names that one Envoy may subscribe to.
 SUBSCRIPTIONS: Final = 100_000
 #: A resource that an Envoy has, or may have, in a version that is not known here.
@@ -102,6 +104,8 @@ class DeltaStream:
 
     def __init__(self, resources: Resources) -> None:
         self.node = ""
+        #: The `usage.source` that Envoy's bootstrap was made for; empty where it does not say.
+        self.made_for = ""
         self.refusals: list[tuple[str, str]] = []
         #: Whether Envoy has told all that it had when the stream began: only then ``routable`` is the whole truth.
         self.known = False
@@ -120,6 +124,8 @@ class DeltaStream:
         """Take a request: a subscription, an acknowledgement, a refusal. Raises Rejected."""
         if request.HasField("node") and request.node.id:
             self.node = request.node.id
+            if MADE_FOR in request.node.metadata.fields:
+                self.made_for = request.node.metadata.fields[MADE_FOR].string_value
         kind = self._types.get(request.type_url)
         if kind is None:
             return  # a type we do not serve stays without an answer

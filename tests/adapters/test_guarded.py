@@ -66,10 +66,11 @@ class Gateway:
     """One gateway's store: ``store`` is guarded, ``primary`` what it guards, ``modes`` what it reported."""
 
     def __init__(self, url: str, policy: str, name: str) -> None:
+        self.name = f"{name}-{next(_ids)}"
         self.primary = RedisStore(url, timeout=TIMEOUT)
         self.modes: list[str] = []
         self.store = GuardedStore(
-            self.primary, MemoryStore(time.time), policy=policy, gateway=f"{name}-{next(_ids)}", clock=time.time,
+            self.primary, MemoryStore(time.time), policy=policy, gateway=self.name, clock=time.time,
             probe=0.05, beat=0.05, on_mode_change=lambda mode, reason: self.modes.append(mode),
         )  # fmt: skip
         self.store.start()
@@ -192,7 +193,7 @@ async def test_an_admission_of_the_store_is_settled_there_when_it_is_back(own_va
         answer = (await ours.admitted(1, lambda: asks(tokens=100)))[0]
         own_valkey.pause()
         await admit(ours.store, asks(tokens=1))
-        ours.store.settle(Settlement("s", (KEY,), answer.second, 0, -70))
+        ours.store.settle(Settlement(f"{ours.name}-1", (KEY,), answer.second, 0, -70))
         assert await counted(ours.store) == (2, 31)
         own_valkey.resume()
         await until(lambda: ours.store.mode == "ok")
@@ -317,15 +318,28 @@ async def test_clocks_that_differ_change_no_second(stage: Stage) -> None:
     stage.clock += 7
     second = await admit(stage.store, asks(tokens=30))
     assert isinstance(second, Admitted)
-    stage.store.settle(Settlement("first", (KEY,), first.second, 0, -50))
+    stage.store.settle(Settlement("g-1", (KEY,), first.second, 0, -50))
     assert await counted(stage.store) == (2, 30)
     await stage.back()
     assert [merge.spent for merge in stage.primary.merged] == [((1_700_001_007, 1, 30),)]
-    stage.store.settle(Settlement("second", (KEY,), second.second, 0, -30))
+    stage.store.settle(Settlement("g-2", (KEY,), second.second, 0, -30))
     assert [(each.id, each.second) for each in stage.primary.settled] == [
-        ("first", 1_700_001_000),
-        ("second", 1_700_001_007),
+        ("g-1", 1_700_001_000),
+        ("g-2", 1_700_001_007),
     ]
+
+
+async def test_what_another_gateway_admitted_and_this_one_settles_changes_nothing_here(stage: Stage) -> None:
+    """Whose entry of the access log comes here need not have been admitted here."""
+    ours = await admit(stage.store, asks(tokens=50))
+    assert isinstance(ours, Admitted)
+    theirs = Settlement("h-1", (KEY,), ours.second, 0, -40)
+    excess = Settlement("h-2", (KEY,), ours.second, 0, 7)
+    stage.store.settle(theirs)
+    stage.store.settle(excess)
+    assert stage.primary.settled == [theirs, excess]
+    stage.primary.away = True
+    assert await counted(stage.store) == (1, 50)
 
 
 async def test_admissions_during_the_return_are_told_too(stage: Stage) -> None:

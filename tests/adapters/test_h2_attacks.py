@@ -297,6 +297,19 @@ async def test_unfinished_messages_are_bounded_over_all_connections(
         assert server.unfinished <= 8 << 20
 
 
+async def test_a_call_that_ends_for_its_unfinished_message_is_told_nothing_of_the_one_before(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server_of(running), "_most_unfinished", 1000)
+    async with attacking(running) as attacker:
+        await attacker.says(headers(1), data(1, b"\0\0\0\0\2o"))  # a message of which a byte lacks
+        await until(lambda: server_of(running).unfinished == 1)
+        await attacker.says(data(1, b"k" + b"\0\0\0\x10\0" + bytes(2000)))
+        await until(lambda: running.echo.over)
+    assert running.echo.calls[0].ends == ["done"]
+    assert running.echo.calls[0].messages == []
+
+
 async def test_a_message_in_tiny_pieces_takes_no_more_than_its_bytes(running: Running, honest: Caller) -> None:
     async with attacking(running) as attacker:
         await attacker.says(headers(1), data(1, b"\0\0\x20\0\0"))

@@ -562,3 +562,16 @@ async def test_closing_answers_who_still_waits_and_nothing_can_be_asked_afterwar
     assert {str(answer) for answer in answers} == {"closed"}
     with pytest.raises(StoreUnavailable, match="closed"):
         await store.ping()
+
+
+async def test_closing_while_a_connection_is_given_up_does_not_disturb_its_end(valkey: Valkey) -> None:
+    async with opened(valkey.url) as store:
+        await store.ping()
+        link = store._link
+        assert link is not None
+        ending = asyncio.ensure_future(link.end("given up"))
+        await asyncio.sleep(0)
+        ending.cancel()
+        async with asyncio.timeout(DEADLINE):
+            await asyncio.wait([ending])
+            await link.closed

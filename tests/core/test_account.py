@@ -242,6 +242,12 @@ def test_a_note_that_is_none_of_ours_settles_nothing(written: str) -> None:
     assert Office().ledger.settle(msgspec.structs.replace(entry(), note=written)) is None
 
 
+@pytest.mark.parametrize("second", [2**53, -(2**53), 10**400])
+def test_a_note_of_a_second_that_no_store_has_settles_nothing(second: int) -> None:
+    """Its settlement could not be packed."""
+    assert Office().ledger.settle(entry(note(second=second))) is None
+
+
 def test_a_note_longer_than_any_of_ours_is_not_read() -> None:
     assert Office().ledger.settle(entry(note(user="x" * MAX_NOTE))) is None
 

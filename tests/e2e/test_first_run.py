@@ -133,7 +133,36 @@ def test_the_pins_are_kept_when_they_are_made_anew(clone: Clone) -> None:
     assert re.findall(r"^[-+][^-+ ].*==.*$", clone.run("git diff requirements"), re.MULTILINE) == []
 
 
-def test_the_benchmark_runs(clone: Clone) -> None:
+def test_the_benchmark_runs(clone: Clone, tmp_path: Path) -> None:
     assert clone.says("README.md", "make bench")
-    assert "The gateway's own work: " in clone.run("make bench ARGS='--seconds 1 --rounds 1'")
+    assert clone.says("docs/performance.md", "make bench ARGS='--json FILE --plot FILE'")
+    data, picture = tmp_path / "figures.json", tmp_path / "figures.svg"
+    told = clone.run(f"make bench ARGS='--quick --json {data} --plot {picture}'")
+    assert "The gateway's own work: " in told
+    names = json.loads(data.read_text())["rows"]
+    assert names
+    assert all(name.partition(": ")[0] in told for name in names)
+    assert "<svg " in picture.read_text()
     assert clone.changes() == ""
+
+
+def test_the_benchmark_compares_with_its_earlier_runs(clone: Clone) -> None:
+    """What got worse is not looked at: one round of a second is mostly noise."""
+    assert clone.says("docs/performance.md", "make bench ARGS=--baseline")
+    assert clone.says("docs/performance.md", "make bench-check")
+    clone.run("make bench ARGS='--baseline --quick' || true")
+    assert clone.changes() == " M tests/bench/baseline.json\n"
+    told = clone.run("make bench-check ARGS=--quick || true")
+    heading, _, *rows = told[told.index("| CPU, to that of a bare grpc.aio responder ") :].splitlines()
+    assert [cell.strip() for cell in heading.split("|")[2:5]] == ["was", "at most", "now"]
+    assert len(rows) == len(json.loads((clone.folder / "tests/bench/baseline.json").read_text()))
+
+
+def test_the_soak_leaves_nothing(clone: Clone) -> None:
+    """Whether memory grows takes longer to tell."""
+    assert clone.says("docs/performance.md", "make bench ARGS='--soak 30'")
+    told = clone.run("make bench ARGS='--soak 0.1' || true")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in told.splitlines() if "limits" in line]
+    assert [row[0] for row in rows] == ["gateway h2, body, limits", "gateway h2, access_log, limits"]
+    assert all(int(row[1]) > 0 and int(row[2]) > 0 for row in rows)
+    assert [(row[3], row[5]) for row in rows] == [("0", "0")] * 2

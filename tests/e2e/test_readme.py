@@ -65,12 +65,16 @@ RUN_BY = {
     # README, "Try it"
     r"make demo": "test_the_requests_of_the_readme_are_answered",
     r"curl http://localhost:8888/.*": "test_the_requests_of_the_readme_are_answered",
+    r"make demo ARGS='--port \d+ --admin-port \d+'": "test_the_demo_takes_the_ports_it_is_given",
     r"make demo ARGS='--endpoint .*'": "test_model_servers_of_ones_own_are_fronted",
     # README, "Configuration" and "Run it"
     r"gateway-extproc check --config \S+": "test_the_example_configuration_is_accepted_as_it_stands",
     r"gateway-extproc envoy --config \S+ > \S+": "test_what_the_readme_starts_serves_the_example_configuration",
     r"gateway-extproc serve --config \S+": "test_what_the_readme_starts_serves_the_example_configuration",
     r"envoy -c \S+ --disable-hot-restart": "test_what_the_readme_starts_serves_the_example_configuration",
+    r"gateway-extproc envoy --workers N": (
+        "tests/e2e/test_workers.py::test_limits_are_exact_over_all_workers_and_each_of_them_serves"
+    ),
     r"gateway-extproc \w+": "test_the_program_has_every_command_that_is_named",
     r"docker compose up --build": DOCKER + "test_the_three_curls_of_the_readme_work_as_they_are",
     r"docker compose up -d --scale pod=\d": DOCKER + "test_scaled_pods_are_found_by_dns_and_no_request_fails",
@@ -80,7 +84,9 @@ RUN_BY = {
     r"(python|\.venv/bin/python) (proto/generate\.py|-m gateway_extproc\.config_reference)": (
         FIRST_RUN + "test_what_is_made_is_as_it_was_checked_in"
     ),
-    r"make bench": FIRST_RUN + "test_the_benchmark_runs",
+    r"make bench( ARGS='--json FILE --plot FILE')?": FIRST_RUN + "test_the_benchmark_runs",
+    r"make bench(-check| ARGS=--baseline)": FIRST_RUN + "test_the_benchmark_compares_with_its_earlier_runs",
+    r"make bench ARGS='--soak \d+'": FIRST_RUN + "test_the_soak_leaves_nothing",
     r"make requirements": FIRST_RUN + "test_the_pins_are_kept_when_they_are_made_anew",
     # what CI runs, and `make check` in turn
     r"make check": ".ci/run",
@@ -88,7 +94,7 @@ RUN_BY = {
     r"python proto/generate\.py --check": "Makefile::check",
 }
 #: The languages of blocks: nothing is a command that does not say so.
-LANGUAGES = {"sh", "yaml", ""}
+LANGUAGES = {"sh", "yaml", "promql", ""}
 
 
 def run(command: str, folder: Path, environ: dict[str, str]) -> subprocess.CompletedProcess[str]:
@@ -398,6 +404,17 @@ def test_model_servers_of_ones_own_are_fronted(servers: list[int], programs: Pat
         assert [line for line in mine.typed.stderr.splitlines() if not line.startswith("make: ")] == []
     finally:
         mine.typed.close()
+
+
+def test_the_demo_takes_the_ports_it_is_given(programs: Path, tmp_path: Path) -> None:
+    ports = [free_port(), free_port()]
+    given = "--port {} --admin-port {}".format(*ports)
+    command = next(each for each in named_commands(README) if "--admin-port" in each)
+    demo = start(re.sub(r"--port \d+ --admin-port \d+", given, command), programs, tmp_path)
+    try:
+        assert [demo.port, demo.page] == ports
+    finally:
+        demo.typed.close()
 
 
 def _is_there(port: int, path: str) -> bool:

@@ -28,6 +28,7 @@ from gateway_extproc.services.room import Room
 from gateway_extproc.services.rpc import Listener
 from gateway_extproc.wire import extproc
 from gateway_extproc.wire._pb.core_pb2 import HeaderMap, HeaderValue
+from gateway_extproc.wire._pb.ext_proc_mode_pb2 import ProcessingMode
 from gateway_extproc.wire._pb.ext_proc_pb2 import (
     HttpBody,
     HttpHeaders,
@@ -551,7 +552,7 @@ async def test_a_body_as_large_as_allowed_fits_its_message_and_a_larger_one_does
 
 def big(room: Room, requests: int = 1) -> str:
     """A content-length that takes all the room there is."""
-    return str(room._size // service.COPIES // requests)
+    return str(room.size // service.COPIES // requests)
 
 
 async def test_a_body_waits_in_envoy_until_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -619,6 +620,56 @@ async def test_a_body_that_does_not_come_gives_its_room_back(monkeypatch: pytest
         await slow.through(sends())  # still served
         slow.reset()
         other.reset()
+        await to.over()
+        assert to.room._free == 4 << 20
+
+
+def in_pieces(message: ProcessingRequest) -> ProcessingRequest:
+    """A stream's first message from a filter that sends bodies as they come."""
+    message.protocol_config.request_body_mode = ProcessingMode.FULL_DUPLEX_STREAMED
+    message.protocol_config.response_body_mode = ProcessingMode.FULL_DUPLEX_STREAMED
+    return message
+
+
+def a_piece(size: int) -> ProcessingRequest:
+    return ProcessingRequest(request_body=HttpBody(body=b" " * size))
+
+
+async def test_bodies_in_pieces_take_no_more_than_the_room_and_the_longest_unfinished_goes() -> None:
+    async with gateway(room=4 << 20) as to:
+        streams = [to.open() for _ in range(6)]
+        for number, stream in enumerate(streams, 1):
+            await stream.send(in_pieces(asks(user="alice", content_length="100")))
+            await stream.send(a_piece(0))
+            await stream.send(a_piece(1 << 20))
+            held = min(number, 4) << 20
+            await until(lambda held=held: to.service.gathered == held)  # type: ignore[misc]
+        for stream in streams[:2]:
+            status, body = immediate(await stream.receive())
+            assert (status, body["error"]["code"]) == (503, "overloaded")
+        assert to.service.gathered == 4 << 20
+        await streams[5].send(sends())
+        assert changed(await streams[5].receive(), "request_headers")["model"] == "m"
+        assert to.service.gathered == 3 << 20
+        empty = to.open()
+        await empty.send(in_pieces(asks()))
+        await empty.send(a_piece(0))
+        for stream in (*streams, empty):
+            stream.reset()
+        await to.over()
+        assert (to.service.gathered, dict(to.service._gathering)) == (0, {})
+        assert to.room._free == 4 << 20
+
+
+async def test_whoever_is_refused_for_want_of_room_waits_for_none() -> None:
+    async with gateway(room=4 << 20) as to:
+        first, second = to.open(), to.open()
+        await first.through(asks(content_length=big(to.room)))
+        status, _ = immediate(await second.ask(in_pieces(asks(content_length=big(to.room)))))
+        assert status == 503
+        assert not to.room._waiting
+        first.reset()
+        second.reset()
         await to.over()
         assert to.room._free == 4 << 20
 

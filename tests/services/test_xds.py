@@ -12,6 +12,7 @@ import aiohttp
 import grpc
 import grpc.aio
 import pytest
+from structlog.testing import capture_logs
 
 from gateway_extproc.core.fleet import TLS
 from gateway_extproc.services import xds as service
@@ -72,6 +73,19 @@ async def test_an_envoy_follows_the_fleet(transport: str) -> None:
         assert await endpoints(envoy) == control.offered()
         assert await routes(envoy) == {"a", "b"}
         assert control.xds.refused == 0
+
+
+@pytest.mark.parametrize(("ours", "said"), [("body", []), ("access_log", [("envoy", "body", "access_log")])])
+async def test_an_envoy_made_for_another_source_of_usage_is_served_and_told_of(
+    ours: str, said: list[tuple[str, str, str]]
+) -> None:
+    with capture_logs() as lines:
+        async with plane(usage_source=ours) as control:
+            control.has(pod(A, "a"))
+            async with control.envoy():
+                await control.until_offered(["a"])
+    found = [line for line in lines if "usage.source" in line["event"]]
+    assert [(line["node"], line["made_for"], line["usage_source"]) for line in found] == said
 
 
 async def test_nothing_is_served_before_the_pods_are_known() -> None:

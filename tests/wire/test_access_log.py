@@ -66,6 +66,13 @@ def test_an_entry_carries_all_that_a_settlement_needs() -> None:
     assert read(entry(metadata)) == [expected]
 
 
+def test_usage_that_is_neither_number_nor_text_is_none() -> None:
+    """Read as a number, each of them would be a usage of zero tokens."""
+    odd = {"usage.prompt_tokens": True, "usage.completion_tokens": None, "usage": {"prompt_tokens": 3}}
+    metadata: dict[str, dict[str, Any]] = {"gateway": {"note": "n"}, "gateway.usage": {**odd, "usage.output_tokens": 0}}
+    assert [found.usage for found in read(entry(metadata))] == [{"usage.output_tokens": 0.0}]
+
+
 def test_an_entry_without_a_note_is_left_out() -> None:
     noted = entry({"gateway": {"note": "[1]"}})
     assert [found.note for found in read(entry({"gateway.usage": {"usage": "{}"}}), noted, HttpAccessLogEntry())] == [
