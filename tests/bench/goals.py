@@ -144,7 +144,6 @@ GOALS = (
     ),
     Goal("added p50 at 1 connection, to the bare h2 responder's", 1.15, _added_p50),
     Goal("1,000 pods to 10, random: server", 1.1, _pods("random")),
-    Goal("1,000 pods to 10, least-request: server", 1.1, _pods("least-request")),
     Goal(
         "100,000 users to 10: server", 1.1,
         _server((USERS[max(USERS)], SMALL), (USERS[min(USERS)], SMALL)),
