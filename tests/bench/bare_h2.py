@@ -110,8 +110,11 @@ class Responder(asyncio.Protocol):
 
 async def main(address: str, backend: str, messages: int) -> None:
     answers = replies(backend, messages)
-    host, port = split_address(address)
-    server = await asyncio.get_running_loop().create_server(lambda: Responder(answers), host, port)
+    loop = asyncio.get_running_loop()
+    if address.startswith("unix:"):
+        server = await loop.create_unix_server(lambda: Responder(answers), address.removeprefix("unix:"))
+    else:
+        server = await loop.create_server(lambda: Responder(answers), *split_address(address))
     await server.serve_forever()
 
 

@@ -25,7 +25,7 @@ HOLD = 600
 class Way(NamedTuple):
     """One way through Envoy. ``messages``: of a request with a JSON answer, to a bare responder. ``users``: with a
     record each. ``pods``: addresses of the one backend, with their model stated; ``scraped``: polled as by default,
-    otherwise once a minute, so that the polls are in no request's figure."""
+    otherwise once a minute, so that the polls are in no request's figure. ``unix``: Envoy comes over a Unix socket."""
 
     kind: Literal["alone", "bare", "gateway"]
     transport: str = ""
@@ -37,6 +37,7 @@ class Way(NamedTuple):
     strategy: str = ""
     users: int = 1
     scraped: bool = False
+    unix: bool = False
 
     @property
     def name(self) -> str:
@@ -44,11 +45,15 @@ class Way(NamedTuple):
             return "Envoy alone"
         if self.kind == "bare":
             named = {"grpc": "grpc.aio", "h2": "h2"}[self.transport]
-            return f"bare {named}, {self.messages} messages"
+            return f"bare {named}, {self.messages} messages" + self._socket
         parts = [f"gateway {self.transport}", self.source, "limits" if self.limits else "no limits"]
         parts += [f"{self.workers} workers"] * (self.workers > 1)
         parts += [f"{self.pods:,} pods"] * (self.pods > 1) + [self.strategy] * bool(self.strategy)
-        return ", ".join(parts + [f"{self.users:,} users"] * (self.users > 1))
+        return ", ".join(parts + [f"{self.users:,} users"] * (self.users > 1)) + self._socket
+
+    @property
+    def _socket(self) -> str:
+        return ", Unix socket" if self.unix else ""
 
     @property
     def processes(self) -> Way:
@@ -118,6 +123,7 @@ ON_H2, LOG_ON_H2, ON_GRPC, LOG_ON_GRPC = (
 GATEWAYS = [way._replace(limits=limits) for way in (ON_H2, LOG_ON_H2, ON_GRPC, LOG_ON_GRPC) for limits in (True, False)]
 WAYS = [ALONE, GRPC, GRPC3, GRPC2, H2, H2_3, H2_2, *GATEWAYS]
 TWO_WORKERS = ON_H2._replace(workers=2)
+ON_UNIX = [way._replace(unix=True) for way in (GRPC, H2, ON_H2)]
 
 SMALL = Work("1 KB, 16 connections", KB, connections=16)
 SINGLE = Work("1 KB, 1 connection", KB)
@@ -142,11 +148,11 @@ STAGES = (
     Stage(
         "ways",
         [
-            *(Row(way, SMALL) for way in (*WAYS, TWO_WORKERS)),
-            *(Row(way, SINGLE) for way in WAYS),
+            *(Row(way, SMALL) for way in (*WAYS, TWO_WORKERS, *ON_UNIX)),
+            *(Row(way, SINGLE) for way in (*WAYS, *ON_UNIX)),
             *(Row(way, work) for work in STREAMS for way in STREAMING),
             # 20 MB come last: memory is not to be had back from them, which the others would show.
-            *(Row(way, work) for work in (MIDDLE, LARGE) for way in WAYS),
+            *(Row(way, work) for work in (MIDDLE, LARGE) for way in (*WAYS, *ON_UNIX)),
         ],
     ),
     Stage("pods", [Row(way._replace(strategy=name), SMALL) for name in STRATEGIES for way in PODS.values()]),

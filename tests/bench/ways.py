@@ -93,9 +93,15 @@ class Ways:
         self._stack.callback(process.kill)
         return process
 
+    def _address(self, way: Way) -> str:
+        """Where the way's server listens."""
+        if way.unix:
+            return f"unix:{self._directory / f'socket-{len(self._running)}'}"
+        return f"127.0.0.1:{_ports(way.workers)}"
+
     def _static(self, way: Way) -> Running:
         """Envoy with fixed routes, alone or before a bare responder."""
-        backend, server = f"127.0.0.1:{self._port}", f"127.0.0.1:{free_port()}"
+        backend, server = f"127.0.0.1:{self._port}", self._address(way)
         bare = None
         if way.kind == "bare":
             module = "tests.bench.bare_h2" if way.transport == "h2" else "tests.bench.bare"
@@ -128,7 +134,7 @@ class Ways:
         addresses = [f"{ipaddress.IPv4Address(first + n)}:{self._port}" for n in range(way.pods)]
         names = ["bench"] if way.users == 1 else [f"user-{n}" for n in range(way.users)]
         return {
-            "listen": {"transport": way.transport, "grpc": f"127.0.0.1:{_ports(way.workers)}"},
+            "listen": {"transport": way.transport, "grpc": self._address(way)},
             "usage": {"source": way.source},
             "users": [{"name": name, **LIMITS} for name in names],
             "pods": [{"address": a, "name": f"pod-{n}", "models": [MODEL]} for n, a in enumerate(addresses)],
