@@ -68,6 +68,7 @@ LIMITS_AT_START: Final = ("max_body_bytes", "bodies_in_memory")
 
 
 #: From glibc's malloc.h.
+_M_TRIM_THRESHOLD: Final = -1
 _M_MMAP_THRESHOLD: Final = -3
 
 
@@ -483,10 +484,12 @@ def _stamp(file: Path) -> tuple[int, int, int]:
 
 def _return_memory() -> None:
     """Have blocks from 1 MiB on mapped one by one, so that a large body's memory goes back when it is freed. By itself
-    glibc takes up to 32 MiB from its heap once such blocks have come and gone, and keeps twice that (mallopt(3))."""
+    glibc takes up to 32 MiB from its heap once such blocks have come and gone, and keeps twice that (mallopt(3)). Some
+    is kept all the same: each read from a socket takes 256 KiB for a moment, which would be new pages every time."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # neither musl nor macOS has it, nor the habit
     if mallopt is not None:
         mallopt(_M_MMAP_THRESHOLD, 1 << 20)
+        mallopt(_M_TRIM_THRESHOLD, 4 << 20)
 
 
 def run(

@@ -11,6 +11,7 @@ from typing import Any, Final, NamedTuple
 
 from gateway_extproc.adapters import grpc_server, h2_server
 from gateway_extproc.services.rpc import Call, Handler, How, Listener, Service, Services, Status, TLSFiles
+from gateway_extproc.wire.grpc_messages import Message
 
 #: Seconds within which a state must come.
 DEADLINE: Final = 10.0
@@ -75,8 +76,8 @@ class _Echo:
     def __init__(self, told: Told) -> None:
         self._told = told
 
-    def message(self, data: bytes) -> None:
-        self._told.messages.append(data)
+    def message(self, data: Message) -> None:
+        self._told.messages.append(bytes(data))
         call = self._told.call
         if data == RAISE:
             raise RuntimeError("a failure of the service")
@@ -96,7 +97,7 @@ class _Echo:
             call.send(b"one")
             call.send(b"two")
         else:
-            call.send(data)
+            call.send(bytes(data))
 
     def oversized(self, size: int) -> None:
         self._told.ends.append(f"oversized: {size}")

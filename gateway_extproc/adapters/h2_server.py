@@ -137,7 +137,7 @@ class _Call:
         refused: grpc_messages.Refused | None = None
         before = assembler.waiting
         try:
-            messages: Sequence[bytes] = assembler.feed(data)
+            messages: Sequence[grpc_messages.Message] = assembler.feed(data)
         except grpc_messages.Refused as error:
             refused, messages = error, error.messages
         waiting = assembler.waiting

@@ -11,6 +11,7 @@ from typing import Literal
 
 import msgspec
 
+from .parse import Body
 from .refusal import Refusal
 from .store import Admission, Admitted, Denied, Settlement
 
@@ -32,7 +33,7 @@ class RequestHeaders(msgspec.Struct, frozen=True):
 class RequestBody(msgspec.Struct, frozen=True):
     """All of the request's body, or a piece. ``end``: it is the last one, though trailers may follow."""
 
-    data: bytes
+    data: Body
     end: bool
 
 

@@ -72,6 +72,10 @@ _DECLARED_MAXIMA: Final = ("max_tokens", "max_completion_tokens", "max_output_to
 _TRUE: Final = frozenset({b"true", b"1", b"1.0", b'"true"', b'"1"', b'"t"', b'"yes"', b'"y"', b'"on"'})
 
 
+#: A request's body as it came: a large one is gathered in place, and not copied to be called bytes.
+Body = bytes | bytearray
+
+
 class Refused(Exception):
     """The request cannot be served as it stands; ``refusal`` is what its client is told."""
 
@@ -170,7 +174,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     asking: Splice | None = None
 
 
-def parse_request(route: Route, content_type: str | None, body: bytes) -> Request:
+def parse_request(route: Route, content_type: str | None, body: Body) -> Request:
     """Read a body. The content type is not looked at, unless it is ``multipart/form-data``.
 
     Raises Refused with 400 ``invalid_json``, ``missing_model`` or ``invalid_value``, and nothing else."""
@@ -181,14 +185,14 @@ def parse_request(route: Route, content_type: str | None, body: bytes) -> Reques
     return _read_json(route, body)
 
 
-def ask_for_usage(body: bytes, request: Request) -> bytes:
+def ask_for_usage(body: Body, request: Request) -> bytes:
     """The body with ``stream_options.include_usage`` true, all else byte for byte as it was; copied once.
 
     ``request`` is what ``parse_request`` read in this body. A body that asks already is returned itself, and so is
     one whose ``stream_options`` is no object: the pod refuses that."""
     change = request.asking
     if change is None:
-        return body
+        return bytes(body)
     view = memoryview(body)
     return b"".join((view[: change.start], change.text, view[change.end :]))
 
@@ -202,7 +206,7 @@ class _Each:
     __slots__ = ()
 
 
-def members(text: bytes) -> tuple[list[str], list[msgspec.Raw]]:
+def members(text: Body) -> tuple[list[str], list[msgspec.Raw]]:
     """The keys of a JSON object, unescaped, in order and with duplicates, and their values, unread.
 
     ``text`` is known to be JSON afterwards, but for invalid UTF-8 inside values. Raises one of UNREADABLE."""
@@ -224,7 +228,7 @@ def members(text: bytes) -> tuple[list[str], list[msgspec.Raw]]:
 _KEY: Final = re.compile(rb'[\s{,]*+("[^"\\]*+(?:\\.[^"\\]*+)*+")\s*+:\s*+')
 
 
-def where(text: bytes, values: Sequence[msgspec.Raw], index: int) -> tuple[int, int, int]:
+def where(text: Body, values: Sequence[msgspec.Raw], index: int) -> tuple[int, int, int]:
     """Where the object's ``index``-th member begins (its key), where its value begins, and where that ends."""
     end = 0
     for value in values[: index + 1]:
@@ -234,7 +238,7 @@ def where(text: bytes, values: Sequence[msgspec.Raw], index: int) -> tuple[int, 
     return begin, start, end
 
 
-def _read_json(route: Route, body: bytes) -> Request:
+def _read_json(route: Route, body: Body) -> Request:
     try:
         names, values = members(body)
     except RecursionError:
@@ -277,7 +281,7 @@ def _read_json(route: Route, body: bytes) -> Request:
     )
 
 
-def _is_utf8(body: bytes) -> bool:
+def _is_utf8(body: Body) -> bool:
     if body.isascii():
         return True
     decode, view = codecs.getincrementaldecoder("utf-8")().decode, memoryview(body)
@@ -342,7 +346,7 @@ def _model_too_long() -> Refusal:
 _LIST: Final = re.compile(rb'\[\s*+(["\[])')
 
 
-def _batch(body: bytes, start: int, end: int) -> int:
+def _batch(body: Body, start: int, end: int) -> int:
     """How many prompts stand in the JSON value at ``start``: one, unless it is a list of strings or of token lists.
 
     Counts brackets or unescaped quotes instead of reading: the value is known to be JSON."""
@@ -361,7 +365,7 @@ def _batch(body: bytes, start: int, end: int) -> int:
 _USAGE: Final = b'"include_usage":true'
 
 
-def _usage_option(body: bytes, values: Sequence[msgspec.Raw], at: int | None) -> tuple[bool, Splice | None]:
+def _usage_option(body: Body, values: Sequence[msgspec.Raw], at: int | None) -> tuple[bool, Splice | None]:
     """Whether the client asked for usage in its stream, and if not, the change that does.
 
     ``at`` is the index of ``stream_options`` among the body's members, None where it is absent."""
@@ -420,7 +424,7 @@ def _parameters(text: str) -> list[tuple[str, str]] | None:
     return [(found[1].lower(), found[2]) for found in _PARAMETER.finditer(text)]
 
 
-def _read_form(parameters: str, body: bytes) -> Request:
+def _read_form(parameters: str, body: Body) -> Request:
     fields = _fields(body, _boundary(parameters))
     model = fields.get("model", b"")
     if not model:
@@ -464,7 +468,7 @@ def _malformed(why: str) -> Refused:
     return Refused(invalid_value("body", f"not a well-formed multipart form: {why}"))
 
 
-def _fields(body: bytes, boundary: bytes) -> dict[str, bytes]:
+def _fields(body: Body, boundary: bytes) -> dict[str, bytes]:
     """The form's fields that the gateway reads, files left where they lie. Raises Refused."""
     delimiter, fields = b"--" + boundary, dict[str, bytes]()
     line = b"\n" + delimiter
@@ -494,7 +498,7 @@ def _fields(body: bytes, boundary: bytes) -> dict[str, bytes]:
             raise Refused(invalid_value(name, "it is given more than once"))
         if is_file or _RECODED.search(headers[1]):
             raise Refused(invalid_value(name, "it must be plain text"))
-        fields[name] = body[begin:end].removesuffix(b"\r")
+        fields[name] = bytes(body[begin:end].removesuffix(b"\r"))
     raise _malformed(f"it has more than {MAX_PARTS} parts")
 
 

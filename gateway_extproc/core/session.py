@@ -53,7 +53,7 @@ from .events import (
 )
 from .fleet import Fleet
 from .identify import KEY_PREFIX, Mode, identify
-from .parse import Kind, Refused, Request, ask_for_usage, parse_request, route_of
+from .parse import Body, Kind, Refused, Request, ask_for_usage, parse_request, route_of
 from .parse import Route as Target
 from .refusal import Refusal
 from .store import Admission, Admitted, Denied, Level, Settlement, Window
@@ -150,7 +150,7 @@ class Session:
         self._user: str | None = None
         self._strategy = ""
         self._carry = False
-        self._parts: list[bytes] = []
+        self._parts: list[Body] = []
         self._size = 0
         self._request: Request | None = None
         self._model = ""
@@ -248,7 +248,7 @@ class Session:
         self._parts.clear()
         return self._on_whole_body(body)
 
-    def _on_whole_body(self, body: bytes) -> list[Action]:
+    def _on_whole_body(self, body: Body) -> list[Action]:
         world = self._world
         policy = world.policy
         if not body:
@@ -350,11 +350,11 @@ class Session:
         lease = choose(self._strategy, pods, choices, admission.tokens, world.clock(), world.rng)
         self._lease = lease
         note = self._note = self._write_note(lease)
-        body = self._parts.pop() if self._parts else None
-        if self._strip:
-            assert body is not None
+        body = None
+        if self._parts:
+            held = self._parts.pop()
             assert self._request is not None
-            body = ask_for_usage(body, self._request)
+            body = ask_for_usage(held, self._request) if self._strip else bytes(held)
         change, remove = self._header_changes(lease, note)
         # Answers that do not generate can be large, and where usage is to be taken out of one it must be read: then a
         # session settles it.

@@ -15,6 +15,7 @@ from ..core.account import Ledger
 from ..core.events import Outcome
 from ..core.store import Settlement
 from ..wire import access_log
+from ..wire.grpc_messages import Message
 from .rpc import Call, Handler, How, Service, Status
 
 #: Most streams at once: each Envoy has one for each of its threads.
@@ -81,8 +82,8 @@ class _Stream:
         self._logs = logs
         self._call = call
 
-    def message(self, data: bytes) -> None:
-        self._logs.take(data)
+    def message(self, data: Message) -> None:
+        self._logs.take(bytes(data))
 
     def oversized(self, size: int) -> None:
         pass  # the listener ends the call

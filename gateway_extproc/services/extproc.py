@@ -40,6 +40,7 @@ from ..core.refusal import internal_error
 from ..core.session import Session, World
 from ..core.store import Answer, Question, Settlement, Store, StoreUnavailable
 from ..wire import extproc
+from ..wire.grpc_messages import Message
 from .room import Place, Room
 from .rpc import Call, Handler, How, Service
 
@@ -159,7 +160,7 @@ class _Stream:
         self._codec = extproc.Codec()
         #: Whether messages wait: for the store, for room, for the start.
         self._held = not service.is_open
-        self._waiting: deque[bytes] | None = None
+        self._waiting: deque[Message] | None = None
         self._half_closed = False
         self._question: Question | None = None
         self._place: Place | None = None
@@ -170,7 +171,7 @@ class _Stream:
 
     # --- what the listener tells --------------------------------------------------------------------------------------
 
-    def message(self, data: bytes) -> None:
+    def message(self, data: Message) -> None:
         if self._held:
             if self._waiting is None:
                 self._waiting = deque()
@@ -232,7 +233,7 @@ class _Stream:
         if self._half_closed and not self._held:
             self._call.end()
 
-    def _take(self, data: bytes) -> None:
+    def _take(self, data: Message) -> None:
         """One message. Whatever it raises is a failure of the stream."""
         event = self._codec.decode(data)
         if event is None:

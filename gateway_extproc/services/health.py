@@ -10,6 +10,7 @@ from collections.abc import Collection
 from typing import Final
 
 from ..wire._pb.health_pb2 import HealthCheckRequest, HealthCheckResponse
+from ..wire.grpc_messages import Message
 from .rpc import Call, Handler, How, Service, Status
 
 SERVICE: Final = "grpc.health.v1.Health"
@@ -58,8 +59,8 @@ class _Check:
         self._call = call
         self._name: str | None = None
 
-    def message(self, data: bytes) -> None:
-        self._name = HealthCheckRequest.FromString(data).service
+    def message(self, data: Message) -> None:
+        self._name = HealthCheckRequest.FromString(bytes(data)).service
 
     def oversized(self, _: int) -> None:
         pass
@@ -86,11 +87,11 @@ class _Watch:
         self._call = call
         self._name: str | None = None
 
-    def message(self, data: bytes) -> None:
+    def message(self, data: Message) -> None:
         if len(self._health.watchers) >= WATCHERS:
             self._call.end(Status.RESOURCE_EXHAUSTED, "too many watchers")
             return
-        self._name = HealthCheckRequest.FromString(data).service
+        self._name = HealthCheckRequest.FromString(bytes(data)).service
         self._health.watchers.add(self)
         self.tell()
 

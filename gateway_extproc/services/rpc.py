@@ -15,6 +15,8 @@ from collections.abc import Callable, Mapping
 from enum import IntEnum
 from typing import Literal, Protocol
 
+from ..wire.grpc_messages import Message
+
 
 class Status(IntEnum):
     """gRPC's status codes that we use (grpc/grpc: doc/statuscodes.md)."""
@@ -54,7 +56,7 @@ class Call(Protocol):
 class Handler(Protocol):
     """What a service is told of a call."""
 
-    def message(self, data: bytes) -> None:
+    def message(self, data: Message) -> None:
         """One serialized message arrived. A ValueError, or protobuf's DecodeError, ends the call with
         INVALID_ARGUMENT, any other exception with INTERNAL."""
         ...

@@ -17,6 +17,7 @@ import structlog
 from ..core.fleet import Fleet, PodSpec
 from ..wire import xds
 from ..wire._pb.discovery_pb2 import DeltaDiscoveryRequest
+from ..wire.grpc_messages import Message
 from ..wire.resources import Resources
 from .rpc import Call, Handler, How, Service, Status
 
@@ -140,10 +141,10 @@ class _Stream:
         self._call = call
         self.state = state
 
-    def message(self, data: bytes) -> None:
+    def message(self, data: Message) -> None:
         known = self.state.node
         try:
-            self.state.received(DeltaDiscoveryRequest.FromString(data))
+            self.state.received(DeltaDiscoveryRequest.FromString(bytes(data)))
         except xds.Rejected as error:
             self._call.end(Status.INVALID_ARGUMENT, str(error))
             return

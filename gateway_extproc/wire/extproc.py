@@ -131,19 +131,20 @@ class Codec:
         self._whole = False  # answers come in one message, whatever it says of their end
         self._unchanged = _UNCHANGED
         self._awaited = False  # the request's body is still to come
-        self._body = b""  # the body of a message that is being decoded, where it is large
+        self._body: bytes | bytearray = b""  # the body of a message that is being decoded, where it is large
         self._data = b""  # the piece of a FULL_DUPLEX_STREAMED answer that is to be sent back
         self._end = False
 
-    def decode(self, data: bytes) -> Event | None:
-        """The event in a message; None where it calls for none. Raises UnknownMessage, and protobuf's DecodeError for
-        what is no message."""
+    def decode(self, data: bytes | bytearray) -> Event | None:
+        """The event in a message; None where it calls for none. A large bytearray is taken apart. Raises
+        UnknownMessage, and protobuf's DecodeError for what is no message."""
         if len(data) < LARGE:
-            message = ProcessingRequest.FromString(data)
+            message = ProcessingRequest.FromString(bytes(data))
         else:
-            body, rest = _apart(data)
-            message = ProcessingRequest.FromString(rest)
-            self._body = body if message.HasField("request_body") else b""
+            whole = bytearray(data) if isinstance(data, bytes) else data
+            rest = _apart(whole)
+            message = ProcessingRequest.FromString(bytes(whole) if rest is None else rest)
+            self._body = b"" if rest is None or not message.HasField("request_body") else whole
         kind = message.WhichOneof("request")
         if kind is None:
             raise UnknownMessage("empty message")
@@ -334,24 +335,27 @@ _ENCODE: Final[Mapping[type, Callable[[Codec, Any], Sequence[bytes]]]] = {
 }
 
 
-def _apart(data: bytes) -> tuple[bytes, bytes]:
-    """A message's request body, and the message without it: protobuf would copy a large one twice. Where it is not
-    what Envoy sends, with the body first, all of it is the message."""
+def _apart(data: bytearray) -> bytes | None:
+    """Leave only a message's request body in ``data``, without copying it, and return the message without it: protobuf
+    would copy a large body twice. None, and nothing done, where it is not what Envoy sends, with the body first."""
     if data[0] != _REQUEST_BODY_IN[0]:
-        return b"", data
+        return None
     size, at = _read_varint(data, 1)
     after = at + size
     if after > len(data) or at >= after or data[at] != _BODY_IN[0]:
-        return b"", data
+        return None
     size, begin = _read_varint(data, at + 1)
     end = begin + size
     # Of a field that is given again, the last counts.
-    if end > after or _BODY_IN in data[end:after] or _REQUEST_BODY_IN in data[after:]:
-        return b"", data
-    return data[begin:end], _field(_REQUEST_BODY_IN, data[end:after]) + data[after:]
+    if end > after or data.find(_BODY_IN, end, after) >= 0 or data.find(_REQUEST_BODY_IN, after) >= 0:
+        return None
+    rest = _field(_REQUEST_BODY_IN, bytes(data[end:after])) + bytes(data[after:])
+    del data[end:]
+    del data[:begin]
+    return rest
 
 
-def _read_varint(data: bytes, at: int) -> tuple[int, int]:
+def _read_varint(data: bytearray, at: int) -> tuple[int, int]:
     """A length, and where what it is of begins; past the end where it is none."""
     size = 0
     for shift, byte in enumerate(data[at : at + 5]):

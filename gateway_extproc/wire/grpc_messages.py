@@ -1,8 +1,8 @@
 """gRPC over HTTP/2 (grpc/grpc: doc/PROTOCOL-HTTP2.md): messages out of a stream's bytes, and a call's headers.
 
 Owns the five-byte prefix of each message, the header blocks of answers, and what a call's headers say. Promises the
-same messages however the bytes are cut, each copied once; a message that is compressed or too large is refused as soon
-as its prefix is there. Leaves out HTTP/2 itself (wire/h2.py).
+same messages however the bytes are cut, each gathered in one place that grows; a message that is compressed or too
+large is refused as soon as its prefix is there. Leaves out HTTP/2 itself (wire/h2.py).
 """
 
 from __future__ import annotations
@@ -18,8 +18,6 @@ _HEAD: Final = Struct(">BI")
 _LENGTH: Final = Struct(">I").unpack_from
 #: Compressed flag (1 byte) and length (4 bytes).
 _PREFIX: Final = 5
-#: Pieces of a message that are smaller, in bytes, are gathered in one buffer: each alone would take 40 bytes more.
-_SMALL: Final = 1024
 #: Longest status message that is sent, in characters.
 _MAX_STATUS_MESSAGE: Final = 1024
 _UNITS: Final = {"H": 3600.0, "M": 60.0, "S": 1.0, "m": 1e-3, "u": 1e-6, "n": 1e-9}
@@ -31,10 +29,14 @@ NOT_GRPC: Final = h2.block(((":status", "415"), ("content-type", "text/plain")))
 NOT_GRPC_BODY: Final = b"This port speaks gRPC.\n"
 
 
+#: A message's bytes. What was gathered is a bytearray, and its receiver's own to take apart.
+Message = bytes | bytearray
+
+
 class Refused(Exception):
     """What came is not taken. ``messages`` are those that were whole before it."""
 
-    def __init__(self, why: str, messages: Sequence[bytes] = ()) -> None:
+    def __init__(self, why: str, messages: Sequence[Message] = ()) -> None:
         super().__init__(why)
         self.messages = messages
 
@@ -46,7 +48,7 @@ class Malformed(Refused):
 class TooLarge(Refused):
     """A message of more bytes than are taken was announced."""
 
-    def __init__(self, size: int, messages: Sequence[bytes]) -> None:
+    def __init__(self, size: int, messages: Sequence[Message]) -> None:
         super().__init__(f"a message of {size} bytes", messages)
         self.size = size
 
@@ -55,39 +57,40 @@ class Assembler:
     """One stream's messages. ``waiting`` is the bytes that are held until theirs is whole; ``unfinished``: whether a
     message or its prefix has begun, which may hold none."""
 
-    __slots__ = ("_begun", "_limit", "_missing", "_pieces", "unfinished", "waiting")
+    __slots__ = ("_begun", "_held", "_limit", "_missing", "unfinished", "waiting")
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
-        self._pieces: list[bytes | bytearray] = []
-        #: Whether the pieces are of a message, whose prefix was read, or of a prefix; and the bytes that either lacks.
+        #: Whether what is held is of a message, whose prefix was read, or of a prefix; and the bytes that either lacks.
         self._begun = False
+        self._held = bytearray()
         self._missing = 0
         self.unfinished = False
         self.waiting = 0
 
-    def feed(self, data: bytes) -> list[bytes]:
+    def feed(self, data: bytes) -> list[Message]:
         """The messages that ``data`` completes. Raises Malformed and TooLarge; nothing may be fed afterwards."""
-        messages: list[bytes] = []
+        messages: list[Message] = []
         position, size = 0, len(data)
         if self.unfinished:
             missing = self._missing
+            held = self._held
             if missing > size:
-                self._keep(data)
+                held += data
                 self.waiting += size
                 self._missing = missing - size
                 return messages
-            self._pieces.append(data[:missing] if self._begun else data)
-            whole = b"".join(self._pieces)
-            self._pieces.clear()
+            held += memoryview(data)[:missing]
+            position = missing
             self.waiting = 0
             self.unfinished = False
             if self._begun:
                 self._begun = False
-                messages.append(whole)
-                position = missing
+                self._held = bytearray()
+                messages.append(held)
             else:
-                data, size = whole, len(whole)
+                data, size, position = bytes(held) + data[position:], size - position + _PREFIX, 0
+                held.clear()
         while size - position >= _PREFIX:
             if data[position]:
                 raise Malformed("compressed messages are not taken", messages)
@@ -107,19 +110,10 @@ class Assembler:
         return messages
 
     def _hold(self, piece: bytes, missing: int) -> None:
-        self._pieces.append(piece)
+        self._held += piece
         self.unfinished = True
         self.waiting = len(piece)
         self._missing = missing
-
-    def _keep(self, piece: bytes) -> None:
-        pieces = self._pieces
-        if len(piece) >= _SMALL:
-            pieces.append(piece)
-        elif isinstance(pieces[-1], bytearray):
-            pieces[-1] += piece
-        else:
-            pieces.append(bytearray(piece))
 
 
 def framed(message: bytes) -> bytes:

@@ -15,6 +15,7 @@ from hyperframe.frame import DataFrame, Frame, GoAwayFrame, HeadersFrame, PingFr
 
 from gateway_extproc.adapters import h2_server
 from gateway_extproc.services.rpc import Call, Handler, How, PortInUse, Status
+from gateway_extproc.wire.grpc_messages import Message
 from tests.callers import grpcio
 from tests.certificates import Authority, Pair
 from tests.frames import CALL, HELLO, Reader, data, headers, message, ping
@@ -146,7 +147,7 @@ class Failing:
         if self._where == what:
             raise RuntimeError(what)
 
-    def message(self, data: bytes) -> None:
+    def message(self, data: Message) -> None:
         self._hear("message")
 
     def oversized(self, size: int) -> None:

@@ -13,6 +13,7 @@ import pytest
 
 from gateway_extproc.services.rpc import Call, How
 from gateway_extproc.wire import grpc_messages
+from gateway_extproc.wire.grpc_messages import Message
 from tests.listening import listening
 
 #: summerwind/h2spec. Its later versions can't be installed by this command: their go.mod leaves the major one out.
@@ -46,7 +47,7 @@ class Answering:
     def __init__(self, call: Call) -> None:
         self._call = call
 
-    def message(self, data: bytes) -> None:
+    def message(self, data: Message) -> None:
         pass
 
     def oversized(self, size: int) -> None:

@@ -45,10 +45,15 @@ def refusal(body: Any, route: Route = CHAT, content_type: str | None = "applicat
 
 
 def code_or_request(body: bytes, route: Route, content_type: str | None = None) -> Request | str:
-    try:
-        return parse_request(route, content_type, body)
-    except Refused as refused:
-        return refused.refusal.code
+    """What is read in a body: the same whether it came at once or was gathered."""
+    found: list[Request | str] = []
+    for each in (body, bytearray(body)):
+        try:
+            found.append(parse_request(route, content_type, each))
+        except Refused as refused:
+            found.append(refused.refusal.code)
+    assert found[0] == found[1]
+    return found[0]
 
 
 # --- routes -------------------------------------------------------------------------------------------------------

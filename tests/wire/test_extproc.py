@@ -661,8 +661,11 @@ def test_the_witness_knows_the_method() -> None:
     size=st.integers(extproc.LARGE - 20, extproc.LARGE + 300),
     end=st.booleans(),
     tail=st.sampled_from(["", "attributes", "mode", "body again", "other kind"]),
+    gathered=st.booleans(),
 )
-def test_a_large_body_is_read_as_protobuf_reads_it(piece: bytes, size: int, end: bool, tail: str) -> None:
+def test_a_large_body_is_read_as_protobuf_reads_it(
+    piece: bytes, size: int, end: bool, tail: str, gathered: bool
+) -> None:
     body = (piece * size)[:size]
     message = ProcessingRequest()
     message.request_body.body, message.request_body.end_of_stream = body, end
@@ -678,7 +681,7 @@ def test_a_large_body_is_read_as_protobuf_reads_it(piece: bytes, size: int, end:
     whole = ProcessingRequest.FromString(data)
     codec = extproc.Codec()
     decode(ProcessingRequest(request_headers=HttpHeaders(headers=header_map(*PAIRS))), codec)
-    event = codec.decode(data)
+    event = codec.decode(bytearray(data) if gathered else data)
     if whole.WhichOneof("request") == "request_trailers":
         assert event == RequestTrailers()
     else:

@@ -13,16 +13,16 @@ from hypothesis import strategies as st
 
 from gateway_extproc.services.rpc import Status
 from gateway_extproc.wire import grpc_messages
-from gateway_extproc.wire.grpc_messages import Assembler, Malformed, TooLarge, framed
+from gateway_extproc.wire.grpc_messages import Assembler, Malformed, Message, TooLarge, framed
 from tests.frames import message
 
 LIMIT = 1000
 
 
-def fed(whole: bytes, at: list[int], limit: int = LIMIT) -> tuple[list[bytes], Exception | None, bool]:
+def fed(whole: bytes, at: list[int], limit: int = LIMIT) -> tuple[list[Message], Exception | None, bool]:
     """The messages of these bytes cut at these places, what refused them, and whether one is unfinished."""
     assembler = Assembler(limit)
-    found: list[bytes] = []
+    found: list[Message] = []
     places = [0, *sorted({place % (len(whole) + 1) for place in at}), len(whole)]
     for a, b in pairwise(places):
         try:
