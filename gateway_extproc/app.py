@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import ctypes
 import gc
-import os
 import secrets
 import signal
 import sys
@@ -48,6 +47,7 @@ from .services.health import Health
 from .services.room import Room
 from .services.rpc import Listener, PortInUse, Services
 from .services.xds import Endpoints, XdsServer
+from .sockets import reason
 from .wire import extproc, resources, xds
 from .wire.resources import Cors, Resources
 
@@ -240,9 +240,7 @@ class Gateway:
         try:
             self._admin, _ = await admin.start(self._admin_app(), config.listen.http)
         except OSError as error:
-            # Not strerror: asyncio writes a sentence of its own there.
-            reason = os.strerror(error.errno) if error.errno else error
-            raise Unavailable(f"cannot listen for listen.http on {config.listen.http}: {reason}") from error
+            raise Unavailable(f"cannot listen for listen.http on {config.listen.http}: {reason(error)}") from error
         if self._siblings is not None:
             await self._siblings.join(self.fleet)
         if isinstance(self.store, GuardedStore):
@@ -490,6 +488,20 @@ def _return_memory() -> None:
     if mallopt is not None:
         mallopt(_M_MMAP_THRESHOLD, 1 << 20)
         mallopt(_M_TRIM_THRESHOLD, 4 << 20)
+
+
+def exit_code(serve: Callable[[], None]) -> int:
+    """Serve; what the process is to exit with. What is wrong with the configuration (1), or not to be had (3), is told
+    on stderr."""
+    try:
+        serve()
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 1
+    except Unavailable as error:
+        print(f"gateway-extproc: {error}", file=sys.stderr)
+        return 3
+    return 0
 
 
 def run(

@@ -14,7 +14,6 @@ from . import __version__
 #: Exit codes (contract section 1).
 FINE: Final = 0
 USERS_ERROR: Final = 1
-NOT_TO_BE_HAD: Final = 3
 #: Most processes of one gateway: the cores of a large host. Each takes some 100 MB and polls every pod.
 MAX_WORKERS: Final = 64
 
@@ -121,14 +120,9 @@ def _with_config(args: argparse.Namespace) -> int:
         from .workers import supervisor
 
         return supervisor.run(config, args.config, workers)
-    from .app import Unavailable, run
+    from .app import exit_code, run
 
-    try:
-        run(config, args.config)
-    except Unavailable as error:
-        print(f"gateway-extproc: {error}", file=sys.stderr)
-        return NOT_TO_BE_HAD
-    return FINE
+    return exit_code(lambda: run(config, args.config))
 
 
 def entry() -> int:

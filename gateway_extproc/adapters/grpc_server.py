@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
-import socket
 import ssl
 from collections import deque
 from collections.abc import Mapping
@@ -22,13 +20,11 @@ import grpc.aio
 import structlog
 from google.protobuf.message import DecodeError
 
-from ..core.address import split_address
-from ..services.rpc import Handler, How, PortInUse, Service, Services, Status, TLSFiles
+from ..services.rpc import MESSAGE_OVERHEAD, Handler, How, PortInUse, Service, Services, Status, TLSFiles
+from ..sockets import reason, try_port
 
 log = structlog.get_logger(__name__)
 
-#: Room for a message's headers and framing beside the largest body, in bytes.
-MESSAGE_OVERHEAD: Final = 1 << 20
 #: Seconds that calls in progress may take after `leave`: longer than whoever calls `close` waits.
 LEAVE_WAIT: Final = 3600.0
 
@@ -180,7 +176,10 @@ class Server:
 async def serve(address: str, services: Services, max_body_bytes: int, tls: TLSFiles | None = None) -> Server:
     """Listen at ``address`` (``host:port`` or ``unix:path``). Raises PortInUse, and OSError for unreadable certificate
     files."""
-    _try(address)
+    try:
+        try_port(address)  # first, because grpc writes to stderr by itself when it fails
+    except OSError as error:
+        raise PortInUse(f"{address}: {reason(error)}") from error
     server = grpc.aio.server(
         handlers=[_Handlers(services)],
         options=[
@@ -206,19 +205,6 @@ async def serve(address: str, services: Services, max_body_bytes: int, tls: TLSF
         raise PortInUse(f"{address}: {error}") from error
     await server.start()
     return Server(server, 0 if address.startswith("unix:") else port)
-
-
-def _try(address: str) -> None:
-    """Raises PortInUse where nothing can listen: asked first, because grpc writes to stderr by itself when it fails."""
-    if address.startswith("unix:"):
-        return
-    host, port = split_address(address)
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise PortInUse(f"{address}: {os.strerror(error.errno or 0)}") from error
 
 
 def _credentials(tls: TLSFiles) -> grpc.ServerCredentials:

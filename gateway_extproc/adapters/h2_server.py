@@ -10,11 +10,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import os
-import socket
 import ssl
-import stat
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
@@ -23,15 +20,15 @@ import structlog
 from google.protobuf.message import DecodeError
 
 from ..core.address import split_address
-from ..services.rpc import Handler, How, PortInUse, Service, Services, Status, TLSFiles
+from ..services.rpc import MESSAGE_OVERHEAD, Handler, How, PortInUse, Service, Services, Status, TLSFiles
+from ..sockets import free_socket_file, reason
 from ..wire import grpc_messages, h2
+from ..wire.header_blocks import Header
 
 log = structlog.get_logger(__name__)
 
 #: Connections at once. Each thread of an Envoy opens one, and further ones beyond MAX_STREAMS requests in progress.
 CONNECTIONS: Final = 1024
-#: Room for a message's headers and framing beside the largest body, in bytes.
-MESSAGE_OVERHEAD: Final = 1 << 20
 #: Calls at once, over all connections: several Envoys full of requests (an open stream takes about 5 KB).
 CALLS: Final = 100_000
 #: Unfinished messages of the largest size, over all connections, and as much that waits for peers to read it. Room for
@@ -71,7 +68,9 @@ class _Call:
 
     __slots__ = ("_connection", "_stream", "assembler", "deadline", "handler", "how", "metadata", "over", "started")
 
-    def __init__(self, connection: _Connection, stream: h2.Stream, metadata: Mapping[str, str], limit: int) -> None:
+    def __init__(
+        self, connection: _Connection, stream: h2.Stream[_Call], metadata: Mapping[str, str], limit: int
+    ) -> None:
         self._connection = connection
         self._stream = stream
         self.metadata = metadata
@@ -187,7 +186,7 @@ class _Connection(asyncio.Protocol):
 
     def __init__(self, server: Server) -> None:
         self.server = server
-        self.h2 = h2.Connection(server.max_message, server.backlog)
+        self.h2: h2.Connection[_Call] = h2.Connection(server.max_message, server.backlog)
         self.heard = self.began = server.loop.time()
         self.asked = False
         self._transport: Any = None
@@ -216,7 +215,7 @@ class _Connection(asyncio.Protocol):
         self.in_turn = True
         for event in self.h2.receive(data, now):
             if isinstance(event, h2.Data):
-                call: Any = event.stream.owner
+                call = event.stream.owner
                 if call is not None:
                     call.feed(event.data, event.end)
             elif isinstance(event, h2.Opened):
@@ -277,7 +276,7 @@ class _Connection(asyncio.Protocol):
         read."""
         for stream in self.h2.give_up(STALLED_LOOKS):
             if stream.owner is not None:
-                stream.owner.close("reset")  # type: ignore[attr-defined]
+                stream.owner.close("reset")
         if not self.h2.greeted:
             if now - self.began > GREETING:
                 self._transport.abort()
@@ -295,7 +294,7 @@ class _Connection(asyncio.Protocol):
     def close(self) -> None:
         for stream in [*self.h2.streams.values()]:
             if stream.owner is not None:
-                stream.owner.end(Status.UNAVAILABLE, "the gateway stops")  # type: ignore[attr-defined]
+                stream.owner.end(Status.UNAVAILABLE, "the gateway stops")
         self.h2.end(h2.Code.NO_ERROR, "")
         self.flush()
         self._transport.close()
@@ -305,7 +304,7 @@ class _Connection(asyncio.Protocol):
 
     # --- calls -------------------------------------------------------------------------------------------------------
 
-    def _open(self, event: h2.Opened) -> None:
+    def _open(self, event: h2.Opened[_Call]) -> None:
         stream = event.stream
         known = self.server.known.get(event.headers) or self._look_up(event)
         if known is None:
@@ -330,7 +329,7 @@ class _Connection(asyncio.Protocol):
         elif event.end:
             call.feed(b"", True)
 
-    def _look_up(self, event: h2.Opened) -> _Known | None:
+    def _look_up(self, event: h2.Opened[_Call]) -> _Known | None:
         """What a call's headers say; None where it was answered."""
         stream, metadata = event.stream, dict(event.headers)
         if not grpc_messages.is_grpc(metadata.get(":method"), metadata.get("content-type")):
@@ -358,7 +357,7 @@ class _Connection(asyncio.Protocol):
     def _lose_calls(self) -> None:
         for stream in [*self.h2.streams.values()]:
             if stream.owner is not None:
-                stream.owner.close("reset")  # type: ignore[attr-defined]
+                stream.owner.close("reset")
 
 
 class Server:
@@ -377,7 +376,7 @@ class Server:
         self.leaving = False
         self.closed = False
         self.connections: set[_Connection] = set()
-        self.known: dict[tuple[h2.Header, ...], _Known] = {}
+        self.known: dict[tuple[Header, ...], _Known] = {}
         self.port = 0
         self._server: asyncio.Server | None = None
         self._socket_file: tuple[str, int] | None = None
@@ -395,7 +394,7 @@ class Server:
         path = address.removeprefix("unix:") if address.startswith("unix:") else ""
         try:
             if path:
-                _free_socket_file(path)
+                free_socket_file(path)
                 self._server = await self.loop.create_unix_server(lambda: _Connection(self), path, **options)
                 self._socket_file = (path, os.stat(path).st_ino)
             else:
@@ -403,9 +402,7 @@ class Server:
                 self._server = await self.loop.create_server(lambda: _Connection(self), host, port, **options)
                 self.port = self._server.sockets[0].getsockname()[1]
         except OSError as error:
-            number = error.errno or 0  # a name that is not found has one of its own kind, below zero
-            why = os.strerror(number) if number > 0 else error.strerror or str(error)
-            raise PortInUse(f"{address}: {why}") from error
+            raise PortInUse(f"{address}: {reason(error)}") from error
 
     def leave(self) -> None:
         self.leaving = True
@@ -508,25 +505,6 @@ class _Certificate:
         names = [files.cert_file, files.key_file] + ([files.client_ca_file] if files.client_ca_file else [])
         found = [os.stat(name) for name in names]
         return [(stamp.st_mtime_ns, stamp.st_ino) for stamp in found]
-
-
-def _free_socket_file(path: str) -> None:
-    """Take away what a process that is gone left behind. Raises OSError where somebody listens there."""
-    try:
-        if not stat.S_ISSOCK(os.stat(path).st_mode):
-            raise OSError(errno.EADDRINUSE, "not a socket")
-    except FileNotFoundError:
-        return
-    with socket.socket(socket.AF_UNIX) as probe:
-        probe.settimeout(1.0)
-        try:
-            probe.connect(path)
-        except ConnectionRefusedError:
-            os.unlink(path)
-            return
-        except OSError:
-            pass  # such as somebody who is too busy to answer
-    raise OSError(errno.EADDRINUSE, "somebody listens")
 
 
 async def serve(address: str, services: Services, max_body_bytes: int, tls: TLSFiles | None = None) -> Server:

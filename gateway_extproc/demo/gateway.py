@@ -16,7 +16,7 @@ from pathlib import Path
 import msgspec
 
 from .. import app
-from ..config import Config, ConfigError, load
+from ..config import Config, load
 from .fill import Fill
 
 
@@ -31,15 +31,7 @@ def main() -> int:
     def read(path: str | os.PathLike[str]) -> Config:
         return fill.into(load(path))
 
-    try:
-        app.run(read(file), file, read)
-    except ConfigError as error:
-        print(error, file=sys.stderr)
-        return 1
-    except app.Unavailable as error:
-        print(f"gateway-extproc: {error}", file=sys.stderr)
-        return 3
-    return 0
+    return app.exit_code(lambda: app.run(read(file), file, read))
 
 
 if __name__ == "__main__":

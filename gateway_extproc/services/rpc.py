@@ -13,9 +13,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from enum import IntEnum
-from typing import Literal, Protocol
+from typing import Final, Literal, Protocol
 
 from ..wire.grpc_messages import Message
+
+#: Room that a listener leaves for a message's headers and framing beside the largest body, in bytes.
+MESSAGE_OVERHEAD: Final = 1 << 20
 
 
 class Status(IntEnum):

@@ -12,7 +12,7 @@ from struct import Struct
 from typing import Final
 from urllib.parse import quote
 
-from . import h2
+from .header_blocks import block
 
 _HEAD: Final = Struct(">BI")
 _LENGTH: Final = Struct(">I").unpack_from
@@ -23,9 +23,9 @@ _MAX_STATUS_MESSAGE: Final = 1024
 _UNITS: Final = {"H": 3600.0, "M": 60.0, "S": 1.0, "m": 1e-3, "u": 1e-6, "n": 1e-9}
 
 #: An answer's headers.
-HEADERS: Final = h2.block(((":status", "200"), ("content-type", "application/grpc")))
+HEADERS: Final = block(((":status", "200"), ("content-type", "application/grpc")))
 #: What says that a request was no gRPC.
-NOT_GRPC: Final = h2.block(((":status", "415"), ("content-type", "text/plain")))
+NOT_GRPC: Final = block(((":status", "415"), ("content-type", "text/plain")))
 NOT_GRPC_BODY: Final = b"This port speaks gRPC.\n"
 
 
@@ -123,12 +123,12 @@ def framed(message: bytes) -> bytes:
 
 def trailers(status: int, message: str) -> bytes:
     """The header block that ends an answer that has begun."""
-    return h2.block(_status(status, message)) if status or message else _OK
+    return block(_status(status, message)) if status or message else _OK
 
 
 def refusal(status: int, message: str) -> bytes:
     """The header block that is a whole answer: a call that failed before it said anything."""
-    return h2.block(((":status", "200"), ("content-type", "application/grpc"), *_status(status, message)))
+    return block(((":status", "200"), ("content-type", "application/grpc"), *_status(status, message)))
 
 
 def _status(status: int, message: str) -> Sequence[tuple[str, str]]:
@@ -140,7 +140,7 @@ def _status(status: int, message: str) -> Sequence[tuple[str, str]]:
     return said
 
 
-_OK: Final = h2.block(_status(0, ""))
+_OK: Final = block(_status(0, ""))
 
 
 def is_grpc(method: str | None, content_type: str | None) -> bool:

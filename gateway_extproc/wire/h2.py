@@ -1,10 +1,11 @@
 """The server's side of one HTTP/2 connection (RFC 9113), without I/O: bytes in, events out; calls in, bytes out.
 
-Owns framing, header blocks, the life of each stream, flow control both ways, and what a peer may not do. Promises: the
+Owns framing, the life of each stream, flow control both ways, and what a peer may not do. Promises: the
 same bytes give the same events however they are cut; what the peer did wrong ends the stream or the connection with
 the code that the RFC names, and no event follows; bytes that wait to be sent, header blocks, streams and remembered
-ids are bounded; a peer that keeps us busy without asking for anything is sent away. Leaves out sockets, time and
-back-pressure (adapters/h2_server.py), gRPC (wire/grpc_messages.py), server push and priorities.
+ids are bounded; a peer that keeps us busy without asking for anything is sent away. Leaves out what header blocks say
+(header_blocks.py), sockets, time and back-pressure (adapters/h2_server.py), gRPC (grpc_messages.py), server push and
+priorities.
 
 A stream's life, by the flags in ``Stream``:
 
@@ -22,17 +23,15 @@ we end first is reset right after, without an error: the peer need not send the 
 
 from __future__ import annotations
 
-import re
 import struct
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from enum import IntEnum
-from typing import Final
+from typing import Any, Final, Generic, TypeVar
 
 import msgspec
-from hpack import Decoder, Encoder, NeverIndexedHeaderTuple
-from hpack.exceptions import HPACKError, OversizedHeaderListError
-from hpack.table import HeaderTable
+
+from .header_blocks import MAX_BLOCK, MAX_HEADER_LIST, TABLE_SIZE, Block, Blocks, Header, TooMany, Undecodable
 
 PREFACE: Final = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 
@@ -48,19 +47,8 @@ MAX_GATHERED: Final = 32 << 10
 #: these bound the peer's burst; memory is bounded by whoever assembles messages.
 STREAM_WINDOW: Final = 1 << 20
 CONNECTION_WINDOW: Final = 1 << 26
-#: Size of the decompressed headers of one request, in the RFC's count (32 more for each), and of its block as sent.
-MAX_HEADER_LIST: Final = 16 << 10
-MAX_BLOCK: Final = 16 << 10
 #: CONTINUATION frames of one block: an honest peer sends one when its 16 KiB frame is full.
 MAX_CONTINUATIONS: Final = 8
-#: Table of repeated headers that the peer may use (the RFC's default).
-TABLE_SIZE: Final = 4096
-#: Changes of the table's size that one block may begin with (RFC 7541, section 4.2, knows no reason for more).
-SIZE_CHANGES: Final = 2
-#: Blocks whose meaning is remembered while the table does not change, and the most headers of such a block: an Envoy
-#: says the same few things again and again.
-BLOCKS: Final = 16
-BLOCK_HEADERS: Final = 32
 #: Bytes that may wait for the peer's windows on one stream, on top of the largest message.
 MAX_QUEUED: Final = 1 << 20
 #: What each piece that waits is counted for on top of its bytes: the objects that hold it.
@@ -118,29 +106,30 @@ class Code(IntEnum):
 
 # --- events ----------------------------------------------------------------------------------------------------------
 
-Header = tuple[str, str]
+#: What a user of the connection keeps on a stream.
+Owner = TypeVar("Owner")
 
 
-class Opened(msgspec.Struct, frozen=True):
+class Opened(msgspec.Struct, Generic[Owner], frozen=True):
     """A request began. ``headers`` are valid and in order, pseudo-headers first; ``end``: nothing follows."""
 
-    stream: Stream
+    stream: Stream[Owner]
     headers: tuple[Header, ...]
     end: bool
 
 
-class Data(msgspec.Struct, frozen=True):
+class Data(msgspec.Struct, Generic[Owner], frozen=True):
     """Bytes of a request, as they came: their cuts mean nothing. ``end``: nothing follows (trailers are not told)."""
 
-    stream: Stream
+    stream: Stream[Owner]
     data: bytes
     end: bool
 
 
-class Reset(msgspec.Struct, frozen=True):
+class Reset(msgspec.Struct, Generic[Owner], frozen=True):
     """A stream that was opened is gone, by the peer's word or its error."""
 
-    stream: Stream
+    stream: Stream[Owner]
     code: int
 
 
@@ -152,10 +141,10 @@ class Ended(msgspec.Struct, frozen=True):
     why: str
 
 
-Event = Opened | Data | Reset | Ended
+Event = Opened[Owner] | Data[Owner] | Reset[Owner] | Ended
 
 
-class Stream:
+class Stream(Generic[Owner]):
     """One open stream. ``owner`` is for whoever uses the connection; nothing here reads it."""
 
     __slots__ = (
@@ -165,7 +154,7 @@ class Stream:
 
     def __init__(self, number: int) -> None:
         self.id = number
-        self.owner: object = None
+        self.owner: Owner | None = None
         #: Whether it ever brought data, or ended its request: work rather than idling.
         self.brought = False
         self.remote_ended = False
@@ -195,14 +184,6 @@ class Backlog:
         self.size = 0
 
 
-class _Headers(msgspec.Struct, frozen=True):
-    """A decoded block. ``length`` is the content-length of a valid request (-1: none declared), None where the block
-    is none."""
-
-    headers: tuple[Header, ...]
-    length: int | None
-
-
 class _StreamError(Exception):
     def __init__(self, number: int, code: Code, why: str) -> None:
         self.number, self.code, self.why = number, code, why
@@ -211,38 +192,6 @@ class _StreamError(Exception):
 class _ConnectionError(Exception):
     def __init__(self, code: Code, why: str) -> None:
         self.code, self.why = code, why
-
-
-class _Table(HeaderTable):
-    """A header table that counts its changes: while it does not change, the same block has the same meaning.
-    ``size_changes`` are those of its size in one block."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.changes = 0
-        self.size_changes = 0
-
-    def add(self, name: bytes, value: bytes) -> None:
-        self.changes += 1
-        super().add(name, value)
-
-    @property
-    def maxsize(self) -> int:
-        return super().maxsize
-
-    @maxsize.setter
-    def maxsize(self, size: int) -> None:
-        self.changes += 1
-        self.size_changes += 1
-        if self.size_changes > SIZE_CHANGES:
-            raise HPACKError("the table changes its size again and again")
-        HeaderTable.maxsize.fset(self, size)  # type: ignore[attr-defined]  # mypy takes the property for its value
-
-
-def block(headers: Iterable[tuple[str, str]]) -> bytes:
-    """A header block that changes no table, so that it can be made once and sent on any connection."""
-    encoder = Encoder()
-    return encoder.encode([NeverIndexedHeaderTuple(n.encode(), v.encode()) for n, v in headers], huffman=False)
 
 
 def frame(kind: int, flags: int, number: int, payload: bytes | memoryview = b"") -> bytes:
@@ -261,7 +210,7 @@ _GREETING: Final = frame(SETTINGS, 0, 0, b"".join(_SETTING.pack(*pair) for pair 
 )
 
 
-class Connection:
+class Connection(Generic[Owner]):
     """``receive`` what came, then ``take`` what is to be sent. ``max_message`` is the largest that one stream may have
     to queue at once."""
 
@@ -273,17 +222,13 @@ class Connection:
         self._greeted = False
         self._settled = False
         #: What is left of a DATA frame whose beginning came.
-        self._data: Stream | None = None
+        self._data: Stream[Owner] | None = None
         self._data_left = 0
         self._data_ends = False
         #: The header block that CONTINUATION frames go on with: stream, flags of its HEADERS, pieces, size.
         self._block: tuple[int, int, list[bytes]] | None = None
-        self._decoder = Decoder(MAX_HEADER_LIST)
-        self._table = _Table()
-        self._decoder.header_table = self._table
-        self._blocks: dict[bytes, _Headers] = {}
-        self._blocks_of = 0
-        self.streams: dict[int, Stream] = {}
+        self._blocks = Blocks()
+        self.streams: dict[int, Stream[Owner]] = {}
         self._last = 0
         #: Streams that we reset (whose late frames are none of the peer's faults), and those that the peer ended.
         self._reset_here: deque[int] = deque(maxlen=REMEMBERED)
@@ -294,8 +239,8 @@ class Connection:
         self._largest_credit = 0
         self._frame_size = _DEFAULT_FRAME
         #: Streams on which something waits, and those of them that wait for the connection alone, longest first.
-        self._waiting: dict[int, Stream] = {}
-        self._ready: OrderedDict[int, Stream] = OrderedDict()
+        self._waiting: dict[int, Stream[Owner]] = {}
+        self._ready: OrderedDict[int, Stream[Owner]] = OrderedDict()
         self._queued = 0
         self._held = False
         self._idle_work = 0
@@ -303,11 +248,11 @@ class Connection:
         #: The last stream that is served, once we have said that no further one is.
         self._last_served: int | None = None
         self._over = False
-        self._events: list[Event] = []
+        self._events: list[Event[Owner]] = []
 
     # --- what came ---------------------------------------------------------------------------------------------------
 
-    def receive(self, data: bytes, now: float) -> list[Event]:
+    def receive(self, data: bytes, now: float) -> list[Event[Owner]]:
         """The events in what came at ``now`` (any clock's seconds). After Ended there are none."""
         if self._over:
             return []
@@ -419,7 +364,7 @@ class Connection:
         self._data = self._take_data(number, len(payload), len(data), end)
         self._on_data(data, end)
 
-    def _take_data(self, number: int, length: int, brings: int, end: bool) -> Stream | None:
+    def _take_data(self, number: int, length: int, brings: int, end: bool) -> Stream[Owner] | None:
         """Count a DATA frame's ``length``, which ``brings`` bytes of data, against the windows; the stream it is for,
         None where it is to be ignored."""
         if not number:
@@ -506,7 +451,12 @@ class Connection:
 
     def _on_block(self, number: int, flags: int, data: bytes) -> None:
         """A whole header block. It is decoded whatever becomes of its stream: the table is the connection's."""
-        decoded = self._decoded(data)
+        try:
+            decoded = self._blocks.decode(data)
+        except TooMany:
+            raise _ConnectionError(Code.ENHANCE_YOUR_CALM, "too many headers") from None
+        except Undecodable:
+            raise _ConnectionError(Code.COMPRESSION_ERROR, "not a header block") from None
         stream = self.streams.get(number)
         if stream is not None:
             if stream.remote_ended:
@@ -533,39 +483,12 @@ class Connection:
             self._end_remote(stream)
         self._events.append(Opened(stream, decoded.headers, end))
 
-    def _on_trailers(self, stream: Stream, flags: int, decoded: _Headers) -> None:
+    def _on_trailers(self, stream: Stream[Owner], flags: int, decoded: Block) -> None:
         wrong = not flags & END_STREAM or any(name[:1] == ":" for name, _ in decoded.headers)
         if wrong or (stream.expected is not None and stream.received != stream.expected):
             raise _StreamError(stream.id, Code.PROTOCOL_ERROR, "malformed trailers")
         self._end_remote(stream)
         self._events.append(Data(stream, b"", True))
-
-    def _decoded(self, data: bytes) -> _Headers:
-        """What a block says. The same bytes say the same as long as the table does not change."""
-        changes = self._table.changes
-        if self._blocks_of != changes:
-            self._blocks.clear()
-            self._blocks_of = changes
-        known = self._blocks.get(data)
-        if known is not None:
-            return known
-        self._table.size_changes = 0
-        try:
-            found = self._decoder.decode(data, raw=True)
-        except OversizedHeaderListError:
-            raise _ConnectionError(Code.ENHANCE_YOUR_CALM, "too many headers") from None
-        except (HPACKError, IndexError):
-            raise _ConnectionError(Code.COMPRESSION_ERROR, "not a header block") from None
-        try:
-            headers = tuple((str(name, "ascii"), str(value, "utf-8")) for name, value in found)
-        except UnicodeDecodeError:
-            return _NO_TEXT
-        decoded = _Headers(headers, _checked(headers))
-        if self._table.changes == changes and len(headers) <= BLOCK_HEADERS:
-            if len(self._blocks) >= BLOCKS:
-                self._blocks.clear()
-            self._blocks[data] = decoded
-        return decoded
 
     # The other frames
 
@@ -696,7 +619,7 @@ class Connection:
         """Whether the peer has introduced itself."""
         return self._settled
 
-    def send_headers(self, stream: Stream, header_block: bytes, *, end: bool = False) -> None:
+    def send_headers(self, stream: Stream[Owner], header_block: bytes, *, end: bool = False) -> None:
         """The answer's headers; a block made by ``block``, of less than 16 KiB."""
         if stream.local_ended:
             return
@@ -704,7 +627,7 @@ class Connection:
         if end:
             self._end_local(stream)
 
-    def send_data(self, stream: Stream, data: bytes) -> bool:
+    def send_data(self, stream: Stream[Owner], data: bytes) -> bool:
         """Send, or queue while a window is closed. False: too much waits already on the stream, the connection or all
         of them, and the stream was reset instead."""
         if stream.local_ended:
@@ -744,7 +667,7 @@ class Connection:
             stream.queue.append(memoryview(data))
         return True
 
-    def send_trailers(self, stream: Stream, trailer_block: bytes) -> None:
+    def send_trailers(self, stream: Stream[Owner], trailer_block: bytes) -> None:
         """End the stream, after what is queued; with an empty block without trailers."""
         if stream.local_ended:
             return
@@ -755,7 +678,7 @@ class Connection:
         else:
             stream.trailers = trailer_block
 
-    def reset(self, stream: Stream, code: Code) -> None:
+    def reset(self, stream: Stream[Owner], code: Code) -> None:
         """End the stream at once. No event follows."""
         if stream.id in self.streams:
             self._forget(stream)
@@ -772,7 +695,7 @@ class Connection:
         self._held = False
         self._unblock()
 
-    def give_up(self, looks: int) -> list[Stream]:
+    def give_up(self, looks: int) -> list[Stream[Owner]]:
         """Reset the streams whose data has waited during ``looks`` calls of this without any of it being sent, and
         tell which they are. Calling it now and then is the clock."""
         gone = []
@@ -822,18 +745,18 @@ class Connection:
         self._reset_here.append(number)
         self._out.append(frame(RST_STREAM, 0, number, _UINT.pack(code)))
 
-    def _end_remote(self, stream: Stream) -> None:
+    def _end_remote(self, stream: Stream[Owner]) -> None:
         stream.remote_ended = True
         stream.brought = True
 
-    def _end_local(self, stream: Stream) -> None:
+    def _end_local(self, stream: Stream[Owner]) -> None:
         if stream.remote_ended:
             self._forget(stream)
             self._ended_there.append(stream.id)
         else:
             self.reset(stream, Code.NO_ERROR)
 
-    def _forget(self, stream: Stream) -> None:
+    def _forget(self, stream: Stream[Owner]) -> None:
         del self.streams[stream.id]
         stream.local_ended = True
         if stream.queue is not None:
@@ -841,7 +764,7 @@ class Connection:
             self._backlog.size -= stream.queued
             self._empty(stream)
 
-    def _empty(self, stream: Stream) -> None:
+    def _empty(self, stream: Stream[Owner]) -> None:
         """Nothing waits on the stream any more."""
         stream.queue = None
         del self._waiting[stream.id]
@@ -853,7 +776,7 @@ class Connection:
         while ready and self._send_window > 0 and not self._held:
             self._send_queued(next(iter(ready.values())))
 
-    def _send_queued(self, stream: Stream) -> None:
+    def _send_queued(self, stream: Stream[Owner]) -> None:
         """Send what the windows allow; then the stream is known to wait for the connection, or for its own."""
         queue = stream.queue
         assert queue is not None
@@ -894,43 +817,11 @@ def _unpadded(payload: bytes) -> bytes:
     return payload[1 : len(payload) - payload[0]]
 
 
-#: Headers that belong to one hop of HTTP/1.1 (RFC 9113, section 8.2.2).
-_HOP: Final = frozenset({"connection", "keep-alive", "proxy-connection", "transfer-encoding", "upgrade"})
-_PSEUDO: Final = frozenset({":method", ":scheme", ":path", ":authority"})
-#: What a name consists of (RFC 9110, section 5.1, in lower case), and what a value must not have (RFC 9113, 8.2.1).
-_NAME: Final = re.compile(r"[!#$%&'*+.^_`|~0-9a-z-]+")
-_NOT_IN_VALUE: Final = re.compile(r"[\0\r\n]|^[ \t]|[ \t]\Z")
-
-
-def _checked(headers: Iterable[Header]) -> int | None:
-    """The declared length of a valid request (-1: none declared); None for one that is malformed (section 8.1.1)."""
-    pseudo: dict[str, str] = {}
-    length, regular = -1, False
-    for name, value in headers:
-        if _NOT_IN_VALUE.search(value):
-            return None
-        if name[:1] == ":":
-            if regular or name in pseudo or name not in _PSEUDO:
-                return None
-            pseudo[name] = value
-            continue
-        regular = True
-        if name in _HOP or not _NAME.fullmatch(name) or (name == "te" and value != "trailers"):
-            return None
-        if name == "content-length":
-            if not (value.isascii() and value.isdecimal()) or len(value) > 15 or length not in (-1, int(value)):
-                return None
-            length = int(value)
-    return length if pseudo.get(":method") and pseudo.get(":scheme") and pseudo.get(":path") else None
-
-
-#: A block that is no text: malformed, as a request and as trailers alike.
-_NO_TEXT: Final = _Headers(((":", ""),), None)
 #: Added to the flags of a HEADERS frame whose priority names its own stream.
 _DEPENDS_ON_ITSELF: Final = 0x100
 _SETTINGS_ACK: Final = frame(SETTINGS, ACK, 0)
 _PING: Final = frame(PING, 0, 0, b"gateway.")
-_FRAMES: Final[dict[int, Callable[[Connection, int, int, bytes], None]]] = {
+_FRAMES: Final[dict[int, Callable[[Connection[Any], int, int, bytes], None]]] = {
     DATA: Connection._on_padded_data,
     HEADERS: Connection._on_headers,
     PRIORITY: Connection._on_priority,

@@ -29,7 +29,8 @@ from .. import logs
 from ..adapters import admin
 from ..adapters.siblings import Exchange
 from ..config import Config
-from ..core.address import split_address, worker_address
+from ..core.address import worker_address
+from ..sockets import reason, try_port
 from .front import Front
 from .seat import Seat
 
@@ -93,7 +94,7 @@ class Supervisor:
         try:
             site, _ = await admin.start(self._front.app(), listen)
         except OSError as error:
-            raise Unavailable(f"cannot listen for listen.http on {listen}: {_reason(error)}") from error
+            raise Unavailable(f"cannot listen for listen.http on {listen}: {reason(error)}") from error
         try:
             keeping = [asyncio.create_task(self._keep(worker)) for worker in self._workers]
             await self._ended.wait()
@@ -111,15 +112,10 @@ class Supervisor:
         """Raises Unavailable where a worker could not listen: asked before any of them starts."""
         for worker in self._workers:
             address = worker_address(self._config.listen.grpc, worker.seat.number)
-            if address.startswith("unix:"):
-                continue
-            host, port = split_address(address)
-            with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                try:
-                    probe.bind((host, port))
-                except OSError as error:
-                    raise Unavailable(f"cannot listen for listen.grpc on {address}: {_reason(error)}") from error
+            try:
+                try_port(address)
+            except OSError as error:
+                raise Unavailable(f"cannot listen for listen.grpc on {address}: {reason(error)}") from error
 
     def _running(self) -> Mapping[int, Path]:
         """The admin sockets of the workers that listen, by process id."""
@@ -186,11 +182,6 @@ class Supervisor:
             worker.process, worker.listens = None, False
             self._exchange.leave(seat.number)
             self._front.ended(process.pid)
-
-
-def _reason(error: OSError) -> str:
-    # Not strerror: asyncio writes a sentence of its own there.
-    return os.strerror(error.errno) if error.errno else str(error)
 
 
 def run(config: Config, file: Path, workers: int) -> int:

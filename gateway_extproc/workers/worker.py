@@ -15,7 +15,7 @@ import msgspec
 
 from .. import app, lifetime
 from ..adapters.siblings import Siblings
-from ..config import Config, ConfigError, load
+from ..config import Config, load
 from .seat import Seat, check
 
 
@@ -30,15 +30,7 @@ def main() -> int:
         check(config, seat.workers, path)
         return seat.of(config)
 
-    try:
-        app.run(read(Path(file)), Path(file), read, Siblings(socket.socket(fileno=0)))
-    except ConfigError as error:
-        print(error, file=sys.stderr)
-        return 1
-    except app.Unavailable as error:
-        print(f"gateway-extproc: {error}", file=sys.stderr)
-        return 3
-    return 0
+    return app.exit_code(lambda: app.run(read(Path(file)), Path(file), read, Siblings(socket.socket(fileno=0))))
 
 
 if __name__ == "__main__":

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from gateway_extproc.adapters.h2_server import MESSAGE_OVERHEAD
-from gateway_extproc.services.rpc import PortInUse, Status
+from gateway_extproc.services.rpc import MESSAGE_OVERHEAD, PortInUse, Status
 from tests.callers import CALLERS, Caller, grpcio
 from tests.certificates import Authority
 from tests.listening import (

@@ -25,7 +25,7 @@ from gateway_extproc.services import extproc as service
 from gateway_extproc.services import room as rooms
 from gateway_extproc.services.extproc import ExtProc
 from gateway_extproc.services.room import Room
-from gateway_extproc.services.rpc import Listener
+from gateway_extproc.services.rpc import MESSAGE_OVERHEAD, Listener
 from gateway_extproc.wire import extproc
 from gateway_extproc.wire._pb.core_pb2 import HeaderMap, HeaderValue
 from gateway_extproc.wire._pb.ext_proc_mode_pb2 import ProcessingMode
@@ -533,7 +533,7 @@ async def test_a_body_of_20_megabytes_comes_through() -> None:
 
 async def test_a_body_as_large_as_allowed_fits_its_message_and_a_larger_one_does_not() -> None:
     async with gateway(max_body=1 << 20) as to:
-        for size, code in ((1 << 20, "invalid_json"), ((1 << 20) + grpc_server.MESSAGE_OVERHEAD, "")):
+        for size, code in ((1 << 20, "invalid_json"), ((1 << 20) + MESSAGE_OVERHEAD, "")):
             stream = to.open()
             await stream.through(asks(user="alice"))
             await stream.send(sends(b"x" * size))

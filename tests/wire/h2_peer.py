@@ -16,7 +16,7 @@ MAX_MESSAGE = 1 << 20
 ROOM = 1 << 30
 
 
-def told(event: Event) -> Told:
+def told(event: Event[None]) -> Told:
     if isinstance(event, h2.Opened):
         return ("opened", event.stream.id, event.end)
     if isinstance(event, h2.Data):
@@ -31,9 +31,9 @@ class Peer:
 
     def __init__(self, hello: bytes = HELLO, *, max_message: int = MAX_MESSAGE, room: int = ROOM) -> None:
         self.backlog = Backlog(room)
-        self.connection = Connection(max_message, self.backlog)
+        self.connection: Connection[None] = Connection(max_message, self.backlog)
         self.now = 0.0
-        self.streams: dict[int, Stream] = {}
+        self.streams: dict[int, Stream[None]] = {}
         self.headers: dict[int, tuple[tuple[str, str], ...]] = {}
         self.reader = Reader()
         if hello:
@@ -53,7 +53,7 @@ class Peer:
         """What was sent since."""
         return seen(self.reader.read(self.connection.take()))
 
-    def opens(self, number: int = 1, pairs: Sequence[tuple[str, str]] = CALL, *, end: bool = False) -> Stream:
+    def opens(self, number: int = 1, pairs: Sequence[tuple[str, str]] = CALL, *, end: bool = False) -> Stream[None]:
         assert self.says(headers(number, pairs, end=end)) == [("opened", number, end)]
         return self.streams[number]
 

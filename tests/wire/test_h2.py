@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import pytest
 from hpack import Encoder
 
-from gateway_extproc.wire import h2
+from gateway_extproc.wire import h2, header_blocks
 from gateway_extproc.wire.h2 import Backlog, Code, Connection
 from tests.frames import (
     ACK,
@@ -49,8 +49,8 @@ from tests.frames import (
 from tests.wire.h2_peer import MAX_MESSAGE, ROOM, Peer
 
 BLOCK = block()
-ANSWER = h2.block(((":status", "200"),))
-LAST_WORD = h2.block((("grpc-status", "0"),))
+ANSWER = header_blocks.block(((":status", "200"),))
+LAST_WORD = header_blocks.block((("grpc-status", "0"),))
 #: What a window has before anybody says anything (RFC 9113, section 6.9.2).
 DEFAULT_WINDOW = 65_535
 UNKNOWN = 0xBB
@@ -67,11 +67,11 @@ def test_a_server_begins_with_its_settings_and_the_rest_of_its_window() -> None:
     peer = Peer(b"")
     greeting, window = peer.reader.read(peer.connection.take())
     assert greeting.settings == {  # type: ignore[attr-defined]
-        HEADER_TABLE_SIZE: h2.TABLE_SIZE,
+        HEADER_TABLE_SIZE: header_blocks.TABLE_SIZE,
         MAX_CONCURRENT_STREAMS: h2.MAX_STREAMS,
         INITIAL_WINDOW_SIZE: h2.STREAM_WINDOW,
         MAX_FRAME_SIZE: h2.MAX_FRAME,
-        MAX_HEADER_LIST_SIZE: h2.MAX_HEADER_LIST,
+        MAX_HEADER_LIST_SIZE: header_blocks.MAX_HEADER_LIST,
     }
     assert window.window_increment == h2.CONNECTION_WINDOW - DEFAULT_WINDOW  # type: ignore[attr-defined]
 
@@ -245,11 +245,11 @@ def test_a_block_of_too_many_pieces_or_bytes_ends_the_connection() -> None:
     many = [raw(HEADERS, 0, 1, BLOCK), *[raw(CONTINUATION, 0, 1)] * (h2.MAX_CONTINUATIONS + 1)]
     assert Peer().says(*many[:-1]) == []
     assert Peer().sends_away(*many) == Code.ENHANCE_YOUR_CALM
-    large = [raw(HEADERS, 0, 1, bytes(h2.MAX_BLOCK)), raw(CONTINUATION, 0, 1, b"x")]
+    large = [raw(HEADERS, 0, 1, bytes(header_blocks.MAX_BLOCK)), raw(CONTINUATION, 0, 1, b"x")]
     assert Peer().says(large[0]) == []
     assert Peer().sends_away(*large) == Code.ENHANCE_YOUR_CALM
-    assert Peer().sends_away(raw(HEADERS, 0, 1, bytes(h2.MAX_BLOCK + 1))) == Code.ENHANCE_YOUR_CALM
-    assert Peer().sends_away(raw(HEADERS, END_HEADERS, 1, bytes(h2.MAX_BLOCK + 1))) == Code.ENHANCE_YOUR_CALM
+    assert Peer().sends_away(raw(HEADERS, 0, 1, bytes(header_blocks.MAX_BLOCK + 1))) == Code.ENHANCE_YOUR_CALM
+    assert Peer().sends_away(raw(HEADERS, END_HEADERS, 1, bytes(header_blocks.MAX_BLOCK + 1))) == Code.ENHANCE_YOUR_CALM
 
 
 def test_headers_that_unfold_to_too_much_end_the_connection() -> None:
@@ -436,7 +436,7 @@ def test_blocks_of_ours_say_what_they_are_made_of() -> None:
     peer = Peer()
     stream = peer.opens(1, end=True)
     said = ((":status", "200"), ("content-type", "application/grpc"), ("x", "é" * 200))
-    peer.connection.send_headers(stream, h2.block(said), end=True)
+    peer.connection.send_headers(stream, header_blocks.block(said), end=True)
     (frame,) = peer.reader.read(peer.connection.take())
     assert peer.reader.headers(frame) == dict(said)
 
@@ -915,7 +915,7 @@ def test_events_are_not_kept_by_the_connection() -> None:
 
 
 def test_a_connection_without_bytes_has_nothing_to_send() -> None:
-    connection = Connection(MAX_MESSAGE, Backlog(ROOM))
+    connection: Connection[None] = Connection(MAX_MESSAGE, Backlog(ROOM))
     assert connection.take()
     assert connection.take() == b""
     assert connection.receive(b"", 0.0) == []
