@@ -239,8 +239,7 @@ class _Stream:
         if event is None:
             return
         session = self._session
-        kind = type(event)
-        if kind is RequestBody or kind is RequestTrailers:
+        if isinstance(event, (RequestBody, RequestTrailers)):
             self._began = perf_counter()
             self._asked = 0.0
             undecided = session.deciding
@@ -249,14 +248,14 @@ class _Stream:
                 self._leave_place()
                 if not self._asked:
                     self._service.sink.decided(perf_counter() - self._began)
-            elif undecided and kind is RequestBody and (size := len(event.data)):  # type: ignore[union-attr]
+            elif undecided and isinstance(event, RequestBody) and (size := len(event.data)):
                 self._gathered += size
                 self._service.gathers(self, size)
             return
-        if kind is Misconfigured:
-            self._service.misconfigured(event.why)  # type: ignore[union-attr]
+        if isinstance(event, Misconfigured):
+            self._service.misconfigured(event.why)
         actions = session.feed(event)
-        if kind is RequestHeaders and session.deciding and not self._has_room(session.declared_length):
+        if isinstance(event, RequestHeaders) and session.deciding and not self._has_room(session.declared_length):
             # The reply waits, for Envoy copies the body once it has it.
             if self._place is None or not self._codec.waits:
                 self._leave_place()

@@ -20,13 +20,16 @@ from tests.bench import baseline, goals, measure, own, report, soak
 from tests.bench.figures import Figures, stage_of
 from tests.bench.rows import CHECKED, STAGES, Stage
 
+#: Seconds of load for each figure where none is meant to be looked at.
+QUICK = 0.2
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     args = _parsed(arguments)
     if args.soak:
         return soak.main(args.soak)
     checking = args.check or args.baseline
-    rounds, seconds = (1, 1) if args.quick else (args.rounds, args.seconds)
+    rounds, seconds = (1, QUICK) if args.quick else (args.rounds, args.seconds)
     wanted = re.compile(args.only)
     every = [Stage("checked", CHECKED)] if checking else STAGES
     stages = [stage._replace(rows=[row for row in stage.rows if wanted.search(row.name)]) for stage in every]
@@ -74,7 +77,7 @@ def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--seconds", type=int, default=1, help="of load for each figure (default 1)")
     parser.add_argument("--rounds", type=int, default=3, help="of all ways in turn; the median counts (default 3)")
-    parser.add_argument("--quick", action="store_true", help="one round of 1 s: does it run, not what does it cost")
+    parser.add_argument("--quick", action="store_true", help=f"one round of {QUICK} s: does it run at all?")
     parser.add_argument("--only", metavar="REGEX", default="", help="rows whose 'work: way' matches")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the figures")
     parser.add_argument("--plot", metavar="FILE", type=Path, help="draw them (.svg, .png, .pdf)")

@@ -58,8 +58,8 @@ class Request(NamedTuple):
 
 def run(request: Request, connections: int, seconds: float, *, whole: bool) -> Load:
     """``whole``: requests are long, and none may be cut off."""
-    if not whole and shutil.which("wrk"):
-        return _wrk(request, connections, max(1, round(seconds)))
+    if not whole and seconds >= 1 and shutil.which("wrk"):  # it knows whole seconds only
+        return _wrk(request, connections, round(seconds))
     return asyncio.run(_own(request, connections, seconds))
 
 
