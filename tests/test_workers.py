@@ -11,18 +11,22 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import aiohttp
 import pytest
+from aiohttp import web
 from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
 from gateway_extproc import bootstrap
+from gateway_extproc.adapters import admin
 from gateway_extproc.adapters import siblings as under_test
 from gateway_extproc.adapters.siblings import Exchange, Siblings
 from gateway_extproc.bootstrap import Bootstrap
 from gateway_extproc.config import ConfigError, parse
 from gateway_extproc.core.address import worker_address
 from gateway_extproc.core.fleet import Fleet, PodSpec
+from gateway_extproc.workers.front import Front
 from gateway_extproc.workers.merge import (
     Totals,
     merge_models,
@@ -419,3 +423,33 @@ def test_the_page_shows_the_requests_of_all() -> None:
     assert found["requests"] == {"200": 5, "404": 1, "429": 1}
     assert found["pods"][0]["in_flight"] == 2
     assert found["readiness"]["ready"]
+
+
+async def test_a_worker_whose_pages_fail_is_one_that_does_not_answer(tmp_path: Path) -> None:
+    """It holds up neither the others' counts nor the question whether enough of them are ready."""
+
+    async def well(asked: web.Request) -> web.Response:
+        if asked.path == "/readyz":
+            return web.json_response(readiness(True))
+        return web.Response(text='# TYPE gateway_requests counter\ngateway_requests_total{code="200"} 3\n')
+
+    async def badly(_: web.Request) -> web.Response:
+        return web.Response(status=500, text="no page at all")
+
+    sockets = {1: tmp_path / "1", 2: tmp_path / "2"}
+    front = Front(parse("listen: {http: '127.0.0.1:0'}"), 2, lambda: sockets, lambda: 0)
+    async with contextlib.AsyncExitStack() as stack:
+        for path, handler in zip(sockets.values(), (well, badly), strict=True):
+            app = web.Application()
+            app.router.add_get("/{path:.*}", handler)
+            runner, _ = await admin.start(app, f"unix:{path}")
+            stack.push_async_callback(runner.cleanup)
+        runner, port = await admin.start(front.app(), "127.0.0.1:0")
+        stack.push_async_callback(runner.cleanup)
+        session = await stack.enter_async_context(aiohttp.ClientSession(f"http://127.0.0.1:{port}"))
+        async with session.get("/metrics") as answer:
+            assert answer.status == 200
+            assert 'gateway_requests_total{code="200"} 3' in await answer.text()
+        async with session.get("/readyz") as answer:
+            assert answer.status == 503
+            assert (await answer.json())["parts"]["workers"] == {"configured": 2, "ready": 1}

@@ -33,6 +33,9 @@ _OUR_OWN: Final = frozenset(
     {"connection", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade", "content-length", "date", "server"}
 )
 
+#: What /readyz answers with; anything else is a worker that failed, and counts as one that does not answer.
+_READINESS: Final = (HTTPStatus.OK, HTTPStatus.SERVICE_UNAVAILABLE)
+
 
 class Answer(msgspec.Struct, frozen=True):
     """What one worker said; header names are lower-case."""
@@ -80,15 +83,16 @@ class Front:
     # --- answers -----------------------------------------------------------------------------------------------------
 
     async def _readyz(self, request: web.Request) -> web.Response:
-        answers = (await self._all(request)).values()
-        found = merge_readiness([msgspec.json.decode(a.body) for a in answers], self._workers, self._enough)
+        told = [answer for answer in (await self._all(request)).values() if answer.status in _READINESS]
+        found = merge_readiness([msgspec.json.decode(answer.body) for answer in told], self._workers, self._enough)
         if found["ready"]:
             self._enough = 1
         return _ours(msgspec.json.encode(found), 200 if found["ready"] else 503)
 
     async def _metrics(self, request: web.Request) -> web.Response:
         for process, answer in (await self._all(request)).items():
-            if process in self._running():  # It may have ended meanwhile, and then was counted.
+            # It may have ended meanwhile, and then was counted; an error is no page of metrics.
+            if answer.status == HTTPStatus.OK and process in self._running():
                 self._totals.seen(process, answer.body.decode())
         page = merge_pages([self._totals.page(), _own_page(self._workers, len(self._running()), self._restarts())])
         return _ours(render_page(page).encode(), 200, {"content-type": CONTENT_TYPE})
