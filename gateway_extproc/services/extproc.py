@@ -9,6 +9,7 @@ out deciding (core/session.py), what messages mean (wire/extproc.py) and how the
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping, Sequence
 from time import perf_counter
@@ -89,6 +90,9 @@ class ExtProc:
         self._gathering: OrderedDict[_Stream, None] = OrderedDict()
         #: What was said of filters that cannot be served; the codec has three such texts.
         self._said: set[str] = set()
+        #: When a failure was last told, by the world's clock, and how many were not since.
+        self._told_failure = -math.inf
+        self._untold_failures = 0
         self._ended = asyncio.Event()
 
     @property
@@ -128,6 +132,15 @@ class ExtProc:
         if why not in self._said:
             self._said.add(why)
             log.error("Envoy's ext_proc filter cannot be served", change=why)
+
+    def failed(self, error: Exception) -> None:
+        """Tell of a stream that failed, at most once a second: a peer that speaks nonsense can do so often."""
+        now = self.world.clock()
+        if now - self._told_failure < 1.0:
+            self._untold_failures += 1
+            return
+        log.error("stream failed", untold=self._untold_failures, exc_info=error)
+        self._told_failure, self._untold_failures = now, 0
 
     def gathers(self, stream: _Stream, more: int) -> None:
         """``stream`` holds ``more`` bytes of a body that goes on. Such a body may take minutes, so it is not its place
@@ -348,7 +361,7 @@ class _Stream:
 
     def _fail(self, error: Exception) -> None:
         """Ours to answer for. Once the answer has begun, leaving is better: it goes on without us."""
-        log.error("stream failed", exc_info=error)
+        self._service.failed(error)
         self._how = "failed"
         if not self._codec.answering:
             for reply in self._codec.encode(Refuse(internal_error(), {})):

@@ -14,6 +14,7 @@ from typing import Any, Final
 import grpc
 import grpc.aio
 import pytest
+from structlog.testing import capture_logs
 
 from gateway_extproc.adapters import grpc_server, h2_server
 from gateway_extproc.adapters.memory import MemoryStore
@@ -814,3 +815,17 @@ async def test_draining_without_streams_is_over_at_once() -> None:
     async with gateway() as to:
         to.service.drain()
         await drained(to)
+
+
+async def test_streams_that_fail_one_after_the_other_are_told_of_once_a_second() -> None:
+    now = [100.0]
+    world = make_world(pod("a", "m"), clock=lambda: now[0])
+    async with gateway(world) as to:
+        with capture_logs() as lines:
+            for later in (0.0, 0.0, 0.5, 1.0):
+                now[0] += later
+                stream = to.open()
+                assert immediate(await stream.ask(ProcessingRequest()))[0] == 500
+                stream.reset()
+            await to.over()
+        assert [(line["event"], line["untold"]) for line in lines] == [("stream failed", 0), ("stream failed", 2)]
