@@ -46,6 +46,10 @@ class Events:
         Each piece is a whole event with its blank line and True, or a part of one that passes unread and False. A CR
         at the very end waits for the LF that may belong to it."""
         self._carriage = self._carriage or b"\r" in data
+        size = len(data)
+        alone = 0 <= data.find(b"\n\n") == size - 2 and size <= MAX_EVENT
+        if alone and not (self._held or self._passing or self._carriage):
+            return [(data, True)]  # one event in one piece, as pods send nearly all
         pieces: list[tuple[bytes, bool]] = []
         if self._passing:
             past = len(self._tail)

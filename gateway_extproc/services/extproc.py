@@ -33,6 +33,7 @@ from ..core.events import (
     RequestBody,
     RequestHeaders,
     RequestTrailers,
+    ResponseBody,
     Settle,
     Suspect,
     Unavailable,
@@ -252,6 +253,9 @@ class _Stream:
         if event is None:
             return
         session = self._session
+        if isinstance(event, ResponseBody):  # by far the most
+            self._act(session.feed(event))
+            return
         if isinstance(event, (RequestBody, RequestTrailers)):
             self._began = perf_counter()
             self._asked = 0.0
