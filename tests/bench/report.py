@@ -82,7 +82,7 @@ def plot(found: Results, file: Path) -> None:
     """CPU of a small request, and of streams by their length. The file's name says the format."""
     from matplotlib.figure import Figure  # here, for it takes longer to load than everything else
 
-    drawing = Figure(figsize=(11, 4), layout="constrained")
+    drawing = Figure(figsize=(13, 4), layout="constrained")
     left, right = drawing.subplots(1, 2)
     ways = [way for way in (ALONE, H2, ON_H2, LOG_ON_H2, GRPC, ON_GRPC) if Row(way, SMALL).name in found]
     names, start = [way.name for way in ways], [0.0] * len(ways)
@@ -103,5 +103,5 @@ def plot(found: Results, file: Path) -> None:
             right.plot(*zip(*points, strict=True), marker="o", label=way.name)
     right.set(xscale="log", yscale="log", xlabel="chunks of the answer", ylabel="µs of CPU", title="a stream: server")
     if right.lines:
-        right.legend()
+        right.legend(loc="center left", bbox_to_anchor=(1, 0.5))  # beside it: there is no room among the lines
     drawing.savefig(file)
