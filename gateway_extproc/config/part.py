@@ -37,7 +37,7 @@ class Part(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 _FIELDS: Final[Mapping[tuple[type, str], msgspec.Meta]] = {
     (Limits, "rpm"): about("Requests in any 60 seconds. Absent: no limit. 0: none at all.", COUNT),
     (Limits, "tpm"): about("Tokens, prompt and completion, in any 60 seconds. Absent: no limit.", COUNT),
-    (User, "name"): about("The name that the `user` header or the key gives.", NAME),
+    (User, "name"): about("The name that the `user` header gives.", NAME),
     (User, "rpm"): about("Requests in any 60 seconds. Absent: no limit. 0: none at all.", COUNT),
     (User, "tpm"): about("Tokens, prompt and completion, in any 60 seconds. Absent: no limit.", COUNT),
     (User, "team"): about("The team, one of `teams`, whose limits hold as well.", NAME),

@@ -176,7 +176,7 @@ class Auth(Part, frozen=True, kw_only=True):
         Literal["none", "optional", "required"],
         about(
             "`none`: keys are not checked. `optional`: a key that begins with `sk-gw-` is checked, any other value "
-            "passes through. `required`: only known keys get in."
+            "passes through. `required`: only known keys get in, of which this version has none."
         ),
     ] = "optional"
 
@@ -258,7 +258,7 @@ class PodConfig(Part, frozen=True, kw_only=True):
     name: Annotated[
         str,
         about(
-            "What logs, metrics and `target-pod` call it. Empty: the address.",
+            "What logs, metrics and `target-pod` call it. Empty: `pod-1`, `pod-2`, …, or after the name in `dns`.",
             or_empty(NAME),
         ),
     ] = ""
