@@ -19,9 +19,9 @@ _PATIENCE = 1.0
 
 def reason(error: OSError) -> str:
     """Why listening failed, in the system's words."""
-    # Not strerror: asyncio writes a sentence of its own there. A name that is not found has a number below zero.
-    number = error.errno or 0
-    return os.strerror(number) if number > 0 else error.strerror or str(error)
+    if error.errno is None or isinstance(error, socket.gaierror):  # whose numbers are of another kind
+        return error.strerror or str(error)
+    return os.strerror(error.errno)  # not strerror: asyncio writes a sentence of its own there
 
 
 def try_port(address: str) -> None:

@@ -52,7 +52,8 @@ log = structlog.get_logger(__name__)
 SMALL_BODY: Final = 64 * 1024
 #: What a body of undeclared length is taken for, in bytes. Our bootstrap's Envoy always declares it.
 UNDECLARED_BODY: Final = 1 << 20
-#: How often a body is in memory while it is read: as it was received, as one string, as a message, as its field.
+#: How often a body is in memory while it is read: as it was received, as one message (both are one where our own
+#: listener gathers it), as the body, and as the changed body in a reply.
 COPIES: Final = 4
 #: Messages of one stream, and their bytes, that may come while it waits. Envoy sends the next when it has the reply to
 #: the last, but in the streamed modes, and there in pieces.
@@ -91,9 +92,8 @@ class ExtProc:
         self._gathering: OrderedDict[_Stream, None] = OrderedDict()
         #: What was said of filters that cannot be served; the codec has three such texts.
         self._said: set[str] = set()
-        #: When a failure was last told, by the world's clock, and how many were not since.
-        self._told_failure = -math.inf
-        self._untold_failures = 0
+        #: When a failure of each kind was last told, by the world's clock.
+        self._told_failures: dict[type, float] = {}
         self._ended = asyncio.Event()
 
     @property
@@ -135,13 +135,12 @@ class ExtProc:
             log.error("Envoy's ext_proc filter cannot be served", change=why)
 
     def failed(self, error: Exception) -> None:
-        """Tell of a stream that failed, at most once a second: a peer that speaks nonsense can do so often."""
-        now = self.world.clock()
-        if now - self._told_failure < 1.0:
-            self._untold_failures += 1
-            return
-        log.error("stream failed", untold=self._untold_failures, exc_info=error)
-        self._told_failure, self._untold_failures = now, 0
+        """Tell of a stream that failed, of each kind of failure at most once a second: a peer that speaks nonsense can
+        do so often, and must not hide what else goes wrong."""
+        now, kind = self.world.clock(), type(error)
+        if now - self._told_failures.get(kind, -math.inf) >= 1.0:
+            self._told_failures[kind] = now
+            log.error("stream failed", exc_info=error)
 
     def gathers(self, stream: _Stream, more: int) -> None:
         """``stream`` holds ``more`` bytes of a body that goes on. Such a body may take minutes, so it is not its place

@@ -138,13 +138,12 @@ class Codec:
     def decode(self, data: bytes | bytearray) -> Event | None:
         """The event in a message; None where it calls for none. A large bytearray is taken apart. Raises
         UnknownMessage, and protobuf's DecodeError for what is no message."""
-        if len(data) < LARGE:
+        body: bytes | bytearray = b""
+        if len(data) < LARGE or (apart := _apart(data)) is None:
             message = ProcessingRequest.FromString(bytes(data))
         else:
-            whole = bytearray(data) if isinstance(data, bytes) else data
-            rest = _apart(whole)
-            message = ProcessingRequest.FromString(bytes(whole) if rest is None else rest)
-            self._body = b"" if rest is None or not message.HasField("request_body") else whole
+            body, rest = apart
+            message = ProcessingRequest.FromString(rest)
         kind = message.WhichOneof("request")
         if kind is None:
             raise UnknownMessage("empty message")
@@ -158,6 +157,8 @@ class Codec:
                 return Observed()
             if (why := self._begin(message.protocol_config)) and not _has_no_body(message):
                 return Misconfigured(why)
+        if body and kind == "request_body":
+            self._body = body
         return _DECODE[kind](self, message)
 
     @property
@@ -335,9 +336,9 @@ _ENCODE: Final[Mapping[type, Callable[[Codec, Any], Sequence[bytes]]]] = {
 }
 
 
-def _apart(data: bytearray) -> bytes | None:
-    """Leave only a message's request body in ``data``, without copying it, and return the message without it: protobuf
-    would copy a large body twice. None, and nothing done, where it is not what Envoy sends, with the body first."""
+def _apart(data: bytes | bytearray) -> tuple[bytearray, bytes] | None:
+    """A message's request body, and the message without it: protobuf would copy a large one twice. A bytearray becomes
+    the body itself. None, and nothing done, where it is not what Envoy sends: the body first, and given once."""
     if data[0] != _REQUEST_BODY_IN[0]:
         return None
     size, at = _read_varint(data, 1)
@@ -346,16 +347,20 @@ def _apart(data: bytearray) -> bytes | None:
         return None
     size, begin = _read_varint(data, at + 1)
     end = begin + size
-    # Of a field that is given again, the last counts.
-    if end > after or data.find(_BODY_IN, end, after) >= 0 or data.find(_REQUEST_BODY_IN, after) >= 0:
+    if end > after or data[end:after] not in _AFTER_BODY:
+        return None
+    # Of a field that is given again, the last counts; a tag may be spelled with more bytes than it needs.
+    if data.find(_REQUEST_BODY_IN, after) >= 0 or data.find(_LONG_REQUEST_BODY_IN, after) >= 0:
         return None
     rest = _field(_REQUEST_BODY_IN, bytes(data[end:after])) + bytes(data[after:])
+    if isinstance(data, bytes):
+        return bytearray(memoryview(data)[begin:end]), rest
     del data[end:]
     del data[:begin]
-    return rest
+    return data, rest
 
 
-def _read_varint(data: bytearray, at: int) -> tuple[int, int]:
+def _read_varint(data: bytes | bytearray, at: int) -> tuple[int, int]:
     """A length, and where what it is of begins; past the end where it is none."""
     size = 0
     for shift, byte in enumerate(data[at : at + 5]):
@@ -462,7 +467,10 @@ def _let_through(kind: str, *, answer: bool = True) -> tuple[bytes]:
 
 
 _REQUEST_BODY_IN: Final = _tag(ProcessingRequest.REQUEST_BODY_FIELD_NUMBER)
+_LONG_REQUEST_BODY_IN: Final = bytes((_REQUEST_BODY_IN[0] | 0x80,))
 _BODY_IN: Final = _tag(HttpBody.BODY_FIELD_NUMBER)
+#: What may follow the body in its message: whether it is the end.
+_AFTER_BODY: Final = (b"", HttpBody(end_of_stream=True).SerializeToString())
 _REQUEST_HEADERS: Final = _tag(ProcessingResponse.REQUEST_HEADERS_FIELD_NUMBER)
 _REQUEST_BODY: Final = _tag(ProcessingResponse.REQUEST_BODY_FIELD_NUMBER)
 _RESPONSE_HEADERS: Final = _tag(ProcessingResponse.RESPONSE_HEADERS_FIELD_NUMBER)

@@ -20,7 +20,7 @@ from gateway_extproc.adapters import grpc_server, h2_server
 from gateway_extproc.adapters.memory import MemoryStore
 from gateway_extproc.core.directory import User
 from gateway_extproc.core.events import Outcome
-from gateway_extproc.core.session import World
+from gateway_extproc.core.session import Session, World
 from gateway_extproc.core.store import Admission, Answer, Question, Settlement, StoreUnavailable, Window
 from gateway_extproc.services import extproc as service
 from gateway_extproc.services import room as rooms
@@ -37,6 +37,7 @@ from gateway_extproc.wire._pb.ext_proc_pb2 import (
     ProcessingRequest,
     ProcessingResponse,
 )
+from gateway_extproc.wire.extproc import UnknownMessage
 from tests.asking import admit
 from tests.core.playbook import DONE, address, delta, in_flight, make_world, payload, pod, usage, usage_event
 
@@ -828,4 +829,19 @@ async def test_streams_that_fail_one_after_the_other_are_told_of_once_a_second()
                 assert immediate(await stream.ask(ProcessingRequest()))[0] == 500
                 stream.reset()
             await to.over()
-        assert [(line["event"], line["untold"]) for line in lines] == [("stream failed", 0), ("stream failed", 2)]
+        assert [(line["event"], type(line["exc_info"])) for line in lines] == [("stream failed", UnknownMessage)] * 2
+
+
+async def test_a_peer_that_speaks_nonsense_does_not_hide_a_failure_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with gateway(make_world(pod("a", "m"), clock=lambda: 100.0)) as to:
+        with capture_logs() as lines:
+            for ours in (False, True, False):
+                stream = to.open()
+                with monkeypatch.context() as patched:
+                    if ours:
+                        patched.setattr(Session, "feed", lambda *_: 1 / 0)
+                    assert immediate(await stream.ask(asks() if ours else ProcessingRequest()))[0] == 500
+                stream.reset()
+            await to.over()
+        told = [type(line["exc_info"]) for line in lines if line["event"] == "stream failed"]
+        assert told == [UnknownMessage, ZeroDivisionError]

@@ -660,7 +660,17 @@ def test_the_witness_knows_the_method() -> None:
     piece=st.binary(min_size=1, max_size=40),
     size=st.integers(extproc.LARGE - 20, extproc.LARGE + 300),
     end=st.booleans(),
-    tail=st.sampled_from(["", "attributes", "mode", "body again", "other kind"]),
+    tail=st.sampled_from(
+        [
+            "",
+            "attributes",
+            "mode",
+            "body again",
+            "body again, spelled long",
+            "in its message, spelled long",
+            "other kind",
+        ]
+    ),
     gathered=st.booleans(),
 )
 def test_a_large_body_is_read_as_protobuf_reads_it(
@@ -676,6 +686,11 @@ def test_a_large_body_is_read_as_protobuf_reads_it(
     data = message.SerializeToString()
     if tail == "body again":
         data += ProcessingRequest(request_body=HttpBody(body=b"last")).SerializeToString()
+    elif tail == "body again, spelled long":
+        data += b"\xa2\x00\x06\x0a\x04last"
+    elif tail == "twice in its message":
+        inner = message.request_body.SerializeToString() + b"\x8a\x00\x04last"
+        data = b"\x22" + extproc._varint(len(inner)) + inner
     elif tail == "other kind":
         data += ProcessingRequest(request_trailers=HttpTrailers()).SerializeToString()
     whole = ProcessingRequest.FromString(data)
