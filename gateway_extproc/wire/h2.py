@@ -31,7 +31,7 @@ from typing import Any, Final, Generic, TypeVar
 
 import msgspec
 
-from .header_blocks import MAX_BLOCK, MAX_HEADER_LIST, TABLE_SIZE, Block, Blocks, Header, TooMany, Undecodable
+from .header_blocks import MAX_BLOCK, MAX_HEADER_LIST, NO_TABLE, TABLE_SIZE, Block, Blocks, Header, TooMany, Undecodable
 
 PREFACE: Final = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 
@@ -238,6 +238,9 @@ class Connection(Generic[Owner]):
         self._initial_window = _DEFAULT_WINDOW
         self._largest_credit = 0
         self._frame_size = _DEFAULT_FRAME
+        #: What the next header block begins with, and whether the peer has been told that we use no table.
+        self._resizing = b""
+        self._resized = False
         #: Streams on which something waits, and those of them that wait for the connection alone, longest first.
         self._waiting: dict[int, Stream[Owner]] = {}
         self._ready: OrderedDict[int, Stream[Owner]] = OrderedDict()
@@ -535,6 +538,8 @@ class Connection(Generic[Owner]):
                 self._frame_size = value
             elif kind == _INITIAL_WINDOW:
                 self._set_initial_window(value)
+            elif kind == _HEADER_TABLE_SIZE and value < TABLE_SIZE and not self._resized:
+                self._resized, self._resizing = True, NO_TABLE
         self._out.append(_SETTINGS_ACK)
         self._unblock()  # after it, so that the peer knows why
 
@@ -623,6 +628,8 @@ class Connection(Generic[Owner]):
         """The answer's headers; a block made by ``block``, of less than 16 KiB."""
         if stream.local_ended:
             return
+        if self._resizing:
+            header_block, self._resizing = self._resizing + header_block, b""
         self._out.append(frame(HEADERS, END_HEADERS | END_STREAM if end else END_HEADERS, stream.id, header_block))
         if end:
             self._end_local(stream)
@@ -673,6 +680,8 @@ class Connection(Generic[Owner]):
             return
         if stream.queue is None:
             kind = HEADERS if trailer_block else DATA
+            if trailer_block and self._resizing:
+                trailer_block, self._resizing = self._resizing + trailer_block, b""
             self._out.append(frame(kind, END_STREAM | (END_HEADERS if trailer_block else 0), stream.id, trailer_block))
             self._end_local(stream)
         else:

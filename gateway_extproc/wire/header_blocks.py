@@ -21,6 +21,9 @@ MAX_HEADER_LIST: Final = 16 << 10
 MAX_BLOCK: Final = 16 << 10
 #: Table of repeated headers that the peer may use (the RFC's default).
 TABLE_SIZE: Final = 4096
+#: What a block begins with whose encoder gives up its table. A peer that takes a smaller one than the default must be
+#: told (RFC 7541, section 4.2), once: our blocks use none, so that no smaller size is ever news again.
+NO_TABLE: Final = b"\x20"
 #: Changes of the table's size that one block may begin with (RFC 7541, section 4.2, knows no reason for more).
 SIZE_CHANGES: Final = 2
 #: Blocks whose meaning is remembered while the table does not change, and the most headers of such a block: an Envoy

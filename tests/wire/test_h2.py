@@ -7,7 +7,7 @@ import tracemalloc
 from collections.abc import Sequence
 
 import pytest
-from hpack import Encoder
+from hpack import Decoder, Encoder
 
 from gateway_extproc.wire import h2, header_blocks
 from gateway_extproc.wire.h2 import Backlog, Code, Connection
@@ -919,3 +919,28 @@ def test_a_connection_without_bytes_has_nothing_to_send() -> None:
     assert connection.take()
     assert connection.take() == b""
     assert connection.receive(b"", 0.0) == []
+
+
+@pytest.mark.parametrize("size", [0, 100, 4095])
+def test_a_peer_that_takes_a_smaller_table_is_told_once_that_it_is_kept_to(size: int) -> None:
+    decoder = Decoder()
+    decoder.max_allowed_table_size = size  # from here on it insists on being told
+    peer = Peer(HELLO + settings({HEADER_TABLE_SIZE: size}))
+    blocks = []
+    for number in (1, 3):
+        stream = peer.opens(number)
+        peer.connection.send_headers(stream, ANSWER)
+        peer.connection.send_trailers(stream, LAST_WORD)
+    position, sent = 0, peer.connection.take()
+    while position < len(sent):
+        length, kind = int.from_bytes(sent[position : position + 3], "big"), sent[position + 3]
+        if kind == HEADERS:
+            blocks.append(sent[position + 9 : position + 9 + length])
+        position += 9 + length
+    assert [len(list(decoder.decode(block))) for block in blocks] == [1, 1, 1, 1]
+    assert [block.startswith(header_blocks.NO_TABLE) for block in blocks] == [True, False, False, False]
+    # It may grow and shrink again: we use none.
+    peer.says(settings({HEADER_TABLE_SIZE: 4096}), settings({HEADER_TABLE_SIZE: 0}))
+    peer.connection.take()
+    peer.connection.send_headers(peer.opens(5), ANSWER)
+    assert header_blocks.NO_TABLE + ANSWER not in peer.connection.take()
