@@ -371,6 +371,7 @@ class TestAnswers:
             assert reply.headers["access-control-allow-origin"] == "https://a.example"
 
 
+@pytest.mark.long
 async def test_without_the_gateway_no_pod_is_reached_and_the_client_is_told() -> None:
     async with await start_pod(Settings(models=("m",))) as pod:
         async with fronted(f'pods: [{{address: "{pod.address}"}}]', message_timeout=0.3) as front:

@@ -238,7 +238,8 @@ async def _many(system: System, count: int, body: bytes) -> Counter[int]:
     return statuses
 
 
-@pytest.mark.parametrize("size", [1 << 19, pytest.param(8 << 20, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("size", [1 << 19, 8 << 20])
 async def test_500_large_bodies_at_once_are_served_or_refused_and_memory_is_bounded(size: int) -> None:
     config = {
         "limits": {"max_body_bytes": 2 * size, "bodies_in_memory": 8 * size},

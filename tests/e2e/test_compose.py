@@ -329,6 +329,7 @@ def test_the_admin_side_is_published_as_the_file_says(tmp_path: Path) -> None:
 
 
 @linux
+@pytest.mark.long
 def test_pods_that_come_and_go_by_dns_are_followed_and_no_request_fails(tmp_path: Path) -> None:
     with Deployment(tmp_path) as started, Load(started.url, clients=4) as load:
         # --scale pod=3
@@ -367,6 +368,7 @@ def addresses(started: Deployment) -> set[str]:
 
 
 @linux
+@pytest.mark.long
 def test_a_name_server_that_fails_takes_no_pod_away(tmp_path: Path) -> None:
     with Deployment(tmp_path, pods=2) as started, Load(started.url, clients=2) as load:
         started.names.failing = True

@@ -164,6 +164,7 @@ def system(shared: Shared) -> Shared:
 # --- pods come and go ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_pods_are_added_and_removed_under_load_without_a_failed_request(system: Shared) -> None:
     before = system.settings["pods"]
     added = system.another_pod("--model", M)
@@ -182,6 +183,7 @@ def test_pods_are_added_and_removed_under_load_without_a_failed_request(system: 
     assert load.pods["pod-3"] - removed <= 16  # those that were on their way
 
 
+@pytest.mark.long
 def test_a_pod_killed_under_load_costs_no_request_and_is_left_alone_after_two_seconds(system: Shared) -> None:
     port = system.pod_ports[0]
     # Plain answers, since a stream that has begun can't be saved.
@@ -199,6 +201,7 @@ def test_a_pod_killed_under_load_costs_no_request_and_is_left_alone_after_two_se
     assert load.wrong == []
 
 
+@pytest.mark.long
 def test_a_pod_that_hangs_gets_no_request_after_two_seconds_and_answers_the_old_ones_when_it_is_back(
     system: Shared,
 ) -> None:
@@ -214,6 +217,7 @@ def test_a_pod_that_hangs_gets_no_request_after_two_seconds_and_answers_the_old_
     assert load.wrong == []
 
 
+@pytest.mark.long
 def test_a_stream_on_a_pod_that_leaves_the_configuration_ends_whole_and_its_model_is_404(system: Shared) -> None:
     stream = Stream(system.port, model="lone", max_tokens=150)  # 35 tokens a second
     system.write_config(pods=[system.pod_of_file(0), system.pod_of_file(1)])
@@ -279,6 +283,7 @@ def test_a_gateway_that_is_told_to_stop_leaves_answers_in_flight_to_go_on(system
         assert b'"finish_reason":"length"' in text
 
 
+@pytest.mark.long
 def test_streams_whose_usage_is_hidden_from_the_client_outlive_the_gateway_too(system: Shared) -> None:
     """The gateway asked for their usage and cuts it out, so bytes of them are in its hands when it is told to stop."""
     streams = [Stream(system.port, max_tokens=40, fault=LONG, user="limited") for _ in range(4)]
@@ -354,6 +359,7 @@ def envoy_counter(system: Shared, name: str) -> int:
     return int(line.rpartition(" ")[2])
 
 
+@pytest.mark.long
 def test_pods_may_change_while_the_gateway_is_away(system: Shared) -> None:
     added = system.another_pod("--model", M, "--model", "fresh")
     stream = Stream(system.port, max_tokens=80, fault=LONG)
@@ -727,6 +733,7 @@ def test_a_pod_sees_its_own_key_and_never_the_clients(kinds: System) -> None:
     assert dict(kinds.seen(3)[0]["headers"])["authorization"] == "Bearer sk-of-a-client"
 
 
+@pytest.mark.long
 def test_the_addresses_of_a_name_are_pods_that_come_and_go_with_it() -> None:
     port = free_port()
     name, here, there = "pods.example", "127.0.0.2", "127.0.0.3"

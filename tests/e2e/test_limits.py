@@ -502,6 +502,7 @@ def two_live(pair: Pair) -> None:
     until(lambda: gateways(pair.one) == gateways(pair.two) == 2, "each knows of the other")
 
 
+@pytest.mark.long
 def test_while_the_store_stands_still_each_gateway_enforces_its_part_and_nothing_is_counted_twice(pair: Pair) -> None:
     assert pair.one.valkey is not None
     policy(pair, "local")
@@ -526,6 +527,7 @@ def test_while_the_store_stands_still_each_gateway_enforces_its_part_and_nothing
         assert "store is back" in system.gateway.output()
 
 
+@pytest.mark.long
 def test_tokens_spent_while_the_store_was_away_are_settled_there_once(pair: Pair) -> None:
     assert pair.one.valkey is not None
     policy(pair, "local")

@@ -440,6 +440,7 @@ def test_without_the_store_the_limited_are_refused_where_that_is_the_policy() ->
         assert system.get("/v1/models", user="alice").status == 200
 
 
+@pytest.mark.long
 def test_without_the_gateway_envoy_refuses_in_the_same_form() -> None:
     with System(config={"envoy": {"message_timeout": "2s"}}, store=False) as system:
         assert system.chat().status == 200

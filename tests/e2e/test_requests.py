@@ -421,6 +421,7 @@ def test_sixty_requests_on_sixteen_connections_with_rpm_20_admit_exactly_20(syst
     assert statuses == {200: 20, 429: 40}
 
 
+@pytest.mark.long
 async def test_500_streams_at_once_are_all_right_and_take_little_memory(system: System) -> None:
     body = {"model": MODEL, "messages": HELLO, "max_tokens": 20, "stream": True}
     before = {part: memory(part.pid) for part in (system.gateway, system.envoy)}

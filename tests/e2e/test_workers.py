@@ -113,6 +113,7 @@ def test_one_admin_address_speaks_for_all(several: Several) -> None:
     assert other.error["code"] == "origin_not_allowed"
 
 
+@pytest.mark.long
 def test_a_reload_reaches_all_and_no_request_is_given_what_envoy_does_not_know(several: Several) -> None:
     before = several.metric("gateway_config_reloads_total", result="ok")
     several.gateway.signal(signal.SIGHUP)
@@ -145,6 +146,7 @@ def test_a_reload_reaches_all_and_no_request_is_given_what_envoy_does_not_know(s
         assert {answer.status for answer in pool.map(lambda _: several.chat("new"), range(40))} == {200}
 
 
+@pytest.mark.long
 def test_killing_a_worker_costs_no_request(several: Several) -> None:
     kills = 4
     restarts = several.metric("gateway_worker_restarts_total")
@@ -197,6 +199,7 @@ def test_answers_in_flight_outlive_the_worker_that_decided_them(several: Several
     several.all_serve()
 
 
+@pytest.mark.long
 def test_a_graceful_stop_under_load_costs_no_request(several: Several) -> None:
     with Load(several.url) as load:
         load.more(50)
