@@ -63,6 +63,7 @@ from ._pb.ext_proc_pb2 import (
     ProtocolConfiguration,
 )
 from .access_log import NAMESPACE, NOTE
+from .grpc_messages import Message
 
 SERVICE: Final = "envoy.service.ext_proc.v3.ExternalProcessor"
 METHOD: Final = "Process"
@@ -131,14 +132,14 @@ class Codec:
         self._whole = False  # answers come in one message, whatever it says of their end
         self._unchanged = _UNCHANGED
         self._awaited = False  # the request's body is still to come
-        self._body: bytes | bytearray = b""  # the body of a message that is being decoded, where it is large
+        self._body: Message = b""  # the body of a message that is being decoded, where it is large
         self._data = b""  # the piece of a FULL_DUPLEX_STREAMED answer that is to be sent back
         self._end = False
 
-    def decode(self, data: bytes | bytearray) -> Event | None:
+    def decode(self, data: Message) -> Event | None:
         """The event in a message; None where it calls for none. A large bytearray is taken apart. Raises
         UnknownMessage, and protobuf's DecodeError for what is no message."""
-        body: bytes | bytearray = b""
+        body: Message = b""
         if len(data) < LARGE or (apart := _apart(data)) is None:
             message = ProcessingRequest.FromString(bytes(data))
         else:
@@ -336,7 +337,7 @@ _ENCODE: Final[Mapping[type, Callable[[Codec, Any], Sequence[bytes]]]] = {
 }
 
 
-def _apart(data: bytes | bytearray) -> tuple[bytearray, bytes] | None:
+def _apart(data: Message) -> tuple[bytearray, bytes] | None:
     """A message's request body, and the message without it: protobuf would copy a large one twice. A bytearray becomes
     the body itself. None, and nothing done, where it is not what Envoy sends: the body first, and given once."""
     if data[0] != _REQUEST_BODY_IN[0]:
@@ -360,7 +361,7 @@ def _apart(data: bytes | bytearray) -> tuple[bytearray, bytes] | None:
     return data, rest
 
 
-def _read_varint(data: bytes | bytearray, at: int) -> tuple[int, int]:
+def _read_varint(data: Message, at: int) -> tuple[int, int]:
     """A length, and where what it is of begins; past the end where it is none."""
     size = 0
     for shift, byte in enumerate(data[at : at + 5]):

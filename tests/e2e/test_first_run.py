@@ -147,7 +147,7 @@ def test_the_benchmark_runs(clone: Clone, tmp_path: Path) -> None:
 
 
 def test_the_benchmark_compares_with_its_earlier_runs(clone: Clone) -> None:
-    """What got worse is not looked at: one round of a second is mostly noise."""
+    """What got worse is not looked at: so short a round is mostly noise."""
     assert clone.says("docs/performance.md", "make bench ARGS=--baseline")
     assert clone.says("docs/performance.md", "make bench-check")
     clone.run("make bench ARGS='--baseline --quick' || true")
