@@ -11,7 +11,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -199,9 +198,7 @@ def test_uv_is_used_where_there_is_one_and_not_where_it_is_declined(machine: Mac
 
 
 def test_a_second_run_sets_nothing_up(ready: Machine) -> None:
-    started = time.monotonic()
     result = ready.make("demo")
-    assert time.monotonic() - started < 1.0
     assert result.stderr == ""
     assert ready.asked() == ["demo demo"]
 

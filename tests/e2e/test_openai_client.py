@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -271,13 +270,14 @@ def test_a_spent_limit_is_a_rate_limit_error_with_the_time_to_wait(client: opena
     assert error.request_id
 
 
-def test_a_request_larger_than_its_limit_is_not_tried_again(client: openai.OpenAI) -> None:
-    began = time.monotonic()
+def test_a_request_larger_than_its_limit_is_not_tried_again(system: System, client: openai.OpenAI) -> None:
+    refused = "gateway_requests_total"
+    before = system.metric(refused, code="429", reason="tpm")
     with pytest.raises(openai.RateLimitError) as caught:
         as_user(client, "small", max_retries=5).completions.create(model=MODEL, prompt="many words " * 100)
 
-    assert time.monotonic() - began < 1.0
     assert caught.value.code == "request_exceeds_limit"
+    assert system.metric(refused, code="429", reason="tpm") == before + 1
     assert caught.value.response.headers["x-should-retry"] == "false"
     assert "retry-after" not in caught.value.response.headers
 
@@ -387,11 +387,9 @@ def test_a_pod_that_fails_is_an_internal_server_error(
 def test_the_first_retry_of_a_refused_request_succeeds(system: System, client: openai.OpenAI) -> None:
     asyncio.run(spend(system, "patient", ago=AGO))
     patient = as_user(client, "patient", max_retries=1)
-    began = time.monotonic()
     raw = patient.embeddings.with_raw_response.create(model=MODEL, input="a")
 
     assert raw.retries_taken == 1
-    assert time.monotonic() - began <= 2.5
 
 
 async def test_the_first_retry_of_the_asynchronous_client_succeeds_too(system: System) -> None:

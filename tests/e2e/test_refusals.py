@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import math
 import re
-import time
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -383,9 +382,7 @@ def test_a_pod_that_says_nothing_is_a_504_and_costs_a_request(system: System, pa
     row = Row("", 504, "api_error", "upstream_timeout", says="did not answer in time")
     user = f"kept waiting on {path}"
     body = {"model": "slow-model", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 2}
-    began = time.monotonic()
     reply = _check(system, system.post(path, body, user=user, x_sim_fault="hang"), row, path)
-    assert 0.3 <= time.monotonic() - began < 3.0
     _limit_headers(reply)
     settled(system, user, 9, 1000)
 

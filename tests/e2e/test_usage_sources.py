@@ -20,8 +20,9 @@ from tests.e2e.asking import at_rest, settled
 from tests.e2e.load import Stream, chat
 from tests.system import DEADLINE, System, request, until
 
-#: Models of which each test uses one, so that nothing was learned of it before: more than either source has tests.
-FRESH = [f"fresh-{number}" for number in range(60)]
+#: Models of which each test uses one, so that nothing was learned of it before: more than either source has tests. No
+#: name is part of another's.
+FRESH = [f"fresh-{number:02}" for number in range(60)]
 #: What is left at the start to each user: more than any test spends, and less than a question is worth (asking.left).
 RPM, TPM = 1000, 20_000
 #: Tokens that the gateway takes the prompt of ``chat`` for, as long as it has learned nothing.
