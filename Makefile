@@ -10,6 +10,8 @@ UV ?= uv
 PYTHON ?=
 export VENV UV PYTHON
 BIN = $(VENV)/bin
+# Two files at a time; ARGS='-n 0' has one process, for --pdb.
+PYTEST = "$(BIN)/python" -m pytest -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test check bench bench-check proto lint format types requirements clean venv-demo venv-dev
@@ -21,12 +23,12 @@ demo: venv-demo ## Envoy, Valkey, the gateway and simulated pods on this machine
 	@exec "$(BIN)/gateway-extproc" demo $(ARGS)
 
 test: venv-dev ## the tests, with the real Envoy and the real Valkey
-	@exec "$(BIN)/python" -m pytest -m "not long" $(ARGS)
+	@exec $(PYTEST) -m "not long" $(ARGS)
 
 check: lint types ## all that CI runs: lint, types, layers, generated files are current, all tests
 	@"$(BIN)/python" proto/generate.py --check
 	@"$(BIN)/python" -m gateway_extproc.config_reference --check
-	@exec "$(BIN)/python" -m pytest $(ARGS)
+	@exec $(PYTEST) $(ARGS)
 
 bench: venv-dev ## what a request costs, and each goal with its figure; some 12 minutes
 	@exec "$(BIN)/python" -m tests.bench $(ARGS)

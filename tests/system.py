@@ -11,7 +11,6 @@ import http.client
 import json
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -24,6 +23,7 @@ import yaml
 
 from gateway_extproc.lifetime import wrapped
 from tests.envoy import BINARY
+from tests.ports import free_port
 from tests.valkey import Valkey
 
 #: Seconds within which a state must come; generous, because two cores may be busy with other tests.
@@ -59,13 +59,6 @@ def until(true: Callable[[], Any], what: str = "", deadline: float = DEADLINE) -
         assert time.monotonic() < end, f"not within {deadline:g} s: {what or true}"
         time.sleep(0.005)
     return found
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port: int = found.getsockname()[1]
-        return port
 
 
 class Process:

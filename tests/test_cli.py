@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.system import free_port
+from tests.ports import free_port
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:

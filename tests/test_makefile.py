@@ -207,7 +207,7 @@ def test_test_adds_what_the_demo_did_not_need(ready: Machine) -> None:
     assert ready.make("test", "ARGS=-k limits -x").returncode == 0
     packages, _, pytest_run = ready.asked()
     assert packages.endswith("-r requirements/dev.txt")
-    assert pytest_run == "-m pytest -m not long -k limits -x"
+    assert pytest_run == "-m pytest -n 2 --dist loadfile -m not long -k limits -x"
     assert ready.make("demo").returncode == 0
     assert ready.asked() == ["demo demo"]
 

@@ -37,7 +37,7 @@ from gateway_extproc.workers.merge import (
 )
 from gateway_extproc.workers.seat import Seat, check
 from tests.envoy import validate
-from tests.system import free_port
+from tests.ports import free_port
 from tests.test_cli import run
 
 FILE = Path("gateway.yaml")

@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     verdicts = [verdict for verdict in goals.judged(found) if verdict.figure is not None or not args.only]
     print(f"\n{report.goals(verdicts)}\n", flush=True)
     if not args.only:
-        own.main()
+        own.main(rounds, own.REQUESTS // 20 if args.quick else own.REQUESTS)
     return 0
 
 

@@ -92,7 +92,7 @@ def stage_of(stage: Stage, rounds: int, seconds: float) -> Results:
             rows = [row for row in stage.rows if row.work == work]
             taken: dict[str, list[Figures]] = {row.name: [] for row in rows}
             for row in rows if work.doing in ("short", "long", "paced") else ():
-                measured(ways.run(row.way), Row(row.way, row.work._replace(doing="long")), WARM)
+                measured(ways.run(row.way), Row(row.way, row.work._replace(doing="long")), min(WARM, seconds))
             for _ in range(stage.rounds or rounds):
                 for row in rows:
                     taken[row.name].append(measured(ways.run(row.way), row, seconds))

@@ -12,6 +12,7 @@ import random
 import time
 from itertools import count
 from pathlib import Path
+from statistics import median_low
 
 import uvloop
 
@@ -30,9 +31,8 @@ from tests.bench.backend import CHAT, MODEL
 from tests.valkey import Valkey
 
 BODY = b'{"model":"%b","messages":[{"role":"user","content":"%b"}],"max_tokens":16}' % (MODEL.encode(), b"word " * 200)
+#: Requests of a round; of questions, where nothing else is measured, five times as many.
 REQUESTS = 4000
-#: Questions asked where nothing else is measured.
-QUESTIONS = 20_000
 
 
 def messages() -> list[bytes]:
@@ -57,7 +57,7 @@ def messages() -> list[bytes]:
     return [message.SerializeToString() for message in (asked, body, answered, end)]
 
 
-async def measure(at_once: int) -> float:
+async def measure(at_once: int, requests: int) -> float:
     """µs of CPU per request."""
     fleet, ids = Fleet(), count()
     fleet.configure("bench", [PodSpec(address=f"10.0.0.{i}:80", name=f"pod-{i}", models=(MODEL,)) for i in range(1, 5)])
@@ -98,8 +98,8 @@ async def measure(at_once: int) -> float:
     try:
         await asyncio.gather(*(client(50) for _ in range(at_once)))
         before = time.process_time()
-        await asyncio.gather(*(client(REQUESTS // at_once) for _ in range(at_once)))
-        return (time.process_time() - before) / REQUESTS * 1e6
+        await asyncio.gather(*(client(requests // at_once) for _ in range(at_once)))
+        return (time.process_time() - before) / requests * 1e6
     finally:
         await store.close()
         valkey.stop()
@@ -130,21 +130,21 @@ class Asker:
         asyncio.get_running_loop().call_soon(self._ask)
 
 
-async def measure_asking(at_once: int) -> tuple[float, float]:
+async def measure_asking(at_once: int, times: int) -> tuple[float, float]:
     """µs of CPU per request, here and in Valkey."""
     valkey = Valkey().start()
     store = guarded(valkey)
     names = count()
 
-    async def ask(times: int) -> None:
-        await asyncio.gather(*(Asker(store, str(next(names)), times // at_once).done for _ in range(at_once)))
+    async def ask(many: int) -> None:
+        await asyncio.gather(*(Asker(store, str(next(names)), many // at_once).done for _ in range(at_once)))
 
     try:
         await ask(50 * at_once)
         here, there = time.process_time(), cpu(valkey.pid)
-        await ask(QUESTIONS)
+        await ask(times)
         here, there = time.process_time() - here, cpu(valkey.pid) - there
-        return here / QUESTIONS * 1e6, there / QUESTIONS * 1e6
+        return here / times * 1e6, there / times * 1e6
     finally:
         await store.close()
         valkey.stop()
@@ -163,10 +163,10 @@ def guarded(valkey: Valkey) -> GuardedStore:
     return store
 
 
-def main() -> None:
+def main(rounds: int = 3, requests: int = REQUESTS) -> None:
     for at_once in (1, 16):
-        spent = sorted(uvloop.run(measure(at_once)) for _ in range(3))[1]
-        here, there = sorted(uvloop.run(measure_asking(at_once)) for _ in range(3))[1]
+        spent = median_low(uvloop.run(measure(at_once, requests)) for _ in range(rounds))
+        here, there = median_low(uvloop.run(measure_asking(at_once, 5 * requests)) for _ in range(rounds))
         print(f"own work without gRPC, {at_once} at once: {spent:.0f} µs of CPU per request", flush=True)
         print(f"  asking and settling alone: {here:.0f} µs, and {there:.0f} µs of Valkey's", flush=True)
 

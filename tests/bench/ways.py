@@ -28,7 +28,8 @@ from tests.bench.backend import MODEL
 from tests.bench.load import Request
 from tests.bench.rows import SMALL, Row, Way
 from tests.envoy import BINARY
-from tests.system import Process, System, free_port, request, until
+from tests.ports import free_port
+from tests.system import Process, System, request, until
 
 #: Far more than any load reaches.
 LIMITS = {"rpm": 10**9, "tpm": 10**12}

@@ -23,6 +23,7 @@ from typing import Any
 import pytest
 
 from gateway_extproc import demo
+from tests.ports import free_port
 
 ROOT = Path(__file__).parents[2]
 #: Seconds after which something that should have happened has not.
@@ -328,21 +329,19 @@ def test_pods_of_a_configuration_are_served_instead_of_simulated_ones(whole: Run
 
 def test_given_pods_are_fronted_and_a_dead_one_holds_nothing_up(whole: Running, tmp_path: Path) -> None:
     address = whole.facts["pods"][0]["address"]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        dead = f"127.0.0.1:{free.getsockname()[1]}"  # bound, but nobody listens
-        with running(
-            tmp_path, "--json", "--endpoint", f"your-model-name={address}", "--endpoint", f"dead={dead}"
-        ) as started:
-            started.ready()
+    dead = f"127.0.0.1:{free_port()}"
+    with running(
+        tmp_path, "--json", "--endpoint", f"your-model-name={address}", "--endpoint", f"dead={dead}"
+    ) as started:
+        started.ready()
 
-            assert started.facts["pids"]["pods"] == []
-            assert started.facts["pods"] == [
-                {"name": "pod-1", "model": "your-model-name", "address": address},
-                {"name": "pod-2", "model": "dead", "address": dead},
-            ]
-            assert started.ask().headers["target-pod"] == "pod-1"
-            assert started.ask(body=CHAT | {"model": "dead"}).json["error"]["code"] == "no_ready_pods"
+        assert started.facts["pids"]["pods"] == []
+        assert started.facts["pods"] == [
+            {"name": "pod-1", "model": "your-model-name", "address": address},
+            {"name": "pod-2", "model": "dead", "address": dead},
+        ]
+        assert started.ask().headers["target-pod"] == "pod-1"
+        assert started.ask(body=CHAT | {"model": "dead"}).json["error"]["code"] == "no_ready_pods"
 
 
 # --- what it cannot do -----------------------------------------------------------------------------------------------

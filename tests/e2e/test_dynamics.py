@@ -23,7 +23,8 @@ from gateway_extproc.wire._pb.health_pb2 import HealthCheckRequest, HealthCheckR
 from tests.certificates import Authority
 from tests.dns_server import NameServer
 from tests.e2e.load import Load, Stream, chat
-from tests.system import DEADLINE, Reply, System, free_port, request, until
+from tests.ports import free_port
+from tests.system import DEADLINE, Reply, System, request, until
 
 M = "your-model-name"
 #: Seconds in which a pod that died gets no more requests, and in which a new one is served (contract section 2).

@@ -19,7 +19,8 @@ from openai.types.chat import ChatCompletionChunk, ChatCompletionMessageParam
 from gateway_extproc.adapters.redis import RedisStore
 from gateway_extproc.core.directory import Directory, User
 from gateway_extproc.core.store import Merge
-from tests.system import System, free_port, request, until
+from tests.ports import free_port
+from tests.system import System, request, until
 
 MODEL = "your-model-name"
 #: Hugging Face's form of a name.

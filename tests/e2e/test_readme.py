@@ -53,7 +53,8 @@ from tests.e2e.documents import (
 from tests.e2e.readme import Answer, curl, curls
 from tests.e2e.terminal import Typed, environment
 from tests.envoy import BINARY
-from tests.system import DEADLINE, Process, Reply, free_port, request, until
+from tests.ports import free_port
+from tests.system import DEADLINE, Process, Reply, request, until
 from tests.valkey import Valkey
 
 FIRST_RUN = "tests/e2e/test_first_run.py::"

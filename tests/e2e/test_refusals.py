@@ -27,7 +27,8 @@ from tests.e2e.asking import (
     settled,
     tells_nothing,
 )
-from tests.system import Reply, System, free_port, until
+from tests.ports import free_port
+from tests.system import Reply, System, until
 
 #: What a user without a record may spend here.
 ROOM = Left(10, 1000)

@@ -28,7 +28,8 @@ from tests.certificates import Authority
 from tests.e2e.asking import CHAT, MESSAGES, MODEL, Left, Raw, ask, at_rest, head, http2, left, memory, post, settled
 from tests.e2e.load import Stream
 from tests.envoy import BINARY
-from tests.system import DEADLINE, Process, Reply, System, free_port, request, until
+from tests.ports import free_port
+from tests.system import DEADLINE, Process, Reply, System, request, until
 
 #: What a user without a record may spend here.
 RPM, TPM = 1000, 20_000
