@@ -107,7 +107,7 @@ def test_the_tests_run(clone: Clone) -> None:
     command = "make test ARGS='tests/core -k window -x'"
     assert clone.says("CONTRIBUTING.md", command)
     told = clone.run(command)
-    assert re.search(r"^=+ \d+ passed, \d+ deselected in .* =+$", told, re.MULTILINE), told
+    assert re.search(r"^=+ \d+ passed in .* =+$", told, re.MULTILINE), told
     assert clone.changes() == ""
 
 
