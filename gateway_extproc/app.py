@@ -26,19 +26,23 @@ import structlog
 
 from . import __version__, logs
 from .adapters import admin, h2_server
+from .adapters.admin_users import UserViews
 from .adapters.dns import Resolver, Watcher
 from .adapters.guarded import GuardedStore
 from .adapters.memory import MemoryStore
 from .adapters.metrics import Metrics, Sources
+from .adapters.records import MemoryRecords, RedisRecords
 from .adapters.redis import RedisStore
 from .adapters.scrape import Poller
 from .adapters.siblings import Siblings
+from .administration import Administration
 from .config import Config, ConfigError, PodConfig, load, masked
 from .core.account import Ledger
 from .core.address import is_ip, join_address, split_address
 from .core.directory import Directory
 from .core.events import Outcome
 from .core.fleet import TLS, Fleet, PodSpec
+from .core.records import Records
 from .core.session import ModelPolicy, Policy, World
 from .core.store import Settlement, Store
 from .services.access_log import AccessLogs
@@ -87,7 +91,7 @@ async def _listen(config: Config, services: Services) -> Listener:
     return await grpc_server.serve(listen.grpc, services, most, listen.tls)
 
 
-def policy_of(config: Config) -> Policy:
+def policy_of(config: Config, directory: Directory) -> Policy:
     """What the configuration says about requests."""
     return Policy(
         max_body_bytes=config.limits.max_body_bytes,
@@ -95,7 +99,7 @@ def policy_of(config: Config) -> Policy:
         expose=config.routing.expose,
         reserve=config.limits.reserve,
         auth=config.auth.mode,
-        directory=Directory.of(config.users, config.teams, config.limits.default),
+        directory=directory,
         models={
             name: ModelPolicy(model.strategy or None, model.timeout, model.retries)
             for name, model in config.models.items()
@@ -138,9 +142,13 @@ class Gateway:
         self._name = secrets.token_hex(8)
         self._admissions = 0
         self.world = World(
-            policy_of(config), self.fleet, clock=time.monotonic, rng=self._rng, new_id=self._new_id,
-            started=int(time.time()), logged=config.usage.source == "access_log",
+            policy_of(config, Directory()), self.fleet, clock=time.monotonic, now=time.time, rng=self._rng,
+            new_id=self._new_id, logged=config.usage.source == "access_log",
         )  # fmt: skip
+        url, prefix = config.store.url, config.store.prefix
+        self._records: Records = RedisRecords(url, prefix=prefix) if url else MemoryRecords()
+        self.administration = Administration(self._records, now=time.time, on_change=self._directory_changed)
+        self.administration.configure(config)
         self._ready = asyncio.Event()
         self._polled = False
         self._draining = False
@@ -182,6 +190,9 @@ class Gateway:
             clock=_clock,
             on_mode_change=self._store_changed,
         )
+
+    def _directory_changed(self) -> None:
+        self.world.policy = msgspec.structs.replace(self.world.policy, directory=self.administration.directory)
 
     def _store_changed(self, mode: str, reason: str) -> None:
         if mode == "ok":
@@ -247,6 +258,7 @@ class Gateway:
             self.store.start()
         else:
             log.warning("limits are kept in memory: one gateway only, and a restart forgets them")
+        self._tasks.append(asyncio.create_task(self.administration.follow(), name="follow users and keys"))
         resolver = Resolver(config.discovery.dns_servers)
         self._watcher = Watcher(resolver, config.discovery.dns_refresh, self._resolved, self._rng)
         await self._poller.start()
@@ -295,6 +307,7 @@ class Gateway:
             async with asyncio.timeout(FLUSH_WAIT):
                 await self.store.flush()
         await self.store.close()
+        await self._records.close()
         if self._admin is not None:
             await self._admin.cleanup()
         if self._siblings is not None:
@@ -363,7 +376,7 @@ class Gateway:
                     self._polled = True
                     self.xds.open()
                     self.extproc.open()
-            serving = self._polled and self._store_ready()
+            serving = self._polled and self._store_ready() and self.administration.asked.is_set()
             if serving and not self._ready.is_set():
                 self._ready.set()
                 self.health.set(True)
@@ -409,7 +422,8 @@ class Gateway:
         if late:
             log.warning("some changes are taken up at the next start", settings=late)
         self.config = config = msgspec.structs.replace(config, limits=msgspec.structs.replace(config.limits, **old))
-        self.world.policy = policy_of(config)
+        self.administration.configure(config)
+        self.world.policy = policy_of(config, self.administration.directory)
         if isinstance(self.store, GuardedStore):
             self.store.change_policy(config.limits.on_store_failure)
         self._configure_pods()
@@ -430,7 +444,8 @@ class Gateway:
                 config=lambda: masked(self.config),
                 clock=time.monotonic,
                 requests=self.metrics.by_code,
-            )
+            ),
+            UserViews(self.administration, admin.answer),
         )
 
     def readiness(self) -> tuple[bool, dict[str, Any]]:
@@ -439,6 +454,7 @@ class Gateway:
         store: dict[str, Any] = {"mode": "memory", "ok": True}
         if isinstance(self.store, GuardedStore):
             store = {"mode": self.store.mode, "ok": self.store.mode == "ok", "gateways": self.store.gateways}
+        users, keys = self.administration.counts
         parts = {
             "pods": {
                 "polled": self._polled,
@@ -446,6 +462,7 @@ class Gateway:
                 "ready": sum(member.ready for member in members),
             },
             "store": store,
+            "directory": {"ok": self.administration.follows, "users": users, "keys": keys},
             "envoy": {"connected": list(self.xds.envoys), "refused": self.xds.refused},
             "draining": self._draining,
         }

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from . import __version__
+from . import __version__, admin_client
 
 #: Exit codes (contract section 1).
 FINE: Final = 0
@@ -54,6 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     envoy.add_argument("--config", type=Path, required=True, metavar="FILE", help="the configuration file")
     _add_workers(envoy, "the gateway's processes, as for serve")
+    admin_client.add_commands(commands)
     return parser
 
 
@@ -87,6 +88,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command.add_arguments(parser)
         return command.run(parser.parse_args(given[1:]))
     args = _parser().parse_args(given)
+    if args.command in ("user", "key"):
+        return admin_client.run(args)
     if args.command == "demo":
         from . import demo
 

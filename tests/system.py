@@ -126,7 +126,8 @@ class System:
         self._parts = contextlib.ExitStack()
         self._parts.callback(shutil.rmtree, self.directory, ignore_errors=True)
         try:
-            self.port, self.admin_port, self.envoy_admin_port, grpc = (free_port() for _ in range(4))
+            self.port, self.admin_port, self.envoy_admin_port = (free_port() for _ in range(3))
+            grpc = free_port(workers - 1)  # each has one of its own
             self.valkey = self._parts.enter_context(_valkey()) if store else None
             self.pods: list[Process] = []
             self.pod_ports: list[int] = []
@@ -223,7 +224,9 @@ class System:
 
     def admin(self, path: str) -> Any:
         """JSON of the gateway's admin side."""
-        return request(self.admin_port, "GET", path).json
+        token = self.settings.get("admin", {}).get("token")
+        headers = {"authorization": f"Bearer {token}"} if token else {}
+        return request(self.admin_port, "GET", path, headers=headers).json
 
     def metric(self, name: str, **labels: str) -> float:
         """The sum of a metric's samples that have these labels."""

@@ -1,11 +1,12 @@
-"""The admin side over HTTP: health, metrics, a live page, and JSON about pods, models and configuration.
+"""The admin side over HTTP: health, metrics, a live page, and JSON about pods, models, users and configuration.
 
 Owns ``listen.http``: its paths, who may ask, and the JSON of a pod and a model. Open are ``/healthz``, ``/readyz``,
 ``/metrics`` and the page ``/``, which itself holds no data. What is under ``/admin/`` wants the admin token; where
 none is configured (the configuration then allows loopback only) it serves this machine's programs, but no web page of
 another origin: a browser runs on this machine, too. Promises that every error is in the one form of
 core/refusal.py, that no traceback, version of the server or pod's key is shown, and that connections are bounded in
-number and age. Leaves out what the numbers are (metrics.py) and what "ready" means (app.py).
+number and age. Leaves out what the numbers are (metrics.py), what "ready" means (app.py) and what is done with users
+(admin_users.py).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import re
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from importlib import resources
-from typing import Any, Final, cast
+from typing import Any, Final, Protocol, cast
 from urllib.parse import urlsplit
 
 import msgspec
@@ -29,7 +30,7 @@ from aiohttp import web
 from .. import __version__
 from ..core.address import split_address
 from ..core.fleet import Fleet
-from ..core.refusal import Refusal, internal_error, invalid_api_key, quoted, unknown_url
+from ..core.refusal import Refusal, Refused, internal_error, invalid_api_key, quoted, request_too_large, unknown_url
 from ..core.session import Policy
 
 log = structlog.get_logger(__name__)
@@ -44,7 +45,7 @@ CONNECTION_AGE: Final = 60.0
 LAST_BYTES: Final = 5.0
 #: Seconds for which an idle connection stays open.
 KEEP_ALIVE: Final = 30.0
-#: Largest request body in bytes; nothing here reads one yet.
+#: Largest request body in bytes: a user's record.
 BODY: Final = 64 * 1024
 #: Seconds that answers in progress get when the server stops.
 STOP_WAIT: Final = 1.0
@@ -74,6 +75,13 @@ class AdminState:
     config: Callable[[], Mapping[str, Any]]
     clock: Callable[[], float]
     requests: Callable[[], Mapping[str, int]]
+
+
+class Views(Protocol):
+    """Further paths: those below ``/admin/``, and those of AIBrix at the top."""
+
+    def routes(self) -> list[web.RouteDef]: ...
+    def aibrix_routes(self) -> list[web.RouteDef]: ...
 
 
 # ---------------------------------------------------------------------------------------------------- what is shown
@@ -129,8 +137,11 @@ def models_shown(fleet: Fleet, policy: Policy) -> list[dict[str, Any]]:
 # ---------------------------------------------------------------------------------------------------------- answers
 
 
-def _json(value: object, status: int = 200) -> web.Response:
-    return web.Response(body=msgspec.json.encode(value), status=status, content_type=_JSON, headers=HEADERS)
+def answer(value: object, status: int = 200, headers: Mapping[str, str] | None = None) -> web.Response:
+    sent = {**HEADERS, **(headers or {})}
+    if status == 204:
+        return web.Response(status=status, headers=sent)
+    return web.Response(body=msgspec.json.encode(value), status=status, content_type=_JSON, headers=sent)
 
 
 def _refused(refusal: Refusal, headers: Mapping[str, str] | None = None) -> web.Response:
@@ -162,11 +173,15 @@ async def errors(request: web.Request, handler: _Handler) -> web.StreamResponse:
     """Whatever goes wrong is answered in the one form."""
     try:
         return await handler(request)
+    except Refused as refused:
+        return _refused(refused.refusal)
     except web.HTTPMethodNotAllowed as error:
         allowed = {"allow": error.headers["Allow"]}
         return _refused(_method_not_allowed(request.method, request.path), allowed)
     except web.HTTPNotFound:
         return _refused(unknown_url(request.method, request.path))
+    except web.HTTPRequestEntityTooLarge:
+        return _refused(request_too_large(BODY))
     except web.HTTPException as error:
         return _refused(_bad_request(error.status))
     except Exception:
@@ -264,31 +279,31 @@ class _Views:
         return web.Response(body=self._page, content_type="text/html", charset="utf-8", headers=headers)
 
     async def healthz(self, _: web.Request) -> web.Response:
-        return _json({"status": "ok"})
+        return answer({"status": "ok"})
 
     async def readyz(self, _: web.Request) -> web.Response:
         ready, parts = self._state.ready()
-        return _json({"ready": ready, "parts": parts}, 200 if ready else 503)
+        return answer({"ready": ready, "parts": parts}, 200 if ready else 503)
 
     async def metrics(self, _: web.Request) -> web.Response:
         page, content_type = self._state.metrics()
         return web.Response(body=page, headers={**HEADERS, "content-type": content_type})
 
     async def pods(self, _: web.Request) -> web.Response:
-        return _json(pods_shown(self._state.fleet(), self._state.clock()))
+        return answer(pods_shown(self._state.fleet(), self._state.clock()))
 
     async def models(self, _: web.Request) -> web.Response:
-        return _json(models_shown(self._state.fleet(), self._state.policy()))
+        return answer(models_shown(self._state.fleet(), self._state.policy()))
 
     async def config(self, _: web.Request) -> web.Response:
-        return _json(self._state.config())
+        return answer(self._state.config())
 
     async def overview(self, _: web.Request) -> web.Response:
         """All that the page shows, of one moment."""
         state = self._state
         fleet = state.fleet()
         ready, parts = state.ready()
-        return _json(
+        return answer(
             {
                 "version": __version__,
                 "readiness": {"ready": ready, "parts": parts},
@@ -297,6 +312,12 @@ class _Views:
                 "pods": pods_shown(fleet, state.clock()),
             }
         )
+
+    def guarded(self, handler: Any) -> _Handler:
+        async def guarded(request: web.Request) -> web.StreamResponse:
+            return await self.guard(request, handler)
+
+        return guarded
 
     @web.middleware
     async def guard(self, request: web.Request, handler: _Handler) -> web.StreamResponse:
@@ -307,17 +328,21 @@ class _Views:
         return _refused(refusal, {"www-authenticate": 'Bearer realm="admin"'} if refusal.status == 401 else None)
 
 
-def create_app(state: AdminState) -> web.Application:
-    """Everything that ``listen.http`` answers."""
+def create_app(state: AdminState, users: Views) -> web.Application:
+    """Everything that ``listen.http`` answers. ``users`` has the paths of administering."""
     views = _Views(state)
     admin = web.Application(middlewares=[views.guard])
     for name in ("config", "models", "overview", "pods"):
         admin.router.add_get(f"/{name}", getattr(views, name))
+    admin.add_routes(users.routes())
     app = web.Application(middlewares=[errors], client_max_size=BODY)
     app.router.add_get("/", views.page)
     for name in ("healthz", "readyz", "metrics"):
         app.router.add_get(f"/{name}", getattr(views, name))
     app.add_subapp("/admin/", admin)
+    # Of AIBrix's paths none may be asked by whom /admin/ refuses.
+    for route in users.aibrix_routes():
+        app.router.add_route(route.method, route.path, views.guarded(route.handler))
     return app
 
 

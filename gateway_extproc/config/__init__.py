@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from .part import effective_yaml, masked
 from .problems import ConfigError
-from .reader import load, parse
+from .reader import load, parse, user_of
 from .schema import Config, Listen, PodConfig
 
 __all__ = [
@@ -30,4 +30,5 @@ __all__ = [
     "load",
     "masked",
     "parse",
+    "user_of",
 ]

@@ -43,6 +43,7 @@ _FIELDS: Final[Mapping[tuple[type, str], msgspec.Meta]] = {
     (User, "team"): about("The team, one of `teams`, whose limits hold as well.", NAME),
     (User, "models"): about("Models this user may use: names or patterns such as `llama-*`. Absent: all.", PATTERN),
     (User, "per_model"): about("Further limits on single models, by real name."),
+    (User, "disabled"): about("Whether every request of this user is refused."),
     (Team, "name"): about("The name that `users[].team` refers to.", NAME),
     (Team, "rpm"): about("Requests of all members in any 60 seconds. Absent: no limit.", COUNT),
     (Team, "tpm"): about("Tokens of all members in any 60 seconds. Absent: no limit.", COUNT),

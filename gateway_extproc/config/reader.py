@@ -9,11 +9,12 @@ from, that none is reported which only follows from another, and a Config only w
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Final
 
 import msgspec
 
+from ..core.directory import User
 from ..core.refusal import quoted
 from .checks import across
 from .environment import overlay
@@ -46,6 +47,33 @@ def load(path: str | os.PathLike[str], environ: Mapping[str, str] = os.environ) 
         raise ConfigError((Problem(file, 0, "", f"cannot be read: {error.strerror}"),)) from None
     # Bytes that are no UTF-8 become lone surrogates, which parse() refuses with their line.
     return parse(data.decode(errors="surrogateescape"), file=file, environ=environ)
+
+
+def user_of(name: str, fields: Mapping[str, Any], teams: Collection[str]) -> User:
+    """A user's record from the fields of a request, by the same forms and in the same words as the file's. Raises
+    ConfigError, whose problems have a path, but no file and no line."""
+    reader = _Reader("")
+    found: dict[str, Any] = {}
+    try:
+        found = reader.part(User, _node({**fields, "name": name}), (), "users[]")
+        if found.get("team") not in (None, *teams) and reader.sound(("team",)):
+            reader.report(("team",), f"there is no team '{quoted(found['team'])}' in teams")
+    except Unreadable:
+        pass
+    if reader.problems:
+        raise ConfigError(tuple(reader.problems))
+    return msgspec.convert(found, User)
+
+
+def _node(value: Any) -> Node:
+    """Builtins as if they had been read from a file, of no line."""
+    if isinstance(value, list):
+        return Node([_node(item) for item in value], 0)
+    if not isinstance(value, dict):
+        return Node(value, 0)
+    node = Node({key: _node(item) for key, item in value.items()}, 0)
+    node.marks = dict.fromkeys(value, 0)
+    return node
 
 
 class _Reader:

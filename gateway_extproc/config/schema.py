@@ -176,7 +176,7 @@ class Auth(Part, frozen=True, kw_only=True):
         Literal["none", "optional", "required"],
         about(
             "`none`: keys are not checked. `optional`: a key that begins with `sk-gw-` is checked, any other value "
-            "passes through. `required`: only known keys get in, of which this version has none."
+            "passes through. `required`: only known keys get in."
         ),
     ] = "optional"
 

@@ -1,18 +1,19 @@
-"""Who may use what, and how much: users, teams and models as the configuration names them.
+"""Who may use what, and how much: users, teams and keys.
 
-Owns the records and the question "which windows apply to this user and this model?". A directory is an immutable
-snapshot; a changed configuration makes a new one. Leaves out how records are read (config.py) and how windows are
-counted (core/store.py).
+Owns the records and the questions "whose key is this?", "may this user use this model?" and "which windows apply to
+them?". A directory is a view of one moment: whatever changes makes a new one. Leaves out how records are read
+(config/), kept (core/records.py) and changed (administration.py), and how windows are counted (core/store.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Final
 
 import msgspec
 
+from .keys import Key, id_of, is_key
 from .store import Window
 
 #: Users and models whose windows are remembered, so that a request's are not made anew. Names without a record come
@@ -31,7 +32,7 @@ class User(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     """One user's record. It replaces ``limits.default`` entirely: a limit left out is no limit.
 
     ``models`` are shell-style patterns of the models this user may use; None is all. ``per_model`` adds limits for
-    single models (by real name), on top of the user's own."""
+    single models (by real name), on top of the user's own. ``disabled``: every request is refused."""
 
     name: str
     rpm: int | None = None
@@ -39,6 +40,7 @@ class User(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     team: str | None = None
     models: tuple[str, ...] | None = None
     per_model: dict[str, Limits] = {}
+    disabled: bool = False
 
 
 class Team(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -50,22 +52,33 @@ class Team(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
 
 
 class Directory(msgspec.Struct, frozen=True):
-    """All records by name, and what holds for a named user without one."""
+    """All records by name, keys by id, and what holds for a named user without a record. ``pepper`` is the secret that
+    keys are hashed with."""
 
     users: Mapping[str, User] = {}
     teams: Mapping[str, Team] = {}
     default: Limits | None = None
+    keys: Mapping[str, Key] = {}
+    pepper: bytes = b""
     _known: dict[tuple[str, str], tuple[Window, ...]] = {}
 
     @classmethod
     def of(cls, users: Iterable[User], teams: Iterable[Team] = (), default: Limits | None = None) -> Directory:
         return cls({user.name: user for user in users}, {team.name: team for team in teams}, default)
 
-    def may_use(self, user: str | None, model: str) -> bool:
+    def key(self, text: str, now: float) -> Key | None:
+        """The key that ``text`` is, if it lets anybody in at ``now`` (unix seconds): one whose user has no record any
+        more does not."""
+        key = self.keys.get(id_of(text) or "")
+        if key is None or not is_key(key, self.pepper, text) or key.user not in self.users:
+            return None
+        return key if key.expires is None or now < key.expires else None
+
+    def may_use(self, user: str | None, model: str, key: Key | None = None) -> bool:
         record = self.users.get(user) if user is not None else None
-        if record is None or record.models is None:
-            return True
-        return any(fnmatchcase(model, pattern) for pattern in record.models)
+        if record is not None and record.models is not None and not _matches(model, record.models):
+            return False
+        return key is None or key.models is None or _matches(model, key.models)
 
     def may_limit(self, user: str | None) -> bool:
         """Whether any model's windows of this user may hold a limit."""
@@ -99,6 +112,10 @@ class Directory(msgspec.Struct, frozen=True):
         if team is not None and (team.rpm is not None or team.tpm is not None):
             found.append(Window(f"{{team:{_tagged(team.name)}}}:*", f"team '{team.name}'", team.rpm, team.tpm))
         return tuple(found)
+
+
+def _matches(model: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(model, pattern) for pattern in patterns)
 
 
 def _tagged(name: str) -> str:

@@ -1,18 +1,19 @@
 """Who is asking: the user, from a key or from the ``user`` header.
 
-Owns the authentication rules of contract section 2. Keys are looked up in a directory of known keys; the gateway
-has none until keys can be made (they come with the admin API), so in mode ``required`` nobody gets in, and a
-gateway key is refused as unknown rather than passed to a pod.
+Owns the authentication rules of contract section 2. Whose key it is says the directory; a gateway key that it does not
+know is refused in every mode that looks at keys, rather than passed to a pod.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Final, Literal
 
-from .refusal import Refusal, invalid_api_key, invalid_value
+from .directory import Directory
+from .keys import PREFIX as KEY_PREFIX
+from .keys import Key
+from .refusal import Refusal, invalid_api_key, invalid_value, user_disabled, user_mismatch
 
-#: What every key made by the gateway begins with.
-KEY_PREFIX: Final = "sk-gw-"
 #: Longest user name in bytes; it becomes part of store keys.
 USER_BYTES: Final = 256
 
@@ -20,20 +21,30 @@ Mode = Literal["none", "optional", "required"]
 
 
 def identify(
-    mode: Mode, user: bytes | None, authorization: bytes | None, api_key: bytes | None
-) -> str | Refusal | None:
-    """The user's name, None for nobody in particular, or why not. Arguments are header values."""
+    mode: Mode, directory: Directory, now: Callable[[], float],
+    user: bytes | None, authorization: bytes | None, api_key: bytes | None,
+) -> str | Key | Refusal | None:  # fmt: skip
+    """The key that names the user, the name that the client gives, None for nobody in particular, or why not. The last
+    three arguments are header values; ``now`` gives unix seconds."""
+    key = None
     if mode != "none":
         presented = presented_key(authorization, api_key)
         if presented is not None and presented.startswith(KEY_PREFIX):
+            key = directory.key(presented, now())
+        if key is None and mode == "required" and presented is None:
+            return invalid_api_key("An API key is required: 'Authorization: Bearer KEY'.")
+        if key is None and presented is not None and (mode == "required" or presented.startswith(KEY_PREFIX)):
             return invalid_api_key("The API key is not known, has expired or was revoked.")
-        if mode == "required":
-            if presented is None:
-                return invalid_api_key("An API key is required: 'Authorization: Bearer KEY'.")
-            return invalid_api_key("The API key is not known, has expired or was revoked.")
-    if user is None or user == b"":
-        return None
-    return user_name(user)
+    name = user_name(user) if user else None
+    if isinstance(name, Refusal):
+        return name
+    if key is not None:
+        if name is not None and name != key.user:
+            return user_mismatch()
+        name = key.user
+    if name is not None and (record := directory.users.get(name)) is not None and record.disabled:
+        return user_disabled(name)
+    return name if key is None else key
 
 
 def user_name(value: bytes) -> str | Refusal:

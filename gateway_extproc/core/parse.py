@@ -19,7 +19,7 @@ from urllib.parse import unquote
 
 import msgspec
 
-from .refusal import Refusal, invalid_json, invalid_value, missing_model
+from .refusal import Refusal, Refused, invalid_json, invalid_value, missing_model
 
 #: Longest model name, in characters. Hugging Face allows 96 for an owner and 96 for a name; paths on disk are longer.
 MODEL_LENGTH: Final = 256
@@ -74,14 +74,6 @@ _TRUE: Final = frozenset({b"true", b"1", b"1.0", b'"true"', b'"1"', b'"t"', b'"y
 
 #: A request's body as it came: a large one is gathered in place, and not copied to be called bytes.
 Body = bytes | bytearray
-
-
-class Refused(Exception):
-    """The request cannot be served as it stands; ``refusal`` is what its client is told."""
-
-    def __init__(self, refusal: Refusal) -> None:
-        super().__init__(refusal.code)
-        self.refusal = refusal
 
 
 class Kind(enum.Enum):

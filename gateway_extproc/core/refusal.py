@@ -53,6 +53,14 @@ class Refusal(msgspec.Struct, frozen=True, kw_only=True):
         return found
 
 
+class Refused(Exception):
+    """What was asked cannot be done as it stands; ``refusal`` is what its client is told."""
+
+    def __init__(self, refusal: Refusal) -> None:
+        super().__init__(refusal.code)
+        self.refusal = refusal
+
+
 def _milliseconds(seconds: float) -> int:
     """As clients are told to wait: rounded up, so that whoever obeys is not early."""
     return max(1, math.ceil(seconds * 1000))
@@ -92,6 +100,16 @@ def invalid_api_key(why: str) -> Refusal:
 def model_not_allowed(model: str) -> Refusal:
     message = f"You may not use the model '{quoted(model)}'."
     return Refusal(status=403, type="permission_error", code="model_not_allowed", message=message, param="model")
+
+
+def user_mismatch() -> Refusal:
+    message = "The 'user' header names another user than the API key does."
+    return Refusal(status=403, type="permission_error", code="user_mismatch", message=message, param="user")
+
+
+def user_disabled(user: str) -> Refusal:
+    message = f"The user '{quoted(user)}' is disabled."
+    return Refusal(status=403, type="permission_error", code="user_disabled", message=message, param="user")
 
 
 def model_not_found(model: str) -> Refusal:

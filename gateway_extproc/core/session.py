@@ -52,10 +52,12 @@ from .events import (
     Unavailable,
 )
 from .fleet import Fleet
-from .identify import KEY_PREFIX, Mode, identify
-from .parse import Body, Kind, Refused, Request, ask_for_usage, parse_request, route_of
+from .identify import Mode, identify
+from .keys import PREFIX as KEY_PREFIX
+from .keys import Key
+from .parse import Body, Kind, Request, ask_for_usage, parse_request, route_of
 from .parse import Route as Target
-from .refusal import Refusal
+from .refusal import Refusal, Refused
 from .store import Admission, Admitted, Denied, Level, Settlement, Window
 from .usage import JsonUsage, SseUsage, Usage
 
@@ -88,15 +90,15 @@ _DEFAULT_MODEL: Final = ModelPolicy()
 
 
 class World:
-    """What sessions read and learn; one for each gateway. ``clock`` gives monotonic seconds, ``new_id`` an id that
-    no other admission of any gateway has, ``started`` the unix time that model lists show as ``created``. ``logged``:
-    usage comes with Envoy's access log."""
+    """What sessions read and learn; one for each gateway. ``clock`` gives monotonic seconds, ``now`` unix seconds,
+    ``new_id`` an id that no other admission of any gateway has. Model lists show the time it was made as ``created``.
+    ``logged``: usage comes with Envoy's access log."""
 
-    __slots__ = ("clock", "estimates", "fleet", "logged", "new_id", "policy", "rng", "started")
+    __slots__ = ("clock", "estimates", "fleet", "logged", "new_id", "now", "policy", "rng", "started")
 
     def __init__(
-        self, policy: Policy, fleet: Fleet, *, clock: Callable[[], float], rng: Random, new_id: Callable[[], str],
-        started: int, logged: bool = False,
+        self, policy: Policy, fleet: Fleet, *, clock: Callable[[], float], now: Callable[[], float], rng: Random,
+        new_id: Callable[[], str], logged: bool = False,
     ) -> None:  # fmt: skip
         self.policy = policy
         self.fleet = fleet
@@ -104,7 +106,8 @@ class World:
         self.clock = clock
         self.rng = rng
         self.new_id = new_id
-        self.started = started
+        self.now = now
+        self.started = int(now())
         self.logged = logged
 
 
@@ -136,9 +139,9 @@ class Session:
     """Feed it events in order; carry out the actions in order. ``node`` names the Envoy that asks."""
 
     __slots__ = (
-        "_admission", "_admitted", "_carry", "_ended", "_headers", "_lease", "_leaving", "_model", "_node", "_note",
-        "_output", "_parts", "_prompt", "_reader", "_refused", "_request", "_shown", "_size", "_state", "_status",
-        "_strategy", "_strip", "_target", "_took", "_user", "_windows", "_world", "declared_length",
+        "_admission", "_admitted", "_carry", "_ended", "_headers", "_key", "_lease", "_leaving", "_model", "_node",
+        "_note", "_output", "_parts", "_prompt", "_reader", "_refused", "_request", "_shown", "_size", "_state",
+        "_status", "_strategy", "_strip", "_target", "_took", "_user", "_windows", "_world", "declared_length",
     )  # fmt: skip
 
     def __init__(self, world: World, node: str = "") -> None:
@@ -148,6 +151,7 @@ class Session:
         self._headers: dict[str, bytes] = {}
         self._target = Target(Kind.UNKNOWN)
         self._user: str | None = None
+        self._key: Key | None = None
         self._strategy = ""
         self._carry = False
         self._parts: list[Body] = []
@@ -204,9 +208,15 @@ class Session:
             return self._refuse(refusals.unknown_url(method, path.partition("?")[0]))
         if repeated is not None:
             return self._refuse(refusals.invalid_value(repeated, "sent more than once"))
-        user = identify(policy.auth, headers.get("user"), headers.get("authorization"), headers.get("x-api-key"))
+        user = identify(
+            policy.auth, policy.directory, world.now,
+            headers.get("user"), headers.get("authorization"), headers.get("x-api-key"),
+        )  # fmt: skip
         if isinstance(user, Refusal):
             return self._refuse(user)
+        if isinstance(user, Key):
+            self._key = user
+            user = user.user
         self._user = user
         if not routed:
             return self._list_models(target.model)
@@ -266,7 +276,7 @@ class Session:
         if pods is None:
             return self._refuse(refusals.model_not_found(model))
         self._model = model
-        if not directory.may_use(self._user, model):
+        if not directory.may_use(self._user, model, self._key):
             return self._refuse(refusals.model_not_allowed(model))
         self._strategy = self._strategy or policy.model(model).strategy or policy.default_strategy
         if not pods:
@@ -500,7 +510,7 @@ class Session:
         found = [
             {"id": model, "object": "model", "created": world.started, "owned_by": "gateway"}
             for model, pods in world.fleet.view(self._node).models.items()
-            if pods and directory.may_use(self._user, model)
+            if pods and directory.may_use(self._user, model, self._key)
         ]
         if not wanted:
             body = msgspec.json.encode({"object": "list", "data": sorted(found, key=lambda item: str(item["id"]))})

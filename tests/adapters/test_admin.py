@@ -23,11 +23,14 @@ from hypothesis import strategies as st
 from gateway_extproc import __version__
 from gateway_extproc.adapters import admin
 from gateway_extproc.adapters.admin import AdminState, create_app, is_loopback, may_ask, models_shown, pods_shown, start
+from gateway_extproc.adapters.admin_users import UserViews
+from gateway_extproc.adapters.records import MemoryRecords
+from gateway_extproc.administration import Administration
 from gateway_extproc.core.fleet import TLS, Fleet, PodSpec
 from gateway_extproc.core.session import ModelPolicy, Policy
 
 TOKEN = "a-long-admin-token"
-PATHS = ("/admin/pods", "/admin/models", "/admin/config", "/admin/overview")
+PATHS = ("/admin/pods", "/admin/models", "/admin/config", "/admin/overview", "/admin/users", "/admin/audit")
 
 
 def two_pods() -> Fleet:
@@ -57,6 +60,11 @@ def a_state(token: str | None = None) -> AdminState:
     )
 
 
+def nobody() -> UserViews:
+    """Administration of no user yet."""
+    return UserViews(Administration(MemoryRecords(), now=lambda: 0.0, on_change=lambda: None), admin.answer)
+
+
 class Client:
     """Asks a running admin side; an answer is its status, headers and body."""
 
@@ -84,7 +92,7 @@ class Client:
 
 @asynccontextmanager
 async def serving(state: AdminState) -> AsyncIterator[Client]:
-    runner, port = await start(create_app(state), "127.0.0.1:0")
+    runner, port = await start(create_app(state, nobody()), "127.0.0.1:0")
     try:
         async with aiohttp.ClientSession() as session:
             yield Client(session, port)
@@ -461,17 +469,17 @@ async def test_an_answer_that_nobody_reads_does_not_keep_its_connection(monkeypa
 
 async def test_a_busy_port_is_an_os_error_and_leaves_its_owner_alone(client: Client) -> None:
     with pytest.raises(OSError, match="in use"):
-        await start(create_app(a_state()), f"127.0.0.1:{client.port}")
+        await start(create_app(a_state(), nobody()), f"127.0.0.1:{client.port}")
     assert (await client.ask("/healthz"))[0] == 200
 
 
 async def test_an_address_that_is_none_is_a_value_error() -> None:
     with pytest.raises(ValueError, match="host:port"):
-        await start(create_app(a_state()), "localhost")
+        await start(create_app(a_state(), nobody()), "localhost")
 
 
 async def test_stopping_does_not_wait_for_idle_connections() -> None:
-    runner, port = await start(create_app(a_state()), "127.0.0.1:0")
+    runner, port = await start(create_app(a_state(), nobody()), "127.0.0.1:0")
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     writer.write(b"GET /healthz HTTP/1.1\r\nhost: localhost\r\n\r\n")
     await reader.readuntil(b"\r\n\r\n")
@@ -491,6 +499,6 @@ def test_it_serves_bounds_and_reports_a_busy_port_on_uvloop_too(monkeypatch: pyt
             assert (await client.ask("/healthz"))[0] == 200
             assert await client.raw(b"GET / HTTP/1.1\r\nhost: loc") == b""
             with pytest.raises(OSError, match="in use"):
-                await start(create_app(a_state()), f"127.0.0.1:{client.port}")
+                await start(create_app(a_state(), nobody()), f"127.0.0.1:{client.port}")
 
     uvloop.run(main())

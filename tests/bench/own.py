@@ -65,7 +65,7 @@ async def measure(at_once: int, requests: int) -> float:
         fleet.answered(member.spec.address, None)
     world = World(
         Policy(directory=Directory.of([User(name="bench", rpm=10**9, tpm=10**12)])), fleet,
-        clock=time.monotonic, rng=random.Random(), new_id=lambda: f"bench-{next(ids)}", started=0,
+        clock=time.monotonic, now=time.time, rng=random.Random(), new_id=lambda: f"bench-{next(ids)}",
     )  # fmt: skip
     sent = messages()
     valkey = Valkey().start()

@@ -80,7 +80,7 @@ def make_world(
     rules = Policy(directory=Directory.of(users, teams, default), **policy)
     ids = count(1)
     return World(
-        rules, fleet, clock=clock or Clock(), rng=Random(seed), new_id=lambda: f"id-{next(ids)}", started=SECOND
+        rules, fleet, clock=clock or Clock(), now=lambda: SECOND, rng=Random(seed), new_id=lambda: f"id-{next(ids)}"
     )
 
 

@@ -19,13 +19,13 @@ from gateway_extproc.core.parse import (
     MAX_PARTS,
     MODEL_LENGTH,
     Kind,
-    Refused,
     Request,
     Route,
     ask_for_usage,
     parse_request,
     route_of,
 )
+from gateway_extproc.core.refusal import Refused
 
 CHAT = route_of("POST", "/v1/chat/completions")
 COMPLETIONS = route_of("POST", "/v1/completions")

@@ -1,0 +1,190 @@
+"""Users and keys, as kept in Redis or Valkey beside the limits, or in this process's memory.
+
+Owns where the documents lie (keys with the hash tag ``{directory}``, without a time to live: losing one would let
+somebody in or out) and how gateways hear of changes: a message for each, and a full look every ``FULL`` seconds for
+what a message did not reach. Promises that a document and its audit entry are written in one step. Redis-py does the
+talking: nothing here is on a request's path. Leaves out what is in a document (administration.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable
+from importlib import resources
+from typing import Any, Final, cast
+
+import msgspec
+from redis import RedisError
+from redis.asyncio import BlockingConnectionPool, Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+
+from ..core.records import ANY, AUDITED, NONE, Change, Conflict, Kind, RecordsUnavailable, version_of
+
+#: Version of the documents' form.
+SCHEMA: Final = 1
+#: Seconds that an answer may take. A full look of 100,000 users takes many answers.
+TIMEOUT: Final = 5.0
+#: Connections at once, one of which listens; further questions wait for one.
+CONNECTIONS: Final = 8
+#: Seconds between full looks.
+FULL: Final = 30.0
+#: Documents that one answer of a full look holds, or so.
+PAGE: Final = 1000
+#: Changes that a follower of this process's memory may leave unread; then it gets to look at everything.
+UNREAD: Final = 1000
+_PEPPER_BYTES: Final = 32
+_NO_MATTER: Final = "-"
+_CHANGE: Final = msgspec.json.Decoder(Change)
+
+
+class RedisRecords:
+    """``Records`` in Redis. ``url`` and ``prefix`` are the store's. Nothing is connected before the first question."""
+
+    def __init__(self, url: str, *, prefix: str = "gw:", full: float = FULL) -> None:
+        pool = BlockingConnectionPool.from_url(
+            url, max_connections=CONNECTIONS, timeout=TIMEOUT, socket_timeout=TIMEOUT, socket_connect_timeout=TIMEOUT,
+            retry=Retry(NoBackoff(), 0), protocol=2,
+        )  # fmt: skip
+        self._redis = Redis.from_pool(pool)
+        self._at = f"{prefix}{SCHEMA}:{{directory}}:"
+        self._full = full
+        self._put = self._redis.register_script(resources.files(__package__).joinpath("record.lua").read_bytes())
+
+    async def get(self, kind: Kind, name: str) -> bytes | None:
+        return cast("bytes | None", await self._asked(self._redis.hget(self._at + kind, _packed(name))))
+
+    async def all(self, kind: Kind) -> dict[str, bytes]:
+        found: dict[str, bytes] = {}
+        cursor = 0
+        while True:
+            cursor, page = await self._asked(self._redis.hscan(self._at + kind, cursor, count=PAGE))
+            found.update((_unpacked(name), document) for name, document in page.items())
+            if not cursor:
+                return found
+
+    async def put(
+        self, kind: Kind, name: str, document: bytes | None, *, expected: str | None = None, entry: bytes
+    ) -> None:
+        keys = [self._at + kind, self._at + "audit"]
+        arguments: list[str | bytes | int] = [
+            _packed(name), _NO_MATTER if expected is None else expected, document or b"", entry, AUDITED,
+            self._at + "changes", msgspec.json.encode(Change(kind, name)),
+        ]  # fmt: skip
+        answer = await self._asked(self._put(keys, arguments))
+        if answer != b"ok":
+            raise Conflict(answer[1:].decode())
+
+    async def audit(self, limit: int) -> list[bytes]:
+        return cast("list[bytes]", await self._asked(self._redis.lrange(self._at + "audit", 0, limit - 1)))
+
+    async def pepper(self) -> bytes:
+        key = self._at + "pepper"
+        await self._asked(self._redis.set(key, secrets.token_bytes(_PEPPER_BYTES), nx=True))
+        found = await self._asked(self._redis.get(key))
+        if not found:
+            raise RecordsUnavailable("what was written is not there")
+        return cast(bytes, found)
+
+    async def changes(self) -> AsyncIterator[Change | None]:
+        try:
+            async with self._redis.pubsub(ignore_subscribe_messages=True) as heard:
+                await heard.subscribe(self._at + "changes")
+                # The answer to it, so that no change falls between the subscription and the first full look.
+                await heard.get_message(ignore_subscribe_messages=False, timeout=TIMEOUT)
+                loop = asyncio.get_running_loop()
+                full = 0.0
+                while True:
+                    if loop.time() >= full:
+                        full = loop.time() + self._full
+                        yield None
+                    message = await heard.get_message(timeout=max(0.0, full - loop.time()))
+                    if message is not None:
+                        yield _read(message["data"])
+        except (RedisError, OSError) as error:
+            raise RecordsUnavailable(_why(error)) from None
+
+    async def close(self) -> None:
+        await self._redis.aclose()
+
+    async def _asked(self, answer: Awaitable[Any]) -> Any:
+        try:
+            return await answer
+        except (RedisError, OSError) as error:
+            raise RecordsUnavailable(_why(error)) from None
+
+
+class MemoryRecords:
+    """``Records`` of one process; they end with it."""
+
+    def __init__(self) -> None:
+        self._documents: dict[tuple[Kind, str], bytes] = {}
+        self._audit: deque[bytes] = deque(maxlen=AUDITED)
+        self._pepper = secrets.token_bytes(_PEPPER_BYTES)
+        self._followers: set[asyncio.Queue[Change]] = set()
+
+    async def get(self, kind: Kind, name: str) -> bytes | None:
+        return self._documents.get((kind, name))
+
+    async def all(self, kind: Kind) -> dict[str, bytes]:
+        return {name: document for (its, name), document in self._documents.items() if its == kind}
+
+    async def put(
+        self, kind: Kind, name: str, document: bytes | None, *, expected: str | None = None, entry: bytes
+    ) -> None:
+        there = self._documents.get((kind, name))
+        version = NONE if there is None else version_of(there)
+        if expected is not None and expected != version and not (expected == ANY and there is not None):
+            raise Conflict(version)
+        if document is None:
+            self._documents.pop((kind, name), None)
+        else:
+            self._documents[kind, name] = document
+        self._audit.appendleft(entry)
+        for follower in self._followers:
+            if not follower.full():
+                follower.put_nowait(Change(kind, name))
+
+    async def audit(self, limit: int) -> list[bytes]:
+        return [*self._audit][:limit]
+
+    async def pepper(self) -> bytes:
+        return self._pepper
+
+    async def changes(self) -> AsyncIterator[Change | None]:
+        unread: asyncio.Queue[Change] = asyncio.Queue(UNREAD)
+        self._followers.add(unread)
+        try:
+            yield None
+            while True:
+                missed = unread.full()
+                change = await unread.get()
+                yield None if missed else change
+        finally:
+            self._followers.discard(unread)
+
+    async def close(self) -> None:
+        pass
+
+
+def _packed(name: str) -> bytes:
+    return name.encode("utf-8", "surrogatepass")
+
+
+def _unpacked(name: bytes) -> str:
+    return name.decode("utf-8", "surrogatepass")
+
+
+def _read(message: bytes) -> Change | None:
+    """What a message says; one that is none of ours may say anything, so everything is looked at."""
+    try:
+        return _CHANGE.decode(message)
+    except msgspec.DecodeError:
+        return None
+
+
+def _why(error: Exception) -> str:
+    """In few words, without address or secret."""
+    return type(error).__name__

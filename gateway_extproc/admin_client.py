@@ -1,0 +1,295 @@
+"""``gateway-extproc user …`` and ``key …``: administering from a terminal, through the admin HTTP API.
+
+Owns the commands' arguments and how answers are printed. Promises that what the API refuses is one clear line on
+stderr with exit code 1, and that an admin side that is not to be had is exit code 3. Leaves out what is allowed
+(administration.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Final
+from urllib.parse import quote, urlencode
+
+FINE: Final = 0
+USERS_ERROR: Final = 1
+UNAVAILABLE: Final = 3
+#: Seconds that an answer may take.
+TIMEOUT: Final = 10.0
+URL: Final = "http://127.0.0.1:9090"
+#: Users that are asked for at a time.
+PAGE: Final = 1000
+
+
+class Failed(Exception):
+    """The command ends here, with this exit code and line."""
+
+    def __init__(self, code: int, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+def add_commands(commands: Any) -> None:
+    """``user`` and ``key`` with all that follows, for the program's parser."""
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument(
+        "--admin", default=os.environ.get("GATEWAY_ADMIN_URL", URL), metavar="URL",
+        help=f"the admin side (GATEWAY_ADMIN_URL, or {URL})",
+    )  # fmt: skip
+    common.add_argument(
+        "--token-file", type=Path, metavar="FILE", help="the admin token (or GATEWAY_ADMIN_TOKEN itself)"
+    )
+    common.add_argument("--json", action="store_true", help="print the API's own answer")
+
+    user = commands.add_parser("user", help="administer users", description="Administer users.")
+    users = user.add_subparsers(dest="action", required=True, metavar="ACTION")
+    users.add_parser("list", parents=[common], help="all users")
+    get = users.add_parser("get", parents=[common], help="one user, with the keys")
+    get.add_argument("name")
+    put = users.add_parser("set", parents=[common], help="make a user, or change what is given")
+    put.add_argument("name")
+    for limit in ("rpm", "tpm"):
+        put.add_argument(f"--{limit}", type=_limit, help="a whole number, or 'none'")
+    put.add_argument("--team", help="a team of the configuration file, or 'none'")
+    put.add_argument("--models", type=_list, metavar="PATTERN,…", help="models that may be used, or 'all'")
+    able = put.add_mutually_exclusive_group()
+    able.add_argument("--disable", dest="disabled", action="store_true", default=None, help="refuse every request")
+    able.add_argument("--enable", dest="disabled", action="store_false", default=None, help="serve again")
+    delete = users.add_parser("delete", parents=[common], help="delete a user and all keys")
+    delete.add_argument("name")
+
+    key = commands.add_parser("key", help="administer API keys", description="Administer API keys.")
+    keys = key.add_subparsers(dest="action", required=True, metavar="ACTION")
+    make = keys.add_parser("create", parents=[common], help="make a key; it is shown once")
+    make.add_argument("user")
+    make.add_argument("--name", default="", help="what lists call it")
+    make.add_argument("--expires-in", type=_duration, metavar="DURATION", help="such as 12h or 30d")
+    make.add_argument("--models", type=_list, metavar="PATTERN,…", help="models that it may be used for")
+    listed = keys.add_parser("list", parents=[common], help="a user's keys")
+    listed.add_argument("user")
+    revoke = keys.add_parser("revoke", parents=[common], help="revoke a key")
+    revoke.add_argument("id")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Carry out a command; its exit code."""
+    try:
+        _ACTIONS[args.command, args.action](args)
+    except Failed as failed:
+        print(f"gateway-extproc: {failed}", file=sys.stderr)
+        return failed.code
+    return FINE
+
+
+# --- commands ---------------------------------------------------------------------------------------------------------
+
+
+def _list_users(args: argparse.Namespace) -> None:
+    found: list[dict[str, Any]] = []
+    while True:
+        after = found[-1]["name"] if found else ""
+        page = _ask(args, "GET", f"/admin/users?{urlencode({'after': after, 'limit': PAGE})}")
+        found += page
+        if len(page) < PAGE:
+            break
+    if args.json:
+        _print_json(found)
+        return
+    rows = [
+        (each["name"], _shown(each["rpm"]), _shown(each["tpm"]), each["team"] or "", _models(each["models"]),
+         "disabled" if each["disabled"] else "", each["source"])
+        for each in found
+    ]  # fmt: skip
+    _print_table(("user", "rpm", "tpm", "team", "models", "", "from"), rows)
+
+
+def _get_user(args: argparse.Namespace) -> None:
+    user = _ask(args, "GET", _path("users", args.name))
+    keys = _ask(args, "GET", _path("users", args.name, "keys"))
+    if args.json:
+        _print_json(user | {"keys": keys})
+        return
+    _print_table(("", ""), [(name, _shown(value)) for name, value in user.items() if value not in (None, {}, False)])
+    _print_keys(keys)
+
+
+def _set_user(args: argparse.Namespace) -> None:
+    given = {name: getattr(args, name) for name in ("rpm", "tpm", "team", "models", "disabled")}
+    changes = {name: None if value == _NONE else value for name, value in given.items() if value is not None}
+    try:
+        user = _ask(args, "PATCH", _path("users", args.name), changes)
+    except _Refused as refused:
+        if refused.status != 404:
+            raise
+        made = {name: value for name, value in changes.items() if value is not None}
+        user = _ask(args, "PUT", _path("users", args.name), made)
+    _tell(args, user, f"user {user['name']} is set")
+
+
+def _delete_user(args: argparse.Namespace) -> None:
+    _ask(args, "DELETE", _path("users", args.name))
+    _tell(args, {}, f"user {args.name} is deleted")
+
+
+def _make_key(args: argparse.Namespace) -> None:
+    models = None if args.models == _NONE else args.models
+    asked = {"name": args.name, "expires_in": args.expires_in, "models": models}
+    key = _ask(args, "POST", _path("users", args.user, "keys"), asked)
+    _tell(args, key, key["key"])
+
+
+def _list_keys(args: argparse.Namespace) -> None:
+    keys = _ask(args, "GET", _path("users", args.user, "keys"))
+    if args.json:
+        _print_json(keys)
+    else:
+        _print_keys(keys)
+
+
+def _revoke_key(args: argparse.Namespace) -> None:
+    _ask(args, "DELETE", _path("keys", args.id))
+    _tell(args, {}, f"key {args.id} is revoked")
+
+
+_ACTIONS: Final = {
+    ("user", "list"): _list_users,
+    ("user", "get"): _get_user,
+    ("user", "set"): _set_user,
+    ("user", "delete"): _delete_user,
+    ("key", "create"): _make_key,
+    ("key", "list"): _list_keys,
+    ("key", "revoke"): _revoke_key,
+}
+
+# --- arguments --------------------------------------------------------------------------------------------------------
+
+#: What takes a field away.
+_NONE: Final = "none"
+_UNITS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
+
+
+def _limit(text: str) -> int | str:
+    if text == _NONE:
+        return text
+    if not (text.isascii() and text.isdigit()):
+        raise argparse.ArgumentTypeError(f"expected a whole number or '{_NONE}', got {text!r}")
+    return int(text)
+
+
+def _list(text: str) -> list[str] | str:
+    return _NONE if text in ("all", _NONE) else [part for part in text.split(",") if part]
+
+
+def _duration(text: str) -> int:
+    number, unit = text[:-1], text[-1:]
+    if not (number.isascii() and number.isdigit() and unit in _UNITS):
+        raise argparse.ArgumentTypeError(f"expected a duration such as 12h or 30d, got {text!r}")
+    return int(number) * _UNITS[unit]
+
+
+# --- asking -----------------------------------------------------------------------------------------------------------
+
+
+class _Refused(Failed):
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(USERS_ERROR, message)
+        self.status = status
+
+
+def _path(*parts: str) -> str:
+    return "/admin/" + "/".join(quote(part, safe="") for part in parts)
+
+
+def _ask(args: argparse.Namespace, method: str, path: str, body: object = None) -> Any:
+    """What the admin side answers. Raises Failed."""
+    # What other commands do without, and takes as long as all else that they import.
+    import http.client
+    import urllib.error
+    import urllib.request
+
+    headers = {"content-type": "application/json"}
+    token = _token(args)
+    if token:
+        headers["authorization"] = f"Bearer {token}"
+    data = None if body is None else json.dumps(body).encode()
+    try:
+        asked = urllib.request.Request(args.admin.rstrip("/") + path, data, headers, method=method)
+        # Whatever proxy is configured is for others: this is an address of one's own.
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with opener.open(asked, timeout=TIMEOUT) as answer:
+            text = answer.read()
+    except urllib.error.HTTPError as error:
+        raise _Refused(error.code, _message(error.read(), error.code)) from None
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        why = getattr(error, "reason", None) or error
+        raise Failed(UNAVAILABLE, f"the admin side at {args.admin} does not answer: {why}") from None
+    try:
+        return json.loads(text) if text else None
+    except ValueError:
+        raise Failed(UNAVAILABLE, f"what answers at {args.admin} is no gateway's admin side") from None
+
+
+def _token(args: argparse.Namespace) -> str:
+    if args.token_file is None:
+        return os.environ.get("GATEWAY_ADMIN_TOKEN", "")
+    try:
+        return str(args.token_file.read_text().strip())
+    except (OSError, UnicodeDecodeError) as error:
+        raise Failed(USERS_ERROR, f"cannot read {args.token_file}: {error}") from None
+
+
+def _message(body: bytes, status: int) -> str:
+    try:
+        return str(json.loads(body)["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return f"the admin side answered {status}"
+
+
+# --- printing ---------------------------------------------------------------------------------------------------------
+
+
+def _tell(args: argparse.Namespace, value: Any, line: str) -> None:
+    if args.json:
+        _print_json(value)
+    else:
+        print(line)
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def _print_table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    lines = [*([heading] if any(heading) else []), *rows]
+    widths = [max(len(line[at]) for line in lines) for at in range(len(heading))] if lines else []
+    for line in lines:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
+def _print_keys(keys: Sequence[dict[str, Any]]) -> None:
+    rows = [
+        (each["id"], each["name"], _when(each["created"]), _when(each["expires"]), _models(each["models"]))
+        for each in keys
+    ]
+    if rows:
+        _print_table(("key", "name", "made", "expires", "models"), rows)
+
+
+def _when(seconds: int | None) -> str:
+    return "never" if seconds is None else f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d %H:%M}Z"
+
+
+def _models(models: Sequence[str] | None) -> str:
+    return "all" if models is None else ",".join(models)
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "-"
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -1,0 +1,400 @@
+"""Users and keys that are administered while the gateway runs, and the directory that requests are judged by.
+
+Owns the rules of administering (what may be written over what, which changes are lines of the audit list), the making
+of keys, and this process's copy of all records, which follows every change within a moment. Promises that a request is
+judged without I/O; that users of the configuration file come first and stay as they are; that a key's text is told
+once, when it is made, and kept nowhere. Leaves out where records lie (core/records.py), HTTP (adapters/admin_users.py)
+and what a record means (core/directory.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import secrets
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Final, Literal
+
+import msgspec
+import structlog
+
+from .config import Config, ConfigError, user_of
+from .core import keys
+from .core.directory import Directory, User
+from .core.keys import Key
+from .core.records import ANY, NONE, Change, Conflict, Kind, Records, RecordsUnavailable, version_of
+from .core.refusal import Refusal, Refused, invalid_json, invalid_value, quoted
+
+log = structlog.get_logger(__name__)
+
+#: Seconds before records that could not be read are asked for again, spread by half either way.
+PAUSE: Final = 1.0
+#: Most users in one list, most keys of one user, and most entries of one audit list.
+PAGE: Final = 1000
+KEYS: Final = 100
+#: Longest name of a key, in characters.
+KEY_NAME: Final = 256
+
+_USER: Final = msgspec.json.Decoder(User)
+_KEY: Final = msgspec.json.Decoder(Key)
+
+
+class Shown(msgspec.Struct, frozen=True):
+    """A user as administrators see it, the version of it, and whether this request made it."""
+
+    user: dict[str, Any]
+    version: str
+    made: bool = False
+
+
+class _NewKey(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What is asked of a new key. ``expires`` in unix seconds, ``expires_in`` in seconds from now."""
+
+    name: str = ""
+    expires: int | None = None
+    expires_in: int | None = None
+    models: tuple[str, ...] | None = None
+
+
+class Entry(msgspec.Struct, frozen=True):
+    """A line of the audit list: what was changed, and how it was and is. ``at`` in unix seconds."""
+
+    at: int
+    did: Literal["put user", "delete user", "make key", "revoke key"]
+    name: str
+    before: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+    after: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+
+
+class Administration:
+    """``now`` gives unix seconds, ``on_change`` hears that ``directory`` is another. ``follow`` keeps it so."""
+
+    def __init__(self, records: Records, *, now: Callable[[], float], on_change: Callable[[], None]) -> None:
+        self._records = records
+        self._now = now
+        self._on_change = on_change
+        self._config = Config()
+        #: As the file has them, and all: the file's over the administered ones. The latter are changed in place.
+        self._fixed: dict[str, User] = {}
+        self._kept: dict[str, User] = {}
+        self._users: dict[str, User] = {}
+        self._keys: dict[str, Key] = {}
+        self._pepper = b""
+        #: Whether the copy follows the records now; ``asked``: they were read, or could not be, at least once.
+        self.follows = False
+        self.asked = asyncio.Event()
+        self.directory = Directory()
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """Users and keys."""
+        return len(self._users), len(self._keys)
+
+    def configure(self, config: Config) -> None:
+        """Take up the file's users, teams and defaults."""
+        self._config = config
+        self._fixed = {user.name: user for user in config.users}
+        self._users = self._kept | self._fixed
+        self._renew()
+
+    def _renew(self) -> None:
+        config = self._config
+        teams = {team.name: team for team in config.teams}
+        self.directory = Directory(self._users, teams, config.limits.default, self._keys, self._pepper)
+        self._on_change()
+
+    # --- following the records ----------------------------------------------------------------------------------------
+
+    async def follow(self) -> None:
+        """Runs until it is cancelled."""
+        while True:
+            try:
+                async with contextlib.aclosing(self._records.changes()) as changes:  # type: ignore[type-var]
+                    async for change in changes:
+                        await (self._read_all() if change is None else self._read(change))
+                        if not self.follows:
+                            log.info("users and keys are followed", users=len(self._users), keys=len(self._keys))
+                        self.follows = True
+                        self.asked.set()
+            except RecordsUnavailable as error:
+                if self.follows or not self.asked.is_set():
+                    log.warning("users and keys stay as they are: the store is away", reason=str(error))
+                self.follows = False
+                self.asked.set()
+            await asyncio.sleep(PAUSE * random.uniform(0.5, 1.5))
+
+    async def _read_all(self) -> None:
+        self._pepper = await self._records.pepper()
+        kept = await self._records.all("user")
+        found = await self._records.all("key")
+        self._kept = {name: user for name, document in kept.items() if (user := _user(name, document)) is not None}
+        self._keys = {name: key for name, document in found.items() if (key := _key(name, document)) is not None}
+        self._users = self._kept | self._fixed
+        self._renew()
+
+    async def _read(self, change: Change) -> None:
+        self._take(change.kind, change.name, await self._records.get(change.kind, change.name))
+
+    def _take(self, kind: Kind, name: str, document: bytes | None) -> None:
+        """One document is now this; None: gone."""
+        if kind == "key":
+            key = _key(name, document) if document is not None else None
+            if key is not None:
+                self._keys[name] = key
+            else:
+                self._keys.pop(name, None)
+        else:
+            user = _user(name, document) if document is not None else None
+            if user is not None:
+                self._kept[name] = user
+            elif document is None:
+                self._kept.pop(name, None)
+            if name not in self._fixed:
+                if (kept := self._kept.get(name)) is not None:
+                    self._users[name] = kept
+                else:
+                    self._users.pop(name, None)
+        self._renew()
+
+    # --- users --------------------------------------------------------------------------------------------------------
+
+    def users(self, after: str, limit: int) -> list[dict[str, Any]]:
+        """Users by name, from the one behind ``after`` on."""
+        names = sorted(name for name in self._users if name > after)
+        return [self._shown(self._users[name]) for name in names[: min(limit, PAGE)]]
+
+    async def user(self, name: str) -> Shown:
+        """Raises Refused."""
+        if name in self._fixed:
+            fixed = self._fixed[name]
+            return Shown(self._shown(fixed), version_of(msgspec.json.encode(fixed)))
+        document = await self._asked_for("user", name)
+        user = _user(name, document) if document is not None else None
+        if document is None or user is None:
+            raise Refused(_no_user(name))
+        return Shown(self._shown(user), version_of(document))
+
+    async def put(self, name: str, fields: object, expected: str | None = None) -> Shown:
+        """Write a whole record. Raises Refused."""
+        self._may_change(name)
+        user = self._record(name, fields)
+        before = await self._asked_for("user", name)
+        if before is None:  # keys of somebody of this name who is gone must not be the new one's
+            await self._revoke_all(name)
+        return await self._write(user, before, expected)
+
+    async def patch(self, name: str, changes: object, expected: str | None = None) -> Shown:
+        """Change some fields, by JSON merge patch (RFC 7396). Raises Refused."""
+        self._may_change(name)
+        before = await self._asked_for("user", name)
+        if before is None:
+            raise Refused(_no_user(name))
+        fields = _merged(msgspec.json.decode(before), _object(changes))
+        # What was read is what is changed: somebody else's change between is a conflict, which the caller sees.
+        return await self._write(self._record(name, fields), before, expected or version_of(before))
+
+    async def delete(self, name: str, expected: str | None = None) -> None:
+        """Delete a user, and all keys. Raises Refused."""
+        self._may_change(name)
+        before = await self._asked_for("user", name)
+        if before is None:
+            raise Refused(_no_user(name))
+        entry = Entry(int(self._now()), "delete user", name, msgspec.Raw(before))
+        await self._put("user", name, None, entry, expected or ANY)
+        await self._revoke_all(name)
+
+    def _may_change(self, name: str) -> None:
+        if name in self._fixed:
+            raise Refused(_read_only(name))
+
+    def _record(self, name: str, fields: object) -> User:
+        given = {key: value for key, value in _object(fields).items() if key not in ("source", "keys")}
+        if given.get("name", name) != name:
+            raise Refused(invalid_value("name", "another than in the path"))
+        try:
+            return user_of(name, given, {team.name for team in self._config.teams})
+        except ConfigError as error:
+            first = error.errors[0]
+            said = "; ".join(f"{problem.path}: {problem.message}" for problem in error.errors)
+            raise Refused(_invalid(said, first.path)) from None
+
+    async def _write(self, user: User, before: bytes | None, expected: str | None) -> Shown:
+        document = msgspec.json.encode(user)
+        was = msgspec.UNSET if before is None else msgspec.Raw(before)
+        entry = Entry(int(self._now()), "put user", user.name, was, msgspec.Raw(document))
+        await self._put("user", user.name, document, entry, expected)
+        return Shown(self._shown(user), version_of(document), made=before is None)
+
+    def _shown(self, user: User) -> dict[str, Any]:
+        shown: dict[str, Any] = msgspec.to_builtins(user)
+        shown["source"] = "file" if user.name in self._fixed else "store"
+        return shown
+
+    # --- keys ---------------------------------------------------------------------------------------------------------
+
+    def keys(self, name: str) -> list[dict[str, Any]]:
+        """A user's keys, oldest first, without what could be used. Raises Refused."""
+        if name not in self._users:
+            raise Refused(_no_user(name))
+        found = sorted(self._keys_of(name), key=lambda key: (key.created, key.id))
+        return [_key_shown(key) for key in found]
+
+    async def make_key(self, name: str, asked: object) -> dict[str, Any]:
+        """A new key; ``key`` is its text, which nobody can tell again. Raises Refused."""
+        await self.user(name)
+        try:
+            wanted = msgspec.convert(_object(asked), _NewKey)
+        except msgspec.ValidationError as error:
+            raise Refused(_invalid(str(error), None)) from None
+        now = int(self._now())
+        expires = wanted.expires
+        if wanted.expires_in is not None:
+            if expires is not None:
+                raise Refused(invalid_value("expires_in", "given beside 'expires'"))
+            expires = now + wanted.expires_in
+        if expires is not None and not now < expires < 2**53:
+            raise Refused(invalid_value("expires", "not in the future"))
+        if len(wanted.name) > KEY_NAME or not (wanted.name.isprintable()):
+            raise Refused(invalid_value("name", f"more than {KEY_NAME} characters, or not printable"))
+        if sum(1 for _ in self._keys_of(name)) >= KEYS:
+            raise Refused(_too_many_keys(name))
+        found, text = keys.text_of(secrets.token_bytes(keys.ID_BYTES + keys.SECRET_BYTES))
+        pepper = self._pepper or await self._pepper_asked_for()
+        key = Key(
+            id=found, user=name, hash=keys.hashed(pepper, text), created=now, name=wanted.name, expires=expires,
+            models=wanted.models,
+        )  # fmt: skip
+        shown = _key_shown(key)
+        entry = Entry(now, "make key", found, after=msgspec.Raw(msgspec.json.encode(shown)))
+        await self._put("key", found, msgspec.json.encode(key), entry, NONE)
+        return shown | {"key": text}
+
+    async def revoke(self, found: str) -> None:
+        """Raises Refused."""
+        document = await self._asked_for("key", found)
+        key = _key(found, document) if document is not None else None
+        if key is None:
+            raise Refused(_no_key(found))
+        before = msgspec.Raw(msgspec.json.encode(_key_shown(key)))
+        await self._put("key", found, None, Entry(int(self._now()), "revoke key", found, before), None)
+
+    async def _revoke_all(self, name: str) -> None:
+        for key in [*self._keys_of(name)]:
+            with contextlib.suppress(Refused):
+                await self.revoke(key.id)
+
+    def _keys_of(self, name: str) -> Iterable[Key]:
+        return (key for key in self._keys.values() if key.user == name)
+
+    # --- the records --------------------------------------------------------------------------------------------------
+
+    async def audit(self, limit: int) -> list[Any]:
+        """What was changed, newest first. Raises Refused."""
+        try:
+            return [msgspec.json.decode(entry) for entry in await self._records.audit(min(limit, PAGE))]
+        except RecordsUnavailable as error:
+            raise Refused(_unavailable()) from error
+
+    async def _asked_for(self, kind: Kind, name: str) -> bytes | None:
+        try:
+            return await self._records.get(kind, name)
+        except RecordsUnavailable as error:
+            raise Refused(_unavailable()) from error
+
+    async def _pepper_asked_for(self) -> bytes:
+        try:
+            return await self._records.pepper()
+        except RecordsUnavailable as error:
+            raise Refused(_unavailable()) from error
+
+    async def _put(self, kind: Kind, name: str, document: bytes | None, entry: Entry, expected: str | None) -> None:
+        try:
+            await self._records.put(kind, name, document, expected=expected, entry=msgspec.json.encode(entry))
+        except Conflict as conflict:
+            raise Refused(_changed(name) if conflict.version else _no_user(name)) from None
+        except RecordsUnavailable as error:
+            raise Refused(_unavailable()) from error
+        self._take(kind, name, document)  # here at once: whoever wrote it may ask next
+
+
+def _user(name: str, document: bytes) -> User | None:
+    try:
+        user = _USER.decode(document)
+    except msgspec.DecodeError:
+        log.error("a user's record could not be read", user=quoted(name))
+        return None
+    return user if user.name == name else None
+
+
+def _key(name: str, document: bytes) -> Key | None:
+    try:
+        key = _KEY.decode(document)
+    except msgspec.DecodeError:
+        log.error("a key's record could not be read", key=quoted(name))
+        return None
+    return key if key.id == name else None
+
+
+def _key_shown(key: Key) -> dict[str, Any]:
+    return {
+        "id": key.id,
+        "user": key.user,
+        "name": key.name,
+        "created": key.created,
+        "expires": key.expires,
+        "models": key.models,
+    }
+
+
+def _object(value: object) -> Mapping[str, Any]:
+    if not isinstance(value, dict):
+        raise Refused(invalid_json("it is not an object"))
+    return value
+
+
+def _merged(old: Any, new: Any) -> Any:
+    """RFC 7396: null removes, an object is merged, anything else replaces."""
+    if not isinstance(new, dict):
+        return new
+    merged = dict(old) if isinstance(old, dict) else {}
+    for key, value in new.items():
+        if value is None:
+            merged.pop(key, None)
+        else:
+            merged[key] = _merged(merged.get(key), value)
+    return merged
+
+
+def _invalid(said: str, param: str | None) -> Refusal:
+    return Refusal(status=400, type="invalid_request_error", code="invalid_value", message=said, param=param)
+
+
+def _no_user(name: str) -> Refusal:
+    message = f"There is no user '{quoted(name)}'."
+    return Refusal(status=404, type="invalid_request_error", code="user_not_found", message=message)
+
+
+def _no_key(found: str) -> Refusal:
+    message = f"There is no key '{quoted(found)}'."
+    return Refusal(status=404, type="invalid_request_error", code="key_not_found", message=message)
+
+
+def _read_only(name: str) -> Refusal:
+    message = f"The user '{quoted(name)}' is in the configuration file, and can only be changed there."
+    return Refusal(status=409, type="invalid_request_error", code="user_read_only", message=message)
+
+
+def _too_many_keys(name: str) -> Refusal:
+    message = f"The user '{quoted(name)}' has {KEYS} keys already; revoke one first."
+    return Refusal(status=409, type="invalid_request_error", code="too_many_keys", message=message)
+
+
+def _changed(name: str) -> Refusal:
+    message = f"'{quoted(name)}' is not as it was: somebody else has changed it. Read it again."
+    return Refusal(status=412, type="invalid_request_error", code="precondition_failed", message=message)
+
+
+def _unavailable() -> Refusal:
+    message = "The store is away: users and keys can't be changed now, and stay as they are."
+    return Refusal(status=503, type="api_error", code="store_unavailable", message=message)

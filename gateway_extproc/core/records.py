@@ -1,0 +1,80 @@
+"""The port to whatever keeps users and keys that are administered while the gateways run.
+
+Owns the words that cross it: documents by kind and name, their versions, and changes. Adapters: adapters/records.py
+(in Redis, and in memory); one contract suite (tests/contract/test_records.py) holds both to the same answers. Leaves
+out what is in a document (administration.py).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import AsyncIterator
+from typing import Final, Literal, Protocol
+
+import msgspec
+
+Kind = Literal["user", "key"]
+#: Entries of the audit list that are kept; the oldest go first.
+AUDITED: Final = 10_000
+#: What ``put`` may expect of a document that is there or not, whatever its version.
+ANY: Final = "*"
+NONE: Final = ""
+
+
+class RecordsUnavailable(Exception):
+    """What keeps the records did not answer; the message says why, without address or secret."""
+
+
+class Conflict(Exception):
+    """The document is not as the caller expected, and nothing was changed. ``version`` is its own; "": it is not
+    there."""
+
+    def __init__(self, version: str) -> None:
+        super().__init__(version)
+        self.version = version
+
+
+class Change(msgspec.Struct, frozen=True):
+    """A document was written or deleted."""
+
+    kind: Kind
+    name: str
+
+
+def version_of(document: bytes) -> str:
+    """What tells one text of a document from another (it is no secret and secures nothing)."""
+    return hashlib.sha1(document, usedforsecurity=False).hexdigest()
+
+
+class Records(Protocol):
+    """What every adapter promises. Every method but ``close`` raises RecordsUnavailable."""
+
+    async def get(self, kind: Kind, name: str) -> bytes | None:
+        """One document."""
+        ...
+
+    async def all(self, kind: Kind) -> dict[str, bytes]:
+        """All documents of a kind by name. What is written meanwhile may be missing; then ``changes`` tells of it."""
+        ...
+
+    async def put(
+        self, kind: Kind, name: str, document: bytes | None, *, expected: str | None = None, entry: bytes
+    ) -> None:
+        """Write a document, or delete it (None), and append ``entry`` to the audit list, in one step. ``expected``:
+        the version that must be there, ANY for whichever, NONE for none, None for no matter. Raises Conflict."""
+        ...
+
+    async def audit(self, limit: int) -> list[bytes]:
+        """The newest entries of the audit list, newest first."""
+        ...
+
+    async def pepper(self) -> bytes:
+        """The secret that keys are hashed with: made once, the same for all gateways."""
+        ...
+
+    def changes(self) -> AsyncIterator[Change | None]:
+        """Changes, as they happen, whoever made them. None says that some may have been missed: at the beginning, and
+        once in a while."""
+        ...
+
+    async def close(self) -> None: ...

@@ -1,0 +1,302 @@
+"""Users and keys, made while the gateway runs: by the admin API, by the command line, and in AIBrix's form."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from itertools import count
+from typing import Any
+from urllib.parse import quote
+
+import pytest
+
+from tests.e2e.asking import MODEL
+from tests.system import Reply, System, request, until
+
+#: The issue's seconds from a change to the last gateway that judges by it.
+SOON = 1.0
+TOKEN = "an-admin-token"
+_numbers = count()
+
+
+@pytest.fixture(scope="module")
+def system() -> Iterator[System]:
+    config = {
+        "admin": {"token": TOKEN},
+        "limits": {"default": {"rpm": 1000}},
+        "users": [{"name": "of-the-file", "rpm": 50}],
+        "teams": [{"name": "research", "rpm": 100}],
+    }
+    with System([["--model", MODEL, "--model", "other"]], config, workers=2) as started:
+        yield started
+
+
+@pytest.fixture
+def name() -> str:
+    return f"user-{next(_numbers)}/x y%"
+
+
+def path(*parts: str) -> str:
+    return "/admin/" + "/".join(quote(part, safe="") for part in parts)
+
+
+def ask(system: System, method: str, where: str, body: object = None, **headers: str) -> Reply:
+    named = {"authorization": f"Bearer {TOKEN}"} | {key.replace("_", "-"): value for key, value in headers.items()}
+    data = None if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
+    return request(system.admin_port, method, where, data, named)
+
+
+def refusal(reply: Reply) -> tuple[int, str]:
+    return reply.status, reply.json["error"]["code"]
+
+
+def soon(system: System, status: int, **headers: Any) -> None:
+    """Every worker answers so before long, and then goes on."""
+    began = time.monotonic()
+    while not all(system.chat(**headers).status == status for _ in range(8)):
+        assert time.monotonic() - began < SOON + 2.0  # eight requests take their time, too
+
+
+def a_key(system: System, user: str, **asked: Any) -> dict[str, Any]:
+    made = ask(system, "POST", path("users", user, "keys"), asked)
+    assert made.status == 201, made
+    found: dict[str, Any] = made.json
+    return found
+
+
+def bearer(key: dict[str, Any]) -> dict[str, Any]:
+    return {"authorization": f"Bearer {key['key']}"}
+
+
+# --- the admin API ----------------------------------------------------------------------------------------------------
+
+
+def test_a_user_that_is_made_is_limited_at_once_and_by_every_worker(system: System, name: str) -> None:
+    made = ask(system, "PUT", path("users", name), {"rpm": 3, "team": "research"})
+    assert (made.status, made.json["rpm"], made.json["source"]) == (201, 3, "store")
+    until(lambda: system.chat(user=name).headers.get("x-ratelimit-limit-requests") == "3", "it is followed")
+    until(lambda: system.chat(user=name).status == 429, "all is used up")
+    soon(system, 429, user=name)
+    changed = ask(system, "PATCH", path("users", name), {"rpm": None})
+    assert (changed.status, changed.json["rpm"], changed.json["team"]) == (200, None, "research")
+    soon(system, 200, user=name)
+    assert ask(system, "GET", path("users", name)).json == changed.json
+    listed = ask(system, "GET", "/admin/users?limit=1000").json
+    assert changed.json in listed
+    assert ask(system, "DELETE", path("users", name)).status == 204
+    assert refusal(ask(system, "GET", path("users", name))) == (404, "user_not_found")
+
+
+def test_a_disabled_user_gets_nothing(system: System, name: str) -> None:
+    assert ask(system, "PUT", path("users", name), {"disabled": True}).status == 201
+    soon(system, 403, user=name)
+    assert refusal(system.chat(user=name)) == (403, "user_disabled")
+    assert refusal(system.get("/v1/models", user=name)) == (403, "user_disabled")
+    assert ask(system, "PATCH", path("users", name), {"disabled": False}).status == 200
+    soon(system, 200, user=name)
+
+
+def test_a_key_names_its_user_and_no_pod_and_no_log_sees_it(system: System, name: str) -> None:
+    ask(system, "PUT", path("users", name), {"rpm": 500})
+    key = a_key(system, name, name="laptop")
+    soon(system, 200, **bearer(key))
+    reply = system.chat(**bearer(key))
+    assert reply.headers["x-ratelimit-limit-requests"] == "500"
+    assert system.chat(user=name, x_api_key=key["key"]).status == 200
+    assert refusal(system.chat(user="of-the-file", **bearer(key))) == (403, "user_mismatch")
+    assert key["key"] not in str(system.seen(last=100))
+    (shown,) = ask(system, "GET", path("users", name, "keys")).json
+    assert shown == {field: value for field, value in key.items() if field != "key"}
+    assert ask(system, "DELETE", path("keys", key["id"])).status == 204
+    soon(system, 401, **bearer(key))
+    assert refusal(system.chat(**bearer(key))) == (401, "invalid_api_key")
+    secret = key["key"][-64:]
+    assert secret not in system.gateway.output()
+    assert system.valkey is not None
+    with system.valkey.client() as client:
+        kept = [client.hgetall(found) for found in client.keys("*directory*") if client.type(found) == b"hash"]
+    assert secret not in str(kept)
+
+
+def test_a_key_may_be_for_some_models_only(system: System, name: str) -> None:
+    ask(system, "PUT", path("users", name), {})
+    key = a_key(system, name, models=["oth*"])
+    soon(system, 403, **bearer(key))
+    assert refusal(system.chat(**bearer(key))) == (403, "model_not_allowed")
+    assert system.chat("other", **bearer(key)).status == 200
+    assert [model["id"] for model in system.get("/v1/models", **bearer(key)).json["data"]] == ["other"]
+
+
+def test_a_key_expires_by_itself(system: System, name: str) -> None:
+    ask(system, "PUT", path("users", name), {})
+    key = a_key(system, name, expires_in=2)
+    until(lambda: system.chat(**bearer(key)).status == 200, "every worker knows it")
+    until(lambda: system.chat(**bearer(key)).status == 401, "it has expired", deadline=10.0)
+
+
+def test_of_two_operators_the_second_is_told_that_the_first_was_there(system: System, name: str) -> None:
+    first = ask(system, "PUT", path("users", name), {"rpm": 1}, if_none_match="*")
+    assert first.status == 201
+    assert refusal(ask(system, "PUT", path("users", name), {"rpm": 2}, if_none_match="*")) == (
+        412,
+        "precondition_failed",
+    )
+    second = ask(system, "PUT", path("users", name), {"rpm": 2}, if_match=first.headers["etag"])
+    assert second.status == 200
+    for method, body in (("PUT", {}), ("PATCH", {}), ("DELETE", None)):
+        stale = ask(system, method, path("users", name), body, if_match=first.headers["etag"])
+        assert refusal(stale) == (412, "precondition_failed")
+    assert ask(system, "GET", path("users", name)).headers["etag"] == second.headers["etag"]
+    assert ask(system, "DELETE", path("users", name), if_match=second.headers["etag"]).status == 204
+    assert refusal(ask(system, "PUT", path("users", name), {}, if_match="*")) == (404, "user_not_found")
+
+
+@pytest.mark.parametrize(
+    ("method", "where", "body", "status", "code"),
+    [
+        ("PUT", path("users", "of-the-file"), {}, 409, "user_read_only"),
+        ("DELETE", path("users", "of-the-file"), None, 409, "user_read_only"),
+        ("PUT", path("users", "x"), {"rpm": -1}, 400, "invalid_value"),
+        ("PUT", path("users", "x"), {"rpn": 1}, 400, "invalid_value"),
+        ("PUT", path("users", "x"), {"team": "nobody's"}, 400, "invalid_value"),
+        ("PUT", path("users", "x"), b"{", 400, "invalid_json"),
+        ("PUT", path("users", "x"), b"", 400, "invalid_json"),
+        ("PUT", path("users", "x"), b"[" * 60_000, 400, "invalid_json"),
+        ("PUT", path("users", "x"), b" " * 100_000, 413, "request_too_large"),
+        ("PUT", path("users", "x\ny"), {}, 404, "unknown_url"),
+        ("PUT", path("users", "x" * 300), {}, 400, "invalid_value"),
+        ("PATCH", path("users", "nobody"), {}, 404, "user_not_found"),
+        ("POST", path("users", "nobody", "keys"), {}, 404, "user_not_found"),
+        ("POST", path("users", "of-the-file", "keys"), {"expires_in": -1}, 400, "invalid_value"),
+        ("DELETE", path("keys", "nothing"), None, 404, "key_not_found"),
+        ("GET", "/admin/users?limit=0", None, 400, "invalid_value"),
+        ("GET", "/admin/users?limit=x", None, 400, "invalid_value"),
+        ("GET", "/admin/audit?limit=-1", None, 400, "invalid_value"),
+        ("POST", "/admin/users", {}, 405, "method_not_allowed"),
+        ("POST", "/CreateUser", {"name": ""}, 400, "invalid_value"),
+        ("POST", "/CreateUser", {"name": "x", "rpm": "many"}, 400, "invalid_value"),
+        ("POST", "/ReadUser", {"name": "nobody"}, 404, "user_not_found"),
+        ("POST", "/DeleteUser", [], 400, "invalid_value"),
+        ("GET", "/CreateUser", None, 405, "method_not_allowed"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_in_the_one_form(
+    system: System, method: str, where: str, body: object, status: int, code: str
+) -> None:
+    reply = ask(system, method, where, body)
+    assert refusal(reply) == (status, code), reply
+    assert reply.json["error"]["message"]
+    assert refusal(ask(system, "GET", path("users", "x"))) == (404, "user_not_found")
+
+
+@pytest.mark.parametrize("authorization", ["", "Bearer", "Bearer wrong", "Basic x"])
+def test_nobody_administers_without_the_token(system: System, authorization: str) -> None:
+    for method, where in (
+        ("GET", "/admin/users"), ("PUT", path("users", "x")), ("DELETE", path("users", "x")), ("GET", "/admin/audit"),
+        ("POST", path("users", "of-the-file", "keys")), ("DELETE", path("keys", "x")), ("POST", "/CreateUser"),
+        ("POST", "/ReadUser"), ("POST", "/UpdateUser"), ("POST", "/DeleteUser"),
+    ):  # fmt: skip
+        assert refusal(ask(system, method, where, {"name": "x"}, authorization=authorization)) == (
+            401,
+            "invalid_api_key",
+        )
+
+
+def test_every_change_is_told_by_the_audit_list(system: System, name: str) -> None:
+    ask(system, "PUT", path("users", name), {"rpm": 1})
+    ask(system, "PATCH", path("users", name), {"rpm": 2})
+    last, first = ask(system, "GET", "/admin/audit?limit=2").json
+    assert (last["did"], last["name"], last["before"]["rpm"], last["after"]["rpm"]) == ("put user", name, 1, 2)
+    assert "before" not in first
+
+
+def test_what_was_made_survives_the_gateway(system: System, name: str) -> None:
+    ask(system, "PUT", path("users", name), {"rpm": 77})
+    key = a_key(system, name)
+    system.gateway.kill()
+    system.gateway.start()
+    system.wait_until_served()
+    assert system.chat(**bearer(key)).headers["x-ratelimit-limit-requests"] == "77"
+
+
+# --- AIBrix's form ----------------------------------------------------------------------------------------------------
+
+
+def test_aibrix_s_calls_do_the_same(system: System, name: str) -> None:
+    made = ask(system, "POST", "/CreateUser", {"name": name, "rpm": 5, "tpm": 1000})
+    assert (made.status, made.json["user"]) == (200, {"name": name, "rpm": 5, "tpm": 1000})
+    assert refusal(ask(system, "POST", "/CreateUser", {"name": name})) == (409, "user_exists")
+    assert ask(system, "POST", "/UpdateUser", {"name": name, "rpm": 6}).json["user"]["rpm"] == 6
+    assert ask(system, "POST", "/ReadUser", {"name": name}).json["user"] == {"name": name, "rpm": 6, "tpm": 1000}
+    assert ask(system, "POST", "/DeleteUser", {"name": name}).json["user"]["name"] == name
+    assert refusal(ask(system, "POST", "/ReadUser", {"name": name})) == (404, "user_not_found")
+
+
+# --- the command line -------------------------------------------------------------------------------------------------
+
+
+def typed(system: System, *words: str, token: str = TOKEN) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {
+        "GATEWAY_ADMIN_URL": f"http://127.0.0.1:{system.admin_port}", "GATEWAY_ADMIN_TOKEN": token,
+    }  # fmt: skip
+    command = [sys.executable, "-m", "gateway_extproc.cli", *words]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+def told(system: System, *words: str) -> str:
+    done = typed(system, *words)
+    assert (done.returncode, done.stderr) == (0, ""), done
+    return done.stdout
+
+
+def test_users_and_keys_are_administered_from_a_terminal(system: System, name: str) -> None:
+    assert told(system, "user", "set", name, "--rpm", "5", "--team", "research", "--models", "a,b*") == (
+        f"user {name} is set\n"
+    )
+    assert told(system, "user", "set", name, "--rpm", "none", "--tpm", "9000", "--disable") == f"user {name} is set\n"
+    user = json.loads(told(system, "user", "get", name, "--json"))
+    assert (user["rpm"], user["tpm"], user["models"], user["disabled"]) == (None, 9000, ["a", "b*"], True)
+    told(system, "user", "set", name, "--enable", "--models", "all")
+    key = told(system, "key", "create", name, "--name", "laptop", "--expires-in", "30d").strip()
+    soon(system, 200, authorization=f"Bearer {key}")
+    found = key.split("-")[2]
+    assert found in told(system, "key", "list", name)
+    shown = told(system, "user", "get", name)
+    assert found in shown
+    assert "laptop" in shown
+    line = next(line for line in told(system, "user", "list").splitlines() if line.startswith(name))
+    assert line.removeprefix(name).split() == ["-", "9000", "research", "all", "store"]
+    assert told(system, "key", "revoke", found) == f"key {found} is revoked\n"
+    soon(system, 401, authorization=f"Bearer {key}")
+    assert told(system, "user", "delete", name) == f"user {name} is deleted\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "token", "code", "says"),
+    [
+        (("user", "get", "nobody"), TOKEN, 1, "There is no user 'nobody'."),
+        (("user", "set", "of-the-file", "--rpm", "1"), TOKEN, 1, "configuration file"),
+        (("user", "set", "x", "--team", "nobody's"), TOKEN, 1, "there is no team"),
+        (("user", "list"), "wrong", 1, "admin token is required"),
+        (("key", "revoke", "x"), TOKEN, 1, "There is no key 'x'."),
+        (("user", "list", "--admin", "http://127.0.0.1:1"), TOKEN, 3, "does not answer"),
+        (("user", "list", "--admin", "nonsense"), TOKEN, 3, "does not answer"),
+        (("user", "list", "--token-file", "/no/such/file"), TOKEN, 1, "cannot read"),
+        (("user", "set", "x", "--rpm", "-1"), TOKEN, 2, "expected a whole number"),
+        (("user", "set", "x", "--rpm", "many"), TOKEN, 2, "expected a whole number"),
+        (("key", "create", "x", "--expires-in", "soon"), TOKEN, 2, "expected a duration"),
+        (("user",), TOKEN, 2, "required"),
+    ],
+)
+def test_what_goes_wrong_is_one_clear_line(
+    system: System, words: tuple[str, ...], token: str, code: int, says: str
+) -> None:
+    done = typed(system, *words, token=token)
+    assert (done.returncode, done.stdout) == (code, ""), done
+    assert says in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+    assert TOKEN not in done.stderr
