@@ -472,6 +472,7 @@ def test_readyz_tells_the_state_of_each_part(system: Shared) -> None:
         "parts": {
             "pods": {"polled": True, "configured": 3, "ready": 3},
             "store": {"mode": "ok", "ok": True, "gateways": answer.json["parts"]["store"]["gateways"]},
+            "directory": {"ok": True, "users": len(system.settings["users"]), "keys": 0},
             "envoy": {"connected": ["envoy"], "refused": 0},
             "draining": False,
         },

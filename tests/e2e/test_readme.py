@@ -49,6 +49,7 @@ from tests.e2e.documents import (
     quoted,
     table,
     the_command,
+    typed_commands,
 )
 from tests.e2e.readme import Answer, curl, curls
 from tests.e2e.terminal import Typed, environment
@@ -68,6 +69,11 @@ RUN_BY = {
     r"curl http://localhost:8888/.*": "test_the_requests_of_the_readme_are_answered",
     r"make demo ARGS='--port \d+ --admin-port \d+'": "test_the_demo_takes_the_ports_it_is_given",
     r"make demo ARGS='--endpoint .*'": "test_model_servers_of_ones_own_are_fronted",
+    # README, "Users and keys"
+    r"gateway-extproc (user|key) (set|get|list|create) .*|gateway-extproc user list": (
+        "test_users_and_keys_are_made_as_they_are_typed"
+    ),
+    r"gateway-extproc (key revoke ID|user set bob --disable)": "test_users_and_keys_are_made_as_they_are_typed",
     # README, "Configuration" and "Run it"
     r"gateway-extproc check --config \S+": "test_the_example_configuration_is_accepted_as_it_stands",
     r"gateway-extproc envoy --config \S+ > \S+": "test_what_the_readme_starts_serves_the_example_configuration",
@@ -315,6 +321,30 @@ def test_the_request_with_a_strategy_works_with_each(demo: Demo, tmp_path: Path,
 def test_the_demo_prints_the_readmes_requests(demo: Demo) -> None:
     printed = re.findall(r"^curl .*?}'\n", demo.printed, re.MULTILINE | re.DOTALL)
     assert [command.replace(f":{demo.port}/", ":8888/") for command in printed] == curls()
+
+
+def test_users_and_keys_are_made_as_they_are_typed(demo: Demo, programs: Path, tmp_path: Path) -> None:
+    environ = environment(tmp_path, programs) | {"GATEWAY_ADMIN_URL": f"http://127.0.0.1:{demo.page}"}
+
+    def typed(command: str) -> str:
+        done = run(command, ROOT, environ)
+        assert (done.returncode, done.stderr) == (0, ""), command
+        return done.stdout
+
+    commands = [command for command in typed_commands(README) if re.match(r"gateway-extproc (user|key) ", command)]
+    told = [typed(command) for command in commands]
+    (key,) = re.findall(r"sk-gw-([0-9a-f]{16})-[0-9a-f]{64}", "".join(told))
+    assert key in told[-2]
+    assert "bob" in told[-1]
+    bearer = {"authorization": f"Bearer {told[1].strip()}"}
+    body = {"model": "your-model-name", "messages": [{"role": "user", "content": "x"}], "max_tokens": 1}
+    assert demo.ask(body, **bearer).headers["x-ratelimit-limit-requests"] == "60"
+    (revoke,) = (each for each in named_commands(README) if " key revoke " in each)
+    (disable,) = (each for each in named_commands(README) if " --disable" in each)
+    typed(disable)
+    until(lambda: demo.ask(body, **bearer).json["error"]["code"] == "user_disabled", "it is followed", deadline=1.0)
+    typed(revoke.replace(" ID", f" {key}"))
+    until(lambda: demo.ask(body, **bearer).json["error"]["code"] == "invalid_api_key", "it is followed", deadline=1.0)
 
 
 def test_there_is_something_to_watch(demo: Demo) -> None:
