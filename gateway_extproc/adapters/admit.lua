@@ -2,16 +2,23 @@
 --
 -- KEYS[1]: the admission's mark, KEYS[2..]: its windows. ARGV[1], doubles, little endian: tokens, then for each window
 -- rpm and tpm (negative: no limit). Returns bytes: outcome (1 admitted, 0 denied, 2 void), index of the window that
--- lacks, what it lacks (0 rpm, 1 tpm), then doubles: the second of the admission or the microseconds to wait
--- (negative: never), and for each window requests, tokens and the microseconds until each is zero.
+-- lacks, what it lacks (0 rpm, 1 tpm, 2 concurrency, 3 budget), then doubles: the second of the admission or the
+-- microseconds to wait (negative: never), and for each window requests, tokens and the microseconds until each is zero.
+--
+-- Where any window limits more than that: KEYS end with, for each window in turn, its leases if it limits concurrency
+-- and its counters if it has budgets. ARGV[2], doubles: cost, seconds for which a lease lasts, then for each window
+-- concurrency (negative: no limit) and the number of its budgets, then unit, period and amount of each. ARGV[3]: the
+-- admission's id. Where it lacks one of these, the answer ends with the index of the budget (1 byte) and what is used
+-- of it, or runs (double).
 --
 -- The mark says that this admission was taken and when, so undo.lua can tell; where undo.lua came first, the mark
 -- says so, and this question, whose caller is gone, takes nothing.
 
 local tokens, place = struct.unpack('<d', ARGV[1])
 tokens = within(tokens, 0, MOST)
-local windows = {}
+local windows, last, mark_ttl = {}, #KEYS, TTL
 local lacking, kind, impossible, wait_us = nil, 0, false, 0
+local spend, check, take, budget, used
 
 -- Microseconds until `window` has room for what is over, oldest slots leaving first.
 local function wait(window, requests_over, tokens_over)
@@ -27,7 +34,54 @@ local function wait(window, requests_over, tokens_over)
   return (second + SLOTS) * 1000000 - now_us
 end
 
-for i = 2, #KEYS do
+if ARGV[2] then
+  spend = spending()
+  last = 1 + (#ARGV[1] - 8) / 16
+  mark_ttl = spend.MEMORY -- what a counter took is worth giving back for longer than a window lasts
+  local cost, lease, at = struct.unpack('<dd', ARGV[2])
+  local amounts, more, key = {[0] = tokens, [1] = within(cost, 0, spend.EXACT)}, {}, last
+
+  local function lacks(i, what, never, us, index, spent)
+    if not lacking or (never and not impossible) then lacking, kind, budget, used = i - 2, what, index, spent end
+    if never then impossible = true else wait_us = math.max(wait_us, us) end
+  end
+
+  -- What the window lacks beside requests and tokens of a minute.
+  function check(i)
+    local concurrency, count
+    local own = {budgets = {}}
+    more[#more + 1] = own
+    concurrency, count, at = struct.unpack('<dd', ARGV[2], at)
+    if concurrency >= 0 then
+      key = key + 1
+      own.leases = KEYS[key]
+      local held = spend.held(own.leases)
+      if held + 1 > concurrency then lacks(i, 2, concurrency < 1, 1000000, 0, held) end
+    end
+    if count > 0 then
+      key = key + 1
+      own.key, own.counters = KEYS[key], spend.read(KEYS[key])
+    end
+    for index = 0, count - 1 do
+      local unit, period, amount
+      unit, period, amount, at = struct.unpack('<ddd', ARGV[2], at)
+      own.budgets[index + 1] = {unit = unit, period = period}
+      local spent, ends = spend.used(own.counters, unit, period)
+      if amount < 1 or spent + amounts[unit] > amount then
+        lacks(i, 3, amount < 1 or amounts[unit] > amount, ends * 1000000 - now_us, index, spent)
+      end
+    end
+  end
+
+  function take()
+    for _, own in ipairs(more) do
+      if own.leases then spend.lend(own.leases, ARGV[3], lease) end
+      if own.key then spend.write(own.key, spend.take(own.counters, own.budgets, amounts)) end
+    end
+  end
+end
+
+for i = 2, last do
   local window = read(KEYS[i])
   local rpm, tpm
   rpm, tpm, place = struct.unpack('<dd', ARGV[1], place)
@@ -48,18 +102,20 @@ for i = 2, #KEYS do
     end
   end
   windows[i] = window
+  if spend then check(i) end
 end
 
 local outcome, value = 1, now
 if lacking then
   outcome, value = 0, wait_us
   if impossible then value = -1 end
-elseif not redis.call('SET', KEYS[1], now, 'NX', 'EX', TTL) then
+elseif not redis.call('SET', KEYS[1], now, 'NX', 'EX', mark_ttl) then
   return struct.pack('<BBBd', 2, 0, 0, 0)
 end
 
+if take and outcome == 1 then take() end
 local reply = {struct.pack('<BBBd', outcome, lacking or 0, kind, value)}
-for i = 2, #KEYS do
+for i = 2, last do
   local window = windows[i]
   if outcome == 1 then
     add(window, window.second, 1, tokens)
@@ -76,4 +132,5 @@ for i = 2, #KEYS do
   end
   reply[i] = struct.pack('<dddd', window.requests, window.tokens, requests_reset, tokens_reset)
 end
+if outcome == 0 and kind > 1 then reply[last + 1] = struct.pack('<Bd', budget, used) end
 return table.concat(reply)

@@ -5,6 +5,14 @@ while the primary is away no request waits for it; ``local`` then enforces each 
 of live gateways, starting from what this gateway admitted in the last minute; when the primary is back, what was
 admitted meanwhile is counted there once, in the seconds in which it was spent. Leaves out how either store counts.
 
+Of what runs at once, a gateway's part is at least one request, and it starts from what this gateway has running. Of
+each budget a gateway may spend its part of the whole amount in a period, less what it has admitted itself in that
+period (since it started, by its own clock): what others have left is not to be had until the primary is back, and where
+others had spent more than their parts before, the amount is exceeded by at most that.
+
+Leases taken meanwhile are never told to the primary, for a lease says what runs now, not what was spent: from the
+primary's return until those requests have ended, more may run than the limit allows.
+
 How it knows whose an admission is: a settlement repeats the ``second`` of its admission. The primary's are positive;
 those of admissions that the primary has not seen are this gateway's second, negated; 0 is one that can't be traced.
 """
@@ -16,17 +24,19 @@ import contextlib
 import math
 import random
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Final, Protocol
 
 import msgspec
 
+from gateway_extproc.core.budget import Spending, holds
 from gateway_extproc.core.store import (
     SLOTS,
     Admission,
     Admitted,
     Answer,
+    Budget,
     Denied,
     Merge,
     Pulse,
@@ -34,6 +44,8 @@ from gateway_extproc.core.store import (
     Settlement,
     StoreUnavailable,
     Window,
+    chosen,
+    with_leases,
 )
 from gateway_extproc.core.window import SlidingWindow
 
@@ -48,6 +60,8 @@ PROBE: Final = 0.5
 SPREAD: Final = 0.25
 #: Windows whose spending waits for the primary's return. Each is one settlement of the primary's queue.
 MAX_OWED: Final = 20_000
+#: Leases taken here that are known not to be the primary's. Of others it is told in vain.
+MAX_LENT: Final = 20_000
 
 
 class Primary(Protocol):
@@ -55,6 +69,8 @@ class Primary(Protocol):
 
     def ask(self, admission: Admission, tell: Callable[[Answer], None]) -> Question | None: ...
     def settle(self, settlement: Settlement) -> None: ...
+    def release(self, id: str, keys: tuple[str, ...]) -> None: ...
+    def renew(self, leases: Iterable[tuple[str, tuple[str, ...]]]) -> None: ...
     def merge(self, merge: Merge) -> None: ...
     async def beat(self, gateway: str) -> Pulse: ...
     async def flush(self) -> None: ...
@@ -66,42 +82,63 @@ class Local(Protocol):
 
     def admit_now(self, admission: Admission) -> Answer: ...
     def settle_now(self, settlement: Settlement) -> bool: ...
-    def charge(self, keys: Iterable[str], requests: int, tokens: int, second: int | None = None) -> int: ...
+    def release(self, id: str, keys: tuple[str, ...]) -> None: ...
+    def renew(self, leases: Iterable[tuple[str, tuple[str, ...]]]) -> None: ...
+    def charge(self, admission: Admission, second: int | None = None) -> int: ...
     async def close(self) -> None: ...
 
 
 class _Owed:
-    """What was admitted here and the primary has not counted yet, by window and second."""
+    """What was admitted here and the primary has not counted yet: by window and second, and by budget."""
 
     def __init__(self) -> None:
         self._windows: OrderedDict[str, SlidingWindow] = OrderedDict()
+        # With the second since when what is admitted goes here: what was before is the primary's already.
+        self._spending: dict[str, tuple[int, Spending]] = {}
 
-    def take(self, now: float, keys: Sequence[str], tokens: int) -> bool:
+    def take(self, now: float, admission: Admission) -> bool:
         """Note one request; False, and nothing noted, when there is no room for its windows."""
-        windows = self._windows
+        windows, spending, asked = self._windows, self._spending, admission.windows
         while windows and (next(iter(windows.values())).newest or 0) <= int(now) - SLOTS:
             windows.popitem(last=False)
-        if len(windows) + sum(key not in windows for key in keys) > MAX_OWED:
+        spends = [window for window in asked if window.budgets]
+        if (
+            len(windows) + sum(window.key not in windows for window in asked) > MAX_OWED
+            or len(spending) + sum(window.key not in spending for window in spends) > MAX_OWED
+        ):
             return False
-        for key in keys:
-            windows.setdefault(key, SlidingWindow()).take(now, tokens)
-            windows.move_to_end(key)
+        for window in asked:
+            windows.setdefault(window.key, SlidingWindow()).take(now, admission.tokens)
+            windows.move_to_end(window.key)
+        for window in spends:
+            _, counted = spending.setdefault(window.key, (int(now), Spending()))
+            counted.take(now, window.budgets, admission.tokens, admission.cost)
         return True
 
-    def settle(self, now: float, settlement: Settlement) -> bool:
-        """Correct what is noted; False when what the settlement speaks of is not (any more)."""
+    def settle(self, now: float, settlement: Settlement) -> Settlement | None:
+        """Correct what is noted; what must be told of what is not (any more), which is the primary's to correct."""
+        second, keys = settlement.second, chosen(settlement.keys, settlement.budgets)
+        counted = [self._spending[key] for key in keys if key in self._spending]
+        if len(counted) == len(keys) and all(since <= second for since, _ in counted):
+            for _, spending in counted:
+                spending.settle(now, second, settlement.tokens, settlement.cost)
+            settlement = msgspec.structs.replace(settlement, budgets=0)
         counts = [self._windows[key] for key in settlement.keys if key in self._windows]
-        second = settlement.second
         if len(counts) < len(settlement.keys) or not all(_holds(count, second) for count in counts):
-            return False
+            return settlement
         for count in counts:
             count.settle(now, second, settlement.requests, settlement.tokens)
-        return True
+        return None
 
-    def drain(self) -> list[tuple[str, SlidingWindow]]:
-        drained = list(self._windows.items())
+    def drain(self) -> list[tuple[str, SlidingWindow, Spending]]:
+        """All that is noted, by key; then nothing is."""
+        windows, spending = dict(self._windows), self._spending
         self._windows.clear()
-        return drained
+        self._spending = {}
+        return [
+            (key, windows.get(key) or SlidingWindow(), spending[key][1] if key in spending else Spending())
+            for key in windows | spending
+        ]
 
 
 def _holds(count: SlidingWindow, second: int) -> bool:
@@ -139,6 +176,8 @@ class GuardedStore:
         self._away = asyncio.Event()
         self._reason = ""
         self._owed = _Owed()
+        # Leases that the primary has not heard of.
+        self._lent: OrderedDict[str, None] = OrderedDict()
         self._merges = 0
         #: The primary's time less ours, in seconds, when it was last reached.
         self._ahead = 0.0
@@ -184,20 +223,32 @@ class GuardedStore:
         else:
             self.ready = True
             if isinstance(answer, Admitted) and admission.windows:
-                keys = [window.key for window in admission.windows]
-                self._local.charge(keys, 1, admission.tokens, self._second_here(answer.second))
+                self._local.charge(admission, self._second_here(answer.second))
         tell(answer)
 
     def settle(self, settlement: Settlement) -> None:
         if settlement.second >= 0:
             self._primary.settle(settlement)
             if settlement.id.startswith(self._gateway):  # what others admitted was never counted here
-                second = self._seconds.get(settlement.second, 0)
+                second = self._second_known_here(settlement.second)
                 self._local.settle_now(msgspec.structs.replace(settlement, second=second))
             return
         here = msgspec.structs.replace(settlement, second=-settlement.second)
-        if self._local.settle_now(here) and not self._owed.settle(self._clock(), here):
-            self._primary.settle(msgspec.structs.replace(here, second=self._told.get(here.second, 0)))
+        if self._local.settle_now(here) and (rest := self._owed.settle(self._clock(), here)) is not None:
+            self._primary.settle(msgspec.structs.replace(rest, second=self._second_known_there(here.second)))
+
+    def release(self, id: str, keys: tuple[str, ...]) -> None:
+        self._local.release(id, keys)
+        if id in self._lent:
+            del self._lent[id]
+        else:
+            self._primary.release(id, keys)
+
+    def renew(self, leases: Iterable[tuple[str, tuple[str, ...]]]) -> None:
+        leases = list(leases)
+        self._local.renew(leases)
+        if not self._away.is_set():
+            self._primary.renew([each for each in leases if each[0] not in self._lent])
 
     async def flush(self) -> None:
         await self._primary.flush()
@@ -214,23 +265,26 @@ class GuardedStore:
         """Answer by the policy."""
         if self._policy == "refuse":
             return StoreUnavailable(self._reason)
-        keys = [window.key for window in admission.windows]
         if self._policy == "admit":
-            self._local.charge(keys, 1, admission.tokens)
-            return Admitted(self._owe(keys, admission.tokens), ())
+            self._local.charge(admission)
+            return Admitted(self._owe(admission), ())
         windows = tuple(_share(window, self.gateways) for window in admission.windows)
         answer = self._local.admit_now(msgspec.structs.replace(admission, windows=windows))
         if isinstance(answer, Admitted):
-            return msgspec.structs.replace(answer, second=self._owe(keys, admission.tokens))
+            return msgspec.structs.replace(answer, second=self._owe(admission))
         if isinstance(answer, Denied) and answer.retry_after is None and _fits_alone(admission):
             # Too large for this gateway's share, but not for the limit: it fits when the primary is back.
             return msgspec.structs.replace(answer, retry_after=float(SLOTS))
         return answer
 
-    def _owe(self, keys: Sequence[str], tokens: int) -> int:
+    def _owe(self, admission: Admission) -> int:
         """Note an admission for the primary's return; the second by which its settlement will be known."""
         now = self._clock()
-        if self._owed.take(now, keys, tokens):
+        if with_leases(admission.windows):
+            self._lent[admission.id] = None
+            if len(self._lent) > MAX_LENT:
+                self._lent.popitem(last=False)
+        if self._owed.take(now, admission):
             return -int(now)
         self.unmerged += 1
         return 0
@@ -242,14 +296,28 @@ class GuardedStore:
             _trim(self._seconds)
         return here
 
+    def _second_known_here(self, there: int) -> int:
+        """Where local counted what the primary did in ``there``. What has left every window is known by the clocks
+        alone, which is enough for a budget's period; 0 can't be traced."""
+        here = self._seconds.get(there)
+        return here if here is not None else there and max(0, round(there - self._ahead))
+
     def _second_there(self, here: int) -> int:
-        """The primary's second in which to count ours: rather late than early, but none that is yet to come."""
+        """The primary's second in which to count ours."""
         there = self._told.get(here)
         if there is None:
-            there = min(math.ceil(here + self._ahead), int(self._clock() + self._ahead))
-            self._told[here] = there
+            there = self._told[here] = self._second_by_clock(here)
             _trim(self._told)
         return there
+
+    def _second_known_there(self, here: int) -> int:
+        """Where the primary counted what was ours in ``here``."""
+        there = self._told.get(here)
+        return self._second_by_clock(here) if there is None else there
+
+    def _second_by_clock(self, here: int) -> int:
+        """Rather late than early, but none that is yet to come."""
+        return min(math.ceil(here + self._ahead), int(self._clock() + self._ahead))
 
     def _leave(self, reason: str) -> None:
         """The primary failed: the policy is in force."""
@@ -268,10 +336,13 @@ class GuardedStore:
         self._on_mode_change(OK, "")
 
     def _merge_owed(self) -> None:
-        for key, count in self._owed.drain():
+        for key, count, spending in self._owed.drain():
             self._merges += 1
             spent = tuple((self._second_there(second), requests, tokens) for second, requests, tokens in count.spent())
-            self._primary.merge(Merge(f"{self._gateway}:{self._merges}", key, spent))
+            budgets = tuple(
+                (unit, period, self._second_by_clock(since), used) for unit, period, since, used in spending.spent()
+            )
+            self._primary.merge(Merge(f"{self._gateway}:{self._merges}", key, spent, budgets))
 
     async def _watch(self) -> None:
         """Heartbeat while the primary answers, probe while it does not."""
@@ -310,7 +381,16 @@ def _share(window: Window, gateways: int) -> Window:
     """The window with this gateway's part of its limits."""
     if gateways == 1:
         return window
-    return msgspec.structs.replace(window, rpm=_part(window.rpm, gateways), tpm=_part(window.tpm, gateways))
+    return msgspec.structs.replace(
+        window,
+        rpm=_part(window.rpm, gateways),
+        tpm=_part(window.tpm, gateways),
+        concurrency=_part(window.concurrency, gateways),
+        budgets=tuple(
+            Budget(min(budget.amount, max(1, budget.amount // gateways)), budget.unit, budget.period)
+            for budget in window.budgets
+        ),
+    )
 
 
 def _part(limit: int | None, gateways: int) -> int | None:
@@ -320,6 +400,9 @@ def _part(limit: int | None, gateways: int) -> int | None:
 def _fits_alone(admission: Admission) -> bool:
     """Whether the limits themselves, undivided, could ever hold the request."""
     return all(
-        (window.rpm is None or window.rpm >= 1) and (window.tpm is None or window.tpm >= admission.tokens)
+        (window.rpm is None or window.rpm >= 1)
+        and (window.tpm is None or window.tpm >= admission.tokens)
+        and (window.concurrency is None or window.concurrency >= 1)
+        and all(holds(budget, admission.tokens, admission.cost) for budget in window.budgets)
         for window in admission.windows
     )

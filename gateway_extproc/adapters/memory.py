@@ -1,18 +1,20 @@
 """The limits' store in this process's memory: the twin of adapters/redis.py for one gateway, and its stand-in.
 
-Owns a table of windows (core/window.py) and the ids that were settled. Promises the same answers as Redis gives
-(tests/contract/test_store.py), at once: nothing here waits, so nothing can be cancelled half-way. Idle windows are
-dropped; at the bound a new window is refused rather than an old one forgotten, because forgetting would admit more
-than a limit allows. Leaves out sharing between gateways, and what happens when a real store fails
-(adapters/guarded.py).
+Owns tables of windows (core/window.py), of budgets' counters (core/budget.py) and of leases (core/lease.py), and the
+ids that were settled. Promises the same answers as Redis gives (tests/contract/test_store.py), at once: nothing here
+waits, so nothing can be cancelled half-way. What is idle is dropped; at the bound a new window is refused rather than
+an old one forgotten, because forgetting would admit more than a limit allows. Leaves out sharing between gateways, and
+what happens when a real store fails (adapters/guarded.py).
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
-from typing import Final
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Final, NamedTuple
 
+from gateway_extproc.core.budget import KEPT, Spending, holds
+from gateway_extproc.core.lease import RETRY_AFTER, Leases
 from gateway_extproc.core.store import (
     SETTLED_MEMORY,
     SLOTS,
@@ -25,14 +27,27 @@ from gateway_extproc.core.store import (
     Settlement,
     StoreUnavailable,
     Window,
+    chosen,
 )
 from gateway_extproc.core.window import SlidingWindow
 
 #: Windows held at once: so many scopes may be active in one minute. About 0.5 kB each, 2 kB for one that is busy in
-#: every second.
+#: every second. As many may have spent of budgets whose periods run, and as many may have leases.
 MAX_WINDOWS: Final = 100_000
 #: Settled ids remembered at once: 300 s of 666 requests a second. Past it the oldest are forgotten early.
 MAX_SETTLED: Final = 200_000
+#: Counters and leases that are looked at for each admission that has any, so that those that are over go.
+SWEPT: Final = 2
+
+
+class _Lack(NamedTuple):
+    """A limit without room: what Denied says of it. ``wait`` None: it never has."""
+
+    window: int
+    kind: str
+    wait: float | None
+    budget: int = 0
+    used: int = 0
 
 
 class MemoryStore:
@@ -45,6 +60,9 @@ class MemoryStore:
         self._max_windows = max_windows
         # Least recently charged first, so idle windows gather at the front.
         self._windows: OrderedDict[str, SlidingWindow] = OrderedDict()
+        # In the order in which they are looked at, to see whether they are over.
+        self._spending: OrderedDict[str, Spending] = OrderedDict()
+        self._leases: OrderedDict[str, Leases] = OrderedDict()
         self._settled: OrderedDict[str, float] = OrderedDict()
         #: Charges that found no room for another window.
         self.dropped = 0
@@ -62,22 +80,51 @@ class MemoryStore:
         self._drop_idle(now)
         asked = admission.windows
         missing = sum(window.key not in self._windows for window in asked)
-        if missing and len(self._windows) + missing > self._max_windows:
+        if (missing and len(self._windows) + missing > self._max_windows) or not self._has_room(now, asked):
             return StoreUnavailable("too many windows in use")
         counts = [self._windows.get(window.key) or SlidingWindow() for window in asked]
         for count in counts:
             count.advance(now)
         lacking = [
-            (index, kind)
-            for index, (window, count) in enumerate(zip(asked, counts, strict=True))
-            if (kind := count.lacks(admission.tokens, window.rpm, window.tpm)) is not None
-        ]
+            lack for index, (window, count) in enumerate(zip(asked, counts, strict=True))
+            for lack in self._lacking(now, admission, index, window, count)
+        ]  # fmt: skip
         if lacking:
-            return _denied(now, admission, counts, lacking)
+            return _denied(lacking, _levels(now, counts))
         for window, count in zip(asked, counts, strict=True):
             count.take(now, admission.tokens)
             self._keep(window.key, count)
+            self._take(now, admission, window)
         return Admitted(int(now) if asked else 0, _levels(now, counts))
+
+    def _lacking(
+        self, now: float, admission: Admission, index: int, window: Window, count: SlidingWindow
+    ) -> Iterator[_Lack]:
+        """What the request has no room for in one window, in order, and how long it must wait for that."""
+        tokens, cost = admission.tokens, admission.cost
+        kind = count.lacks(tokens, window.rpm, window.tpm)
+        if kind is not None:
+            wait = count.retry_after(now, tokens, window.rpm, window.tpm)
+            yield _Lack(index, kind if wait is not None else _impossible(window), wait)
+        if window.concurrency is not None:
+            leases = self._leases.get(window.key)
+            held = 0 if leases is None else leases.held(now)
+            if held + 1 > window.concurrency:
+                yield _Lack(index, "concurrency", None if window.concurrency < 1 else RETRY_AFTER, 0, held)
+        if window.budgets:
+            spending = self._spending.get(window.key) or Spending()
+            for number, budget in enumerate(window.budgets):
+                if spending.lacks(now, budget, tokens, cost):
+                    wait = spending.renews(now, budget) if holds(budget, tokens, cost) else None
+                    yield _Lack(index, "budget", wait, number, spending.used(now, budget))
+
+    def _take(self, now: float, admission: Admission, window: Window) -> None:
+        """What a window holds beside requests and tokens of a minute."""
+        if window.concurrency is not None:
+            self._leases.setdefault(window.key, Leases()).take(now, admission.id)
+        if window.budgets:
+            spending = self._spending.setdefault(window.key, Spending())
+            spending.take(now, window.budgets, admission.tokens, admission.cost)
 
     def settle(self, settlement: Settlement) -> None:
         self.settle_now(settlement)
@@ -92,18 +139,41 @@ class MemoryStore:
             count = self._open(key, now) if requests > 0 or tokens > 0 else self._windows.get(key)
             if count is not None:
                 count.settle(now, second, requests, tokens)
+        for key in chosen(settlement.keys, settlement.budgets):
+            spending = self._spending.get(key)
+            if spending is not None and spending.ends + KEPT > now:
+                spending.settle(now, second, tokens, settlement.cost)
         return True
 
-    def charge(self, keys: Iterable[str], requests: int, tokens: int, second: int | None = None) -> int:
-        """Count what was admitted elsewhere, limits or not, in ``second`` (None: the running one). Returns the second.
-        Never refuses; ``dropped`` counts what found no room."""
+    def release(self, id: str, keys: tuple[str, ...]) -> None:
+        for key in keys:
+            leases = self._leases.get(key)
+            if leases is not None:
+                leases.release(id)
+
+    def renew(self, leases: Iterable[tuple[str, tuple[str, ...]]]) -> None:
+        now = self._clock()
+        for id, keys in leases:
+            for key in keys:
+                held = self._leases.get(key)
+                if held is not None:
+                    held.renew(now, id)
+
+    def charge(self, admission: Admission, second: int | None = None) -> int:
+        """Count an admission that was taken elsewhere, limits or not, in ``second`` (None: the running one). Returns
+        the second. Never refuses; ``dropped`` counts the windows that found no room."""
         now = self._clock()
         self._drop_idle(now)
         at = int(now) if second is None else second
-        for key in keys:
-            count = self._open(key, now)
+        for window in admission.windows:
+            count = self._open(window.key, now)
             if count is not None:
-                count.charge(now, at, requests, tokens)
+                count.charge(now, at, 1, admission.tokens)
+            if window.budgets or window.concurrency is not None:
+                if self._has_room(now, (window,)):
+                    self._take(now, admission, window)
+                else:
+                    self.dropped += 1
         return at
 
     async def flush(self) -> None:
@@ -111,6 +181,8 @@ class MemoryStore:
 
     async def close(self) -> None:
         self._windows.clear()
+        self._spending.clear()
+        self._leases.clear()
         self._settled.clear()
 
     def _keep(self, key: str, count: SlidingWindow) -> None:
@@ -140,6 +212,27 @@ class MemoryStore:
                 break
             del windows[key]
 
+    def _has_room(self, now: float, windows: Sequence[Window]) -> bool:
+        """Whether what the windows hold beside requests and tokens of a minute finds a place. Looks for what is over:
+        constant work, and each in its turn."""
+        spending, leases, most = self._spending, self._leases, self._max_windows
+        spends = [window.key for window in windows if window.budgets]
+        lends = [window.key for window in windows if window.concurrency is not None]
+        if not spends and not lends:
+            return True
+        for _ in range(min(SWEPT, len(spending))):
+            key, counted = spending.popitem(last=False)
+            if counted.ends + KEPT > now:
+                spending[key] = counted
+        for _ in range(min(SWEPT, len(leases))):
+            key, held = leases.popitem(last=False)
+            if held.held(now):
+                leases[key] = held
+        return (
+            len(spending) + sum(key not in spending for key in spends) <= most
+            and len(leases) + sum(key not in leases for key in lends) <= most
+        )  # fmt: skip
+
     def _first_time(self, settled: str, now: float) -> bool:
         ids = self._settled
         while ids and next(iter(ids.values())) <= now - SETTLED_MEMORY:
@@ -156,18 +249,14 @@ def _levels(now: float, counts: Iterable[SlidingWindow]) -> tuple[Level, ...]:
     return tuple(count.level(now) for count in counts)
 
 
-def _denied(now: float, admission: Admission, counts: list[SlidingWindow], lacking: list[tuple[int, str]]) -> Denied:
+def _denied(lacking: list[_Lack], levels: tuple[Level, ...]) -> Denied:
     """The first limit that can never hold the request; else the first that is full, and the longest wait."""
-    tokens, windows = admission.tokens, admission.windows
-    waits = []
-    for index, _ in lacking:
-        window = windows[index]
-        wait = counts[index].retry_after(now, tokens, window.rpm, window.tpm)
-        if wait is None:
-            return Denied(index, _impossible(window), None, _levels(now, counts))
-        waits.append(wait)
-    index, kind = lacking[0]
-    return Denied(index, kind, max(waits), _levels(now, counts))
+    first, wait = lacking[0], 0.0
+    for lack in lacking:
+        if lack.wait is None:
+            return Denied(lack.window, lack.kind, None, levels, lack.budget, lack.used)
+        wait = max(wait, lack.wait)
+    return Denied(first.window, first.kind, wait, levels, first.budget, first.used)
 
 
 def _impossible(window: Window) -> str:

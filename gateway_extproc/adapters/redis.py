@@ -1,12 +1,12 @@
 """The limits' store in Redis or Valkey, shared by all gateways.
 
-Owns the connection, the scripts beside it (window.lua in front of admit.lua, settle.lua and undo.lua; beat.lua) and
-what is on its way. Promises: one script call and one round trip for an admission; everything of one event-loop turn
-goes out in one write, on one connection, where the next turn's need not wait for its answers; an answer or
-StoreUnavailable within the time-out; a question that was withdrawn, or answered too late, is charged nothing; a
-settlement is sent until it arrived and counts once. No task and no future is made for a request. Leaves out what to do
-while Redis is away (adapters/guarded.py), the bytes of questions and answers (wire/limits.py, wire/resp.py) and Redis
-Cluster.
+Owns the connection, the scripts beside it (window.lua and spend.lua in front of admit.lua, settle.lua and undo.lua;
+renew.lua, beat.lua) and what is on its way. Promises: one script call and one round trip for an admission; everything
+of one event-loop turn goes out in one write, on one connection, where the next turn's need not wait for its answers;
+an answer or StoreUnavailable within the time-out; a question that was withdrawn, or answered too late, is charged
+nothing; a settlement or release is sent until it arrived and counts once. No task and no future is made for a request.
+Leaves out what to do while Redis is away (adapters/guarded.py), the bytes of questions and answers (wire/limits.py,
+wire/resp.py) and Redis Cluster.
 
 The mark of an admission is what makes undoing exact. When a question stays unanswered (time-out, lost connection), it
 may have been taken, be taken later, or never arrive; ``undo.lua`` is right in all three cases.
@@ -17,10 +17,10 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib import resources
 from itertools import chain
-from typing import Any, Final, Protocol, cast
+from typing import Any, Final, Protocol, TypeAlias, cast
 
 from redis import RedisError
 from redis.asyncio.connection import RedisSSLContext, SSLConnection, parse_url
@@ -45,7 +45,7 @@ IN_FLIGHT: Final = 512
 NOTES_IN_FLIGHT: Final = IN_FLIGHT // 2
 #: Questions that may wait for room. At 50 µs each this many take 0.4 s; further ones would time out anyway.
 MAX_WAITING: Final = 8192
-#: Settlements that wait to arrive: 50 s at 1000 requests a second, about 15 MB.
+#: Settlements and releases that wait to arrive: 50 s at 1000 of them a second, about 15 MB.
 MAX_NOTES: Final = 50_000
 #: Longest that a settlement waits for an admission to travel with, in seconds. Ahead of the admission in the same
 #: write it costs no round trip of its own, and the next request of the same user always sees it.
@@ -160,6 +160,33 @@ class _Inquiry:
     def fail(self, reason: str) -> None:
         if self.wanted:
             self.reply.set_exception(StoreUnavailable(reason))
+
+
+class _Renewal:
+    """A command whose reply nobody awaits, and that is not worth sending later."""
+
+    __slots__ = ("_command", "deadline", "repeated", "wanted")
+
+    def __init__(self, packed: bytes, deadline: float) -> None:
+        self._command = packed
+        self.deadline = deadline
+        self.repeated = False
+        self.wanted = True
+
+    def packed(self) -> bytes:
+        return self._command
+
+    def answered(self, reply: Reply) -> None:
+        self.wanted = False
+
+    def lost(self, reason: str) -> None:
+        self.wanted = False
+
+    fail = lost
+
+
+#: What has a time-out, and goes nowhere after it.
+_Asked: TypeAlias = _Question | _Inquiry | _Renewal
 
 
 class _Note:
@@ -289,14 +316,15 @@ class RedisStore:
     def __init__(self, url: str, *, prefix: str = "gw:", timeout: float = 0.25) -> None:
         self._timeout = timeout
         self._address = _Address(url)
-        window = _text("window.lua")
-        admit, settle, undo = (window + _text(name) for name in ("admit.lua", "settle.lua", "undo.lua"))
-        self._scripts = Scripts(prefix, admit=admit, settle=settle, undo=undo, beat=_text("beat.lua"))
+        counts = _text("window.lua") + _text("spend.lua")
+        admit, settle, undo = (counts + _text(name) for name in ("admit.lua", "settle.lua", "undo.lua"))
+        renew, beat = _text("renew.lua"), _text("beat.lua")
+        self._scripts = Scripts(prefix, admit=admit, settle=settle, undo=undo, renew=renew, beat=beat)
         self._loads = [_Load(packed) for packed in self._scripts.loads]
 
         self._link: _Link | None = None
         self._connecting: asyncio.Task[None] | None = None
-        self._waiting: deque[_Question | _Inquiry] = deque()
+        self._waiting: deque[_Asked] = deque()
         self._sending = False
         self._timer: asyncio.TimerHandle | None = None
         self._late = False
@@ -346,8 +374,20 @@ class RedisStore:
         if packed is not None:
             self._note(packed)
 
+    def release(self, id: str, keys: tuple[str, ...]) -> None:
+        for key in keys:
+            self._note(self._scripts.release(id, key))
+
+    def renew(self, leases: Iterable[tuple[str, tuple[str, ...]]]) -> None:
+        loop = asyncio.get_running_loop()
+        now = loop.time()
+        if self._link is None and now < self._away_until:
+            return
+        for packed in self._scripts.renew(leases):
+            self._put(_Renewal(packed, now + self._timeout), loop)
+
     async def flush(self) -> None:
-        """Send every noted settlement now. Returns when all arrived or Redis stopped answering."""
+        """Send every noted settlement and release now. Returns when all arrived or Redis stopped answering."""
         goal, failures = self._done + self.pending, self._failures  # those noted meanwhile go by themselves
         while self._done < goal and self._failures == failures and not self._closed:
             self._carry()
@@ -379,7 +419,7 @@ class RedisStore:
 
     # Questions
 
-    def _put(self, asked: _Question | _Inquiry, loop: asyncio.AbstractEventLoop) -> None:
+    def _put(self, asked: _Asked, loop: asyncio.AbstractEventLoop) -> None:
         if self._closed:
             asked.fail(CLOSED)
         elif len(self._waiting) >= MAX_WAITING:
@@ -439,10 +479,10 @@ class RedisStore:
         self._late = False
         link = self._link
         in_flight: Sequence[_Command] = () if link is None else link.in_flight
-        overdue: list[_Question | _Inquiry] = []
+        overdue: list[_Asked] = []
         soon = now + self._timeout
         for asked in chain(in_flight, self._waiting):
-            if isinstance(asked, _Question | _Inquiry) and asked.wanted:
+            if isinstance(asked, _Asked) and asked.wanted:
                 if asked.deadline > now:
                     soon = asked.deadline
                     break

@@ -4,13 +4,23 @@
 -- endian, any number of: second, requests, tokens. What is negative goes back to its second; what is positive is
 -- charged to it (a second of 0, or one in the future, is the running one), unless that second has left the window.
 -- Returns 1 if this call did it, 0 if an earlier one had.
+--
+-- Where budgets change, too: KEYS end with counters. ARGV[3], doubles: the number of windows, then any number of:
+-- period (0: all that there are), unit, second, amount.
 
-local windows = {}
-for i = 2, #KEYS do windows[i] = read(KEYS[i]) end -- before any write, so that a foreign key fails the whole call
+local windows, counters, last = {}, {}, #KEYS
+local spend, first
+if ARGV[3] then
+  spend = spending()
+  last, first = struct.unpack('<d', ARGV[3])
+  last = last + 1
+end
+for i = 2, last do windows[i] = read(KEYS[i]) end -- before any write, so that a foreign key fails the whole call
+for i = last + 1, #KEYS do counters[i] = spend.read(KEYS[i]) end
 
 if not redis.call('SET', KEYS[1], 1, 'NX', 'EX', ARGV[1]) then return 0 end
 
-for i = 2, #KEYS do
+for i = 2, last do
   local window = windows[i]
   local place = 1
   while place < #ARGV[2] do
@@ -22,5 +32,14 @@ for i = 2, #KEYS do
     if second > window.second - SLOTS then add(window, second, requests, tokens) end
   end
   write(KEYS[i], window)
+end
+for i = last + 1, #KEYS do
+  local at = first
+  while at < #ARGV[3] do
+    local period, unit, second, amount
+    period, unit, second, amount, at = struct.unpack('<dddd', ARGV[3], at)
+    spend.change(counters[i], unit, period, second, amount)
+  end
+  spend.write(KEYS[i], counters[i])
 end
 return 1

@@ -1,17 +1,22 @@
-"""The port to whatever keeps the limits: one question to admit, one note to settle.
+"""The port to whatever keeps the limits: one question to admit, one note to settle, one to release.
 
 Owns the words that cross it and the size of a window. Adapters: adapters/redis.py (admit.lua, settle.lua) and its
 in-memory twin adapters/memory.py; one contract suite (tests/contract/test_store.py) holds both to the same answers.
 
 A window covers the running second and the 60 before it (``SLOTS`` whole-second slots): whatever 60 seconds one
 looks at lie inside it, so no more than the limit is ever admitted in them, and a slot is given back at most one
-second late (contract section 3, promise 1).
+second late (contract section 3, promise 1). A budget is one counter for each unit and period (core/budget.py). What
+runs at once is counted in leases, which end when they are released, or by themselves when nobody renews them
+(core/lease.py).
+
+What must travel with an admission until it ends: its id, its windows' keys, the second that it was told, what it
+reserved, and which of the keys have budgets and leases (``with_budgets``, ``with_leases``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Final, Protocol, TypeAlias
+from collections.abc import Callable, Iterable
+from typing import Final, Literal, Protocol, TypeAlias
 
 import msgspec
 
@@ -21,29 +26,63 @@ WINDOW: Final = 60
 SLOTS: Final = WINDOW + 1
 #: Seconds for which a settled id is remembered, so that a settlement sent again changes nothing.
 SETTLED_MEMORY: Final = 300
+#: Seconds for which a running request counts without being heard of: the most for which one counts whose gateway died.
+LEASE: Final = 60
+#: Seconds between renewals of what runs: three chances within a lease.
+RENEW: Final = 20
 
 
 class StoreUnavailable(Exception):
     """The store did not answer in time, or answered that it cannot: the policy for that decides."""
 
 
+class Budget(msgspec.Struct, frozen=True, gc=False, cache_hash=True):
+    """What may be spent in one period: ``amount`` is tokens, or whole nano-dollars.
+
+    ``day``, ``week`` (it begins on Monday) and ``month`` are those of the calendar in UTC; a number is a span of so
+    many seconds, the first of which began with 1970. The store's clock says which period runs."""
+
+    amount: int
+    unit: Literal["tokens", "usd"]
+    period: Literal["day", "week", "month"] | int
+
+
 class Window(msgspec.Struct, frozen=True, gc=False, cache_hash=True):
     """One scope's limits as they apply to a request. ``key`` names its counter and ends up in a store key; all keys
     of one user share the hash tag ``{user}``. ``scope`` is for messages (``user 'alice'``). A limit of None is none;
-    usage is counted all the same."""
+    usage of a minute is counted all the same. ``concurrency`` is the most requests that run at once."""
 
     key: str
     scope: str
     rpm: int | None = None
     tpm: int | None = None
+    concurrency: int | None = None
+    budgets: tuple[Budget, ...] = ()
+
+
+def with_budgets(windows: Iterable[Window]) -> int:
+    """Which of the windows have budgets: bit i stands for the window i."""
+    return sum(1 << index for index, window in enumerate(windows) if window.budgets)
+
+
+def with_leases(windows: Iterable[Window]) -> int:
+    """Which of the windows an admission takes a lease of: bit i stands for the window i."""
+    return sum(1 << index for index, window in enumerate(windows) if window.concurrency is not None)
+
+
+def chosen(keys: tuple[str, ...], bits: int) -> tuple[str, ...]:
+    """The keys that ``bits`` speaks of. Bits beyond them mean nothing."""
+    return tuple([key for index, key in enumerate(keys) if bits >> index & 1]) if bits else ()
 
 
 class Admission(msgspec.Struct, frozen=True):
-    """May this request spend 1 request and ``tokens`` tokens in all of ``windows``? ``id`` is the gateway's own."""
+    """May this request spend 1 request, ``tokens`` tokens and ``cost`` nano-dollars in all of ``windows``, and run?
+    ``id`` is the gateway's own."""
 
     id: str
     windows: tuple[Window, ...]
     tokens: int
+    cost: int = 0
 
 
 class Level(msgspec.Struct, frozen=True, gc=False):
@@ -68,38 +107,48 @@ class Admitted(msgspec.Struct, frozen=True, gc=False):
 
 
 class Denied(msgspec.Struct, frozen=True, gc=False):
-    """Nothing was taken. ``window`` is the index of the first window without room, ``kind`` what it lacks (``rpm``
-    before ``tpm``). ``retry_after`` is the seconds after which the same request fits in *every* window if nothing
-    else is sent; None when it is larger than a limit itself (then ``window`` and ``kind`` name that limit)."""
+    """Nothing was taken. ``window`` is the index of the first window without room, ``kind`` what it lacks: ``rpm``,
+    ``tpm``, ``concurrency`` or ``budget``, asked in this order. ``retry_after`` is the seconds after which the same
+    request fits in *every* window if nothing else is sent (for concurrency, whose end nobody knows, an estimate); None
+    when it is larger than a limit itself (then ``window`` and ``kind`` name that limit). ``budget`` is the index among
+    the window's budgets, ``used`` what was spent of it, or how many requests run; 0 for ``rpm`` and ``tpm``."""
 
     window: int
     kind: str
     retry_after: float | None
     levels: tuple[Level, ...]
+    budget: int = 0
+    used: int = 0
 
 
 class Settlement(msgspec.Struct, frozen=True):
     """Correct what an admission took, once for each ``id`` however often it is sent.
 
-    ``requests`` and ``tokens`` are differences. What is negative goes back to ``second``, the second of the
-    admission, and only while that second is still in the window (a slot never falls below zero); what is positive is
-    charged to the running second. ``keys`` are the windows' keys."""
+    ``requests``, ``tokens`` and ``cost`` (nano-dollars) are differences. What is negative goes back to ``second``, the
+    second of the admission, and only while that second is still in the window, or in the budget's running period
+    (neither falls below zero); what is positive is charged to the running second and period. ``keys`` are the windows'
+    keys, ``budgets`` says which of them have budgets (``with_budgets``): tokens and cost go to those, too."""
 
     id: str
     keys: tuple[str, ...]
     second: int
     requests: int
     tokens: int
+    cost: int = 0
+    budgets: int = 0
 
 
 class Merge(msgspec.Struct, frozen=True):
     """What was admitted elsewhere while the store was away, to be counted once for each ``id`` in the window ``key``.
 
-    ``spent`` holds ``(second, requests, tokens)`` in the store's seconds; what has left the window is not counted."""
+    ``spent`` holds ``(second, requests, tokens)`` in the store's seconds; what has left the window is not counted.
+    ``budgets`` holds ``(unit, period, second, amount)``, the period as core/budget.py codes it; what belongs to a
+    period that is gone is not counted."""
 
     id: str
     key: str
     spent: tuple[tuple[int, int, int], ...]
+    budgets: tuple[tuple[str, int, int, int], ...] = ()
 
 
 class Pulse(msgspec.Struct, frozen=True):
@@ -139,8 +188,18 @@ class Store(Protocol):
         it arrived, within a bound."""
         ...
 
+    def release(self, id: str, keys: tuple[str, ...]) -> None:
+        """The admission ``id`` no longer runs: end its leases of ``keys``, those of its windows that limit concurrency
+        (``chosen``, ``with_leases``). Delivered like a settlement; a lease that is not there changes nothing."""
+        ...
+
+    def renew(self, leases: Iterable[tuple[str, tuple[str, ...]]]) -> None:
+        """These ids still run (``release`` says with which keys): their leases last ``LEASE`` seconds from now. Returns
+        at once and is not sent again. A lease that is not there (any more) stays so."""
+        ...
+
     async def flush(self) -> None:
-        """Send every noted settlement now; used when the process ends."""
+        """Send every noted settlement and release now; used when the process ends."""
         ...
 
     async def close(self) -> None:

@@ -1,22 +1,27 @@
 """What the limits' scripts are asked and what they answer: core/store.py's words as calls of admit.lua and its kin.
 
 Owns the names of keys and the order of arguments. Promises that a call of a request costs one lookup and one
-formatting: what follows from who asks is remembered packed. Leaves out the protocol beneath (wire/resp.py), the
-scripts' text and sending (adapters/redis.py).
+formatting: what follows from who asks is remembered packed, and windows without budgets and concurrency are asked for
+as if there were none. Leaves out the protocol beneath (wire/resp.py), the scripts' text and sending
+(adapters/redis.py).
 
 Keys, under the configured prefix and the schema version, all with the hash tag of the (first) window:
-``gw:1:{alice}:*`` a window, ``gw:1:{alice}:a:ID`` the mark of an admission, ``gw:1:{alice}:s:ID`` the mark of a
-settled id; and ``gw:1:gateways``. Each has a time to live.
+``gw:1:{alice}:*`` a window, ``gw:1:b:{alice}:*`` its budgets' counters, ``gw:1:c:{alice}:*`` its leases,
+``gw:1:{alice}:a:ID`` the mark of an admission, ``gw:1:{alice}:s:ID`` the mark of a settled id; and ``gw:1:gateways``.
+Each has a time to live. A window's own key begins with its tag, so none is taken for another's.
 """
 
 from __future__ import annotations
 
 import hashlib
 import struct
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import Final
 
+from gateway_extproc.core.budget import EXACT, coded, reachable
 from gateway_extproc.core.store import (
+    LEASE,
     SETTLED_MEMORY,
     Admission,
     Admitted,
@@ -28,6 +33,9 @@ from gateway_extproc.core.store import (
     Settlement,
     StoreUnavailable,
     Window,
+    chosen,
+    with_budgets,
+    with_leases,
 )
 from gateway_extproc.core.window import MOST, clamped
 
@@ -48,36 +56,62 @@ _HEAD: Final = struct.Struct("<BBBd")
 _LEVEL: Final = struct.Struct("<dddd")
 _DOUBLE: Final = struct.Struct("<d")
 _CHANGE: Final = struct.Struct("<ddd")
-_KINDS: Final = ("rpm", "tpm")
+_COUNT: Final = struct.Struct("<dddd")
+_TAIL: Final = struct.Struct("<Bd")
+_KINDS: Final = ("rpm", "tpm", "concurrency", "budget")
+#: What a denial tells of beside the windows' levels, from this kind on.
+_TAILED: Final = _KINDS.index("concurrency")
+_UNITS: Final = {"tokens": 0, "usd": 1}
+#: Instead of a budget's period: every one that is counted.
+_EVERY: Final = 0
 _ADMITTED: Final = 1
 _DENIED: Final = 0
 _MEMORY: Final = b"%d" % SETTLED_MEMORY
+#: Leases in one call that renews them: about a millisecond of Redis's time.
+RENEWED_AT_ONCE: Final = 256
 
 
 class Scripts:
     """The calls. ``prefix`` goes before every key; the others are the scripts' texts."""
 
-    def __init__(self, prefix: str, *, admit: bytes, settle: bytes, undo: bytes, beat: bytes) -> None:
+    def __init__(self, prefix: str, *, admit: bytes, settle: bytes, undo: bytes, renew: bytes, beat: bytes) -> None:
         self._prefix = f"{prefix}{SCHEMA}:".encode()
-        self._admit, self._settle, self._undo, self._beat = map(_digest, (admit, settle, undo, beat))
+        scripts = admit, settle, undo, renew, beat
+        self._admit, self._settle, self._undo, self._renew, self._beat = map(_digest, scripts)
         #: What makes Redis know the scripts.
-        self.loads: Final = [command(b"SCRIPT", b"LOAD", text) for text in (admit, settle, undo, beat)]
+        self.loads: Final = [command(b"SCRIPT", b"LOAD", text) for text in scripts]
         self._places = lru_cache(maxsize=REMEMBERED)(self._find_places)
         self._limits = lru_cache(maxsize=REMEMBERED)(self._pack_limits)
 
     def admit(self, admission: Admission) -> bytes:
         """May this be taken? ``decision`` reads the answer."""
-        head, mark, windows, limits = self._limits(admission.windows)
+        head, mark, windows, limits, more = self._limits(admission.windows)
         name = admission.id.encode()
         tokens = _DOUBLE.pack(_tokens(admission))
-        return b"%b$%d\r\n%ba:%b\r\n%b%b%b\r\n" % (head, len(mark) + 2 + len(name), mark, name, windows, tokens, limits)
+        asked = b"%b$%d\r\n%ba:%b\r\n%b%b%b\r\n" % (
+            head, len(mark) + 2 + len(name), mark, name, windows, tokens, limits,
+        )  # fmt: skip
+        if more is None:
+            return asked
+        cost = _DOUBLE.pack(_cost(admission))
+        return b"%b$%d\r\n%b%b\r\n%b" % (asked, len(cost) + len(more), cost, more, bulk(name))
 
     def undo(self, admission: Admission) -> bytes:
         """Give back what was or will be taken for it, if anything."""
-        mark, windows = self._places(tuple([window.key for window in admission.windows]))
-        head = evalsha(self._undo, 1 + len(admission.windows), 2)
-        name = bulk(b"%ba:%b" % (mark, admission.id.encode()))
-        return b"%b%b%b%b%b" % (head, name, windows, bulk(b"%d" % _tokens(admission)), bulk(_MEMORY))
+        asked = admission.windows
+        keys = tuple([window.key for window in asked])
+        mark, windows = self._places(keys)
+        leases, counters = chosen(keys, with_leases(asked)), chosen(keys, with_budgets(asked))
+        name = admission.id.encode()
+        words = [bulk(b"%ba:%b" % (mark, name)), windows]
+        words += [bulk(self._leases(key)) for key in leases]
+        words += [bulk(self._counters(key)) for key in counters]
+        words += [bulk(b"%d" % _tokens(admission)), bulk(_MEMORY)]
+        arguments = 2
+        if leases or counters:
+            words += [bulk(_CHANGE.pack(len(keys), len(leases), _cost(admission))), bulk(name)]
+            arguments = 4
+        return evalsha(self._undo, 1 + len(keys) + len(leases) + len(counters), arguments) + b"".join(words)
 
     def settle(self, settlement: Settlement) -> bytes | None:
         """None where there is nothing to correct."""
@@ -87,12 +121,38 @@ class Scripts:
             changes = _CHANGE.pack(settlement.second, min(requests, 0), min(tokens, 0))
         if requests > 0 or tokens > 0:
             changes += _CHANGE.pack(0, max(requests, 0), max(tokens, 0))
+        if settlement.budgets and (tokens or settlement.cost):
+            counts = b"".join(
+                [
+                    _COUNT.pack(_EVERY, _UNITS[unit], settlement.second if amount < 0 else 0, amount)
+                    for unit, amount in (("tokens", tokens), ("usd", min(max(settlement.cost, -EXACT), EXACT)))
+                    if amount
+                ]
+            )
+            return self._correct_all(settlement.id, settlement.keys, changes, settlement.budgets, counts)
         return self._correct(settlement.id, settlement.keys, changes)
 
     def merge(self, merge: Merge) -> bytes | None:
         """None where nothing was spent."""
-        changes = [_CHANGE.pack(second, clamped(requests), clamped(tokens)) for second, requests, tokens in merge.spent]
-        return self._correct(merge.id, (merge.key,), b"".join(changes))
+        changes = b"".join(
+            [_CHANGE.pack(second, clamped(requests), clamped(tokens)) for second, requests, tokens in merge.spent]
+        )
+        if not merge.budgets:
+            return self._correct(merge.id, (merge.key,), changes)
+        counts = [
+            _COUNT.pack(period, _UNITS[unit], second, min(max(amount, 0), EXACT))
+            for unit, period, second, amount in merge.budgets
+        ]
+        return self._correct_all(merge.id, (merge.key,), changes, 1, b"".join(counts))
+
+    def release(self, id: str, key: str) -> bytes:
+        """End a lease of one window."""
+        return command(b"ZREM", self._leases(key), id.encode())
+
+    def renew(self, leases: Iterable[tuple[str, tuple[str, ...]]]) -> list[bytes]:
+        """Calls that lengthen leases, so many at once that none takes long."""
+        pairs = [(self._leases(key), id.encode()) for id, keys in leases for key in keys]
+        return [self._renewed(pairs[at : at + RENEWED_AT_ONCE]) for at in range(0, len(pairs), RENEWED_AT_ONCE)]
 
     def beat(self, gateway: str) -> bytes:
         """``gateway`` lives. ``pulse`` reads the answer."""
@@ -109,6 +169,30 @@ class Scripts:
             head, len(mark) + 2 + len(name), mark, name, windows, len(_MEMORY), _MEMORY, len(changes), changes,
         )  # fmt: skip
 
+    def _correct_all(
+        self, settled: str, keys: tuple[str, ...], changes: bytes, budgets: int, counts: bytes
+    ) -> bytes | None:
+        """The same where counters of some of the keys change, too."""
+        counters = chosen(keys, budgets)
+        if not counters or not counts:
+            return self._correct(settled, keys, changes)
+        mark, windows = self._places(keys)
+        changed = len(keys) if changes else 0
+        words = [bulk(b"%bs:%b" % (mark, settled.encode())), windows if changes else b""]
+        words += [bulk(self._counters(key)) for key in counters]
+        words += [bulk(_MEMORY), bulk(changes), bulk(_DOUBLE.pack(changed) + counts)]
+        return evalsha(self._settle, 1 + changed + len(counters), 3) + b"".join(words)
+
+    def _renewed(self, pairs: Sequence[tuple[bytes, bytes]]) -> bytes:
+        words = [b"EVALSHA", self._renew, b"%d" % len(pairs), *[key for key, _ in pairs], b"%d" % LEASE]
+        return command(*words, *[name for _, name in pairs])
+
+    def _counters(self, key: str) -> bytes:
+        return b"%bb:%b" % (self._prefix, key.encode("utf-8", "surrogatepass"))
+
+    def _leases(self, key: str) -> bytes:
+        return b"%bc:%b" % (self._prefix, key.encode("utf-8", "surrogatepass"))
+
     def _find_places(self, keys: tuple[str, ...]) -> tuple[bytes, bytes]:
         """What a mark's key begins with, which has the first window's hash tag, and the packed keys of the windows."""
         first = keys[0]
@@ -116,29 +200,49 @@ class Scripts:
         windows = b"".join([bulk(self._prefix + key.encode("utf-8", "surrogatepass")) for key in keys])
         return self._prefix + tag.encode("utf-8", "surrogatepass") + b":", windows
 
-    def _pack_limits(self, windows: tuple[Window, ...]) -> tuple[bytes, bytes, bytes, bytes]:
-        """All of an admission's call but its own mark and tokens: what goes before the one, between, and after."""
+    def _pack_limits(self, windows: tuple[Window, ...]) -> tuple[bytes, bytes, bytes, bytes, bytes | None]:
+        """All of an admission's call but its own mark, tokens, cost and id: what goes before the mark, what it begins
+        with, what goes between and after the tokens, and after the cost (None where no window limits more)."""
         mark, keys = self._places(tuple([window.key for window in windows]))
         limits = b"".join([_DOUBLE.pack(_limit(limit)) for window in windows for limit in (window.rpm, window.tpm)])
         numbers = b"$%d\r\n" % (_DOUBLE.size + len(limits))
-        return evalsha(self._admit, 1 + len(windows), 1), mark, keys + numbers, limits
+        others, more = [], [_DOUBLE.pack(LEASE)]
+        for window in windows:
+            if window.concurrency is not None:
+                others.append(bulk(self._leases(window.key)))
+            if window.budgets:
+                others.append(bulk(self._counters(window.key)))
+            more += [_DOUBLE.pack(_limit(window.concurrency)), _DOUBLE.pack(len(window.budgets))]
+            more += [
+                _CHANGE.pack(_UNITS[budget.unit], coded(budget.period), reachable(budget.amount))
+                for budget in window.budgets
+            ]
+        if not others:
+            return evalsha(self._admit, 1 + len(windows), 1), mark, keys + numbers, limits, None
+        head = evalsha(self._admit, 1 + len(windows) + len(others), 3)
+        return head, mark, keys + b"".join(others) + numbers, limits, b"".join(more)
 
 
 def decision(reply: Reply, windows: int) -> Answer:
     """What admit.lua said of so many windows."""
-    if type(reply) is not bytes or len(reply) != _HEAD.size + windows * _LEVEL.size:
+    size = _HEAD.size + windows * _LEVEL.size
+    if type(reply) is not bytes or (len(reply) != size and len(reply) != size + _TAIL.size):
         return StoreUnavailable(reply.reason if isinstance(reply, ReplyError) else UNEXPECTED)
     outcome, index, kind, value = _HEAD.unpack_from(reply)
     levels = tuple(
         [
             Level(int(requests), int(tokens), requests_reset / 1e6, tokens_reset / 1e6)
-            for requests, tokens, requests_reset, tokens_reset in _LEVEL.iter_unpack(reply[_HEAD.size :])
+            for requests, tokens, requests_reset, tokens_reset in _LEVEL.iter_unpack(reply[_HEAD.size : size])
         ]
     )
     if outcome == _ADMITTED:
         return Admitted(int(value), levels)
-    if outcome == _DENIED:
-        return Denied(index, _KINDS[kind], value / 1e6 if value >= 0 else None, levels)
+    if outcome == _DENIED and kind < len(_KINDS) and (kind >= _TAILED) == (len(reply) > size):
+        wait = value / 1e6 if value >= 0 else None
+        if kind < _TAILED:
+            return Denied(index, _KINDS[kind], wait, levels)
+        budget, used = _TAIL.unpack_from(reply, size)
+        return Denied(index, _KINDS[kind], wait, levels, budget, int(used))
     return StoreUnavailable(UNEXPECTED)
 
 
@@ -157,6 +261,10 @@ def pulse(reply: Reply) -> Pulse:
 
 def _tokens(admission: Admission) -> int:
     return min(max(admission.tokens, 0), MOST)
+
+
+def _cost(admission: Admission) -> int:
+    return min(max(admission.cost, 0), EXACT)
 
 
 def _limit(limit: int | None) -> float:

@@ -14,7 +14,8 @@ import hiredis
 
 #: Largest reply that is waited for, in bytes. Ours are below 1 kB; more is somebody else's server.
 MAX_REPLY: Final = 64 * 1024
-#: Heads of script calls kept packed: four scripts, each with as many forms as requests have numbers of windows.
+#: Heads of script calls kept packed: few scripts, each with as many forms as requests have numbers of windows, and of
+#: windows that limit more than a minute.
 HEADS: Final = 64
 
 #: Codes of errors that pass when Redis recovers (redis.io/docs, "Redis serialization protocol", and Valkey's

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager, suppress
 
 import pytest
@@ -259,6 +259,8 @@ class Recorded:
         self.now: Callable[[], float] = time.time
         self.settled: list[Settlement] = []
         self.merged: list[Merge] = []
+        self.released: list[str] = []
+        self.renewed: list[str] = []
         self.flushing: Callable[[], Awaitable[None]] | None = None
 
     def ask(self, admission: Admission, tell: Callable[[Answer], None]) -> None:
@@ -266,6 +268,12 @@ class Recorded:
 
     def settle(self, settlement: Settlement) -> None:
         self.settled.append(settlement)
+
+    def release(self, id: str, keys: tuple[str, ...]) -> None:
+        self.released.append(id)
+
+    def renew(self, leases: Iterable[tuple[str, tuple[str, ...]]]) -> None:
+        self.renewed += [id for id, _ in leases]
 
     def merge(self, merge: Merge) -> None:
         self.merged.append(merge)

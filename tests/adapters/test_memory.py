@@ -51,7 +51,7 @@ def test_at_the_bound_a_new_window_is_refused_and_none_is_forgotten() -> None:
     store = MemoryStore(clock, max_windows=2)
     store.admit_now(asks("{a}:*", "{b}:*", rpm=1))
     assert isinstance(store.admit_now(asks("{a}:*", "{c}:*")), StoreUnavailable)
-    store.charge(["{c}:*"], 1, 1)
+    store.charge(asks("{c}:*"))
     assert store.dropped == 1
     assert isinstance(store.admit_now(asks("{a}:*", rpm=1)), Denied)
     clock.now += SLOTS
@@ -61,8 +61,8 @@ def test_at_the_bound_a_new_window_is_refused_and_none_is_forgotten() -> None:
 def test_what_another_store_admitted_counts_in_its_second() -> None:
     clock = Clock()
     store = MemoryStore(clock)
-    assert store.charge(["{a}:*", "{b}:*"], 1, 10) == int(clock.now)
-    assert store.charge(["{a}:*"], 1, 5, int(clock.now) - 40) == int(clock.now) - 40
+    assert store.charge(asks("{a}:*", "{b}:*", tokens=10)) == int(clock.now)
+    assert store.charge(asks("{a}:*", tokens=5), int(clock.now) - 40) == int(clock.now) - 40
     assert (counted(store, "{a}:*"), counted(store, "{b}:*")) == ((2, 15), (1, 10))
     clock.now += 30
     assert counted(store, "{a}:*") == (1, 10)
