@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -54,8 +55,12 @@ def add_commands(commands: Any) -> None:
     get.add_argument("name")
     put = users.add_parser("set", parents=[common], help="make a user, or change what is given")
     put.add_argument("name")
-    for limit in ("rpm", "tpm"):
-        put.add_argument(f"--{limit}", type=_limit, help="a whole number, or 'none'")
+    for limit in _LIMITS:
+        put.add_argument(f"--{limit}", type=_limit, metavar="N", help="a whole number, or 'none'")
+    put.add_argument(
+        "--budget", type=_budget, action="append", dest="budgets", metavar="BUDGET",
+        help="such as 5usd/month, 2000000tokens/day or 1usd/5h, or 'none'; may be repeated",
+    )  # fmt: skip
     put.add_argument("--team", help="a team of the configuration file, or 'none'")
     put.add_argument("--models", type=_list, metavar="PATTERN,…", help="models that may be used, or 'all'")
     able = put.add_mutually_exclusive_group()
@@ -120,7 +125,9 @@ def _get_user(args: argparse.Namespace) -> None:
 
 
 def _set_user(args: argparse.Namespace) -> None:
-    given = {name: getattr(args, name) for name in ("rpm", "tpm", "team", "models", "disabled")}
+    given = {name: getattr(args, name) for name in (*_LIMITS, "budgets", "team", "models", "disabled")}
+    if given["budgets"] is not None:
+        given["budgets"] = [budget for budget in given["budgets"] if budget != _NONE]
     changes = {name: None if value == _NONE else value for name, value in given.items() if value is not None}
     try:
         user = _ask(args, "PATCH", _path("users", args.name), changes)
@@ -171,6 +178,8 @@ _ACTIONS: Final = {
 
 #: What takes a field away.
 _NONE: Final = "none"
+_LIMITS: Final = ("rpm", "tpm", "concurrency")
+_BUDGET: Final = re.compile(r"([0-9]+(?:\.[0-9]+)?)(usd|tokens)/(\w+)")
 _UNITS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 
 
@@ -180,6 +189,16 @@ def _limit(text: str) -> int | str:
     if not (text.isascii() and text.isdigit()):
         raise argparse.ArgumentTypeError(f"expected a whole number or '{_NONE}', got {text!r}")
     return int(text)
+
+
+def _budget(text: str) -> dict[str, Any] | str:
+    if text == _NONE:
+        return text
+    found = _BUDGET.fullmatch(text)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"expected a budget such as 5usd/month or '{_NONE}', got {text!r}")
+    amount, unit, period = found.groups()
+    return {"amount": float(amount) if "." in amount else int(amount), "unit": unit, "period": period}
 
 
 def _list(text: str) -> list[str] | str:

@@ -101,7 +101,8 @@ class Administration:
     def _renew(self) -> None:
         config = self._config
         teams = {team.name: team for team in config.teams}
-        self.directory = Directory(self._users, teams, config.limits.default, self._keys, self._pepper)
+        models = {name: model.limits for name, model in config.models.items() if model.limits is not None}
+        self.directory = Directory(self._users, teams, config.limits.default, self._keys, self._pepper, models)
         self._on_change()
 
     # --- following the records ----------------------------------------------------------------------------------------
@@ -227,7 +228,7 @@ class Administration:
         return Shown(self._shown(user), version_of(document), made=before is None)
 
     def _shown(self, user: User) -> dict[str, Any]:
-        shown: dict[str, Any] = msgspec.to_builtins(user)
+        shown: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(user))
         shown["source"] = "file" if user.name in self._fixed else "store"
         return shown
 

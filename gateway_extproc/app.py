@@ -36,15 +36,16 @@ from .adapters.redis import RedisStore
 from .adapters.scrape import Poller
 from .adapters.siblings import Siblings
 from .administration import Administration
-from .config import Config, ConfigError, PodConfig, load, masked
+from .config import Config, ConfigError, PodConfig, PriceConfig, load, masked
 from .core.account import Ledger
 from .core.address import is_ip, join_address, split_address
 from .core.directory import Directory
 from .core.events import Outcome
 from .core.fleet import TLS, Fleet, PodSpec
+from .core.price import Price, Prices, nano
 from .core.records import Records
 from .core.session import ModelPolicy, Policy, World
-from .core.store import Settlement, Store
+from .core.store import RENEW, Settlement, Store
 from .services.access_log import AccessLogs
 from .services.extproc import ExtProc
 from .services.health import Health
@@ -100,11 +101,18 @@ def policy_of(config: Config, directory: Directory) -> Policy:
         reserve=config.limits.reserve,
         auth=config.auth.mode,
         directory=directory,
+        prices=Prices({pattern: price_of(price) for pattern, price in config.prices.items()}),
         models={
             name: ModelPolicy(model.strategy or None, model.timeout, model.retries)
             for name, model in config.models.items()
         },
     )
+
+
+def price_of(price: PriceConfig) -> Price:
+    """What the file says in dollars per million tokens. Without a price of their own cached tokens cost as others."""
+    cached = price.input if price.cached_input is None else price.cached_input
+    return Price(nano(price.input), nano(cached), nano(price.output))
 
 
 def spec_of(pod: PodConfig, address: str, host: str, name: str) -> PodSpec:
@@ -157,7 +165,10 @@ class Gateway:
         self.health = Health((extproc.SERVICE, xds.SERVICE))
         room = Room(config.limits.bodies_in_memory)
         self.extproc = ExtProc(self.world, self.store, self, room)
-        ledger = Ledger(self.world.estimates, self.fleet, gateway=f"{self._name}-", clock=time.monotonic)
+        ledger = Ledger(
+            self.world.estimates, self.fleet, gateway=f"{self._name}-", clock=time.monotonic,
+            prices=lambda: self.world.policy.prices,
+        )  # fmt: skip
         self.access_logs = AccessLogs(ledger, self.store.settle, self)
         self.xds = XdsServer(self.fleet, self._resources, config.usage.source)
         self.metrics = Metrics(self._sources())
@@ -264,6 +275,7 @@ class Gateway:
         await self._poller.start()
         self._configure_pods()
         self._tasks.append(asyncio.create_task(self._follow_fleet(), name="follow the fleet"))
+        self._tasks.append(asyncio.create_task(self._renew(), name="renew leases"))
         if self._file is not None:
             self._tasks.append(asyncio.create_task(self._follow_file(), name="follow the file"))
         log.info("started", grpc=config.listen.grpc, http=config.listen.http, version=__version__)
@@ -394,6 +406,11 @@ class Gateway:
 
     def _store_ready(self) -> bool:
         return not isinstance(self.store, GuardedStore) or self.store.ready
+
+    async def _renew(self) -> None:
+        while True:
+            await asyncio.sleep(RENEW)
+            self.extproc.renew()
 
     # --- the configuration file --------------------------------------------------------------------------------------
 

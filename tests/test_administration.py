@@ -21,6 +21,7 @@ from gateway_extproc.core.identify import identify
 from gateway_extproc.core.keys import Key
 from gateway_extproc.core.records import ANY, NONE, Records, RecordsUnavailable
 from gateway_extproc.core.refusal import Refusal, Refused
+from gateway_extproc.core.store import Budget
 from tests.valkey import Valkey
 
 DEADLINE = 10.0
@@ -107,9 +108,10 @@ async def test_a_user_is_made_read_changed_and_deleted(one: Gateway) -> None:
     its = one.its
     made = await its.put("alice", {"rpm": 5, "team": "research", "models": ["m*"], "per_model": {"m": {"tpm": 3}}})
     assert made.made
-    assert made.user == {
-        "name": "alice", "rpm": 5, "tpm": None, "team": "research", "models": ("m*",),
-        "per_model": {"m": {"rpm": None, "tpm": 3}}, "disabled": False, "source": "store",
+    none: dict[str, Any] = {"rpm": None, "tpm": None, "concurrency": None, "budgets": []}
+    assert made.user == none | {
+        "name": "alice", "rpm": 5, "team": "research", "models": ["m*"], "per_model": {"m": none | {"tpm": 3}},
+        "disabled": False, "source": "store",
     }  # fmt: skip
     assert (await its.user("alice")) == administration.Shown(made.user, made.version)
     assert one.rpm("alice") == 5
@@ -133,7 +135,8 @@ async def test_what_is_read_may_be_written_back(one: Gateway) -> None:
 async def test_a_patch_reaches_into_objects(one: Gateway) -> None:
     await one.its.put("alice", {"per_model": {"a": {"rpm": 1, "tpm": 2}, "b": {"rpm": 3}}})
     changed = await one.its.patch("alice", {"per_model": {"a": {"rpm": None}, "b": None, "c": {"tpm": 4}}})
-    assert changed.user["per_model"] == {"a": {"rpm": None, "tpm": 2}, "c": {"rpm": None, "tpm": 4}}
+    kept = {model: (limits["rpm"], limits["tpm"]) for model, limits in changed.user["per_model"].items()}
+    assert kept == {"a": (None, 2), "c": (None, 4)}
 
 
 async def test_users_of_the_file_come_first_and_are_not_changed_here(one: Gateway) -> None:
@@ -163,6 +166,20 @@ async def test_users_of_the_file_come_first_and_are_not_changed_here(one: Gatewa
         ({"models": [1]}, "models[0]", "text"),
         ({"per_model": {"m": {"rpm": -1}}}, "per_model.m.rpm", "whole number"),
         ({"disabled": "yes"}, "disabled", "true or false"),
+        ({"concurrency": -1}, "concurrency", "whole number"),
+        ({"budgets": {}}, "budgets", "expected a list"),
+        ({"budgets": [{"amount": 1, "unit": "usd"}]}, "budgets[0]", "'period' is missing"),
+        ({"budgets": [{"amount": -1, "unit": "usd", "period": "day"}]}, "budgets[0].amount", "a number from 0"),
+        ({"budgets": [{"amount": 1.5, "unit": "tokens", "period": "day"}]}, "budgets[0].amount", "whole tokens"),
+        ({"budgets": [{"amount": 10**9, "unit": "usd", "period": "day"}]}, "budgets[0].amount", "dollars"),
+        ({"budgets": [{"amount": 1, "unit": "eur", "period": "day"}]}, "budgets[0].unit", "tokens"),
+        ({"budgets": [{"amount": 1, "unit": "usd", "period": "year"}]}, "budgets[0].period", "day, week or month"),
+        ({"budgets": [{"amount": 1, "unit": "usd", "period": "100ms"}]}, "budgets[0].period", "from 1s"),
+        (
+            {"per_model": {"m": {"budgets": [{"amount": 0.5, "unit": "tokens", "period": "5h"}]}}},
+            "per_model.m.budgets[0].amount",
+            "whole tokens",
+        ),
         ({"name": "another"}, "name", "path"),
     ],
 )
@@ -170,6 +187,16 @@ async def test_a_wrong_field_is_named(one: Gateway, fields: dict[str, Any], para
     message = await refused(one.its.put("alice", fields), 400, "invalid_value", param)
     assert says in message
     await refused(one.its.user("alice"), 404, "user_not_found")
+
+
+async def test_budgets_are_kept_as_they_were_written(one: Gateway) -> None:
+    budgets = [{"amount": 0.5, "unit": "usd", "period": "month"}, {"amount": 9, "unit": "tokens", "period": "18000s"}]
+    made = await one.its.put("alice", {"budgets": budgets, "concurrency": 4})
+    assert (made.user["budgets"], made.user["concurrency"]) == (budgets, 4)
+    (window,) = one.its.directory.windows("alice", "m")
+    assert window.budgets == (Budget(500_000_000, "usd", "month"), Budget(9, "tokens", 18_000))
+    again = await one.its.patch("alice", {"budgets": [{"amount": 9, "unit": "tokens", "period": "5h"}]})
+    assert again.user["budgets"] == budgets[1:]
 
 
 @pytest.mark.parametrize("fields", [None, [], "x", 1])

@@ -19,13 +19,14 @@ from __future__ import annotations
 from .part import effective_yaml, masked
 from .problems import ConfigError
 from .reader import load, parse, user_of
-from .schema import Config, Listen, PodConfig
+from .schema import Config, Listen, PodConfig, PriceConfig
 
 __all__ = [
     "Config",
     "ConfigError",
     "Listen",
     "PodConfig",
+    "PriceConfig",
     "effective_yaml",
     "load",
     "masked",

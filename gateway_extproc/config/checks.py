@@ -6,9 +6,10 @@ or defined. Promises to say nothing that only follows from a problem already rep
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 from ..core.address import is_loopback, split_address
+from ..core.directory import Limits, User
 from ..core.refusal import quoted
 from .forms import show_duration, show_size
 from .problems import Steps
@@ -28,6 +29,7 @@ def across(config: Config, sound: Sound) -> Found:
         least = show_size(config.limits.max_body_bytes)
         yield ("limits", "bodies_in_memory"), f"bodies_in_memory must be at least max_body_bytes ({least})"
     yield from _users(config, sound)
+    yield from _limits(config)
     yield from _pods(config, sound)
 
 
@@ -59,8 +61,32 @@ def _users(config: Config, sound: Sound) -> Found:
     yield from _twice("teams", [team.name for team in config.teams])
     teams = {team.name for team in config.teams}
     for at, user in enumerate(config.users):
-        if user.team is not None and user.team not in teams and sound(("teams",)):
-            yield ("users", at, "team"), f"there is no team '{quoted(user.team)}' in teams"
+        yield from of_user(user, ("users", at), teams if sound(("teams",)) else None, sound)
+    for at, team in enumerate(config.teams):
+        yield from _budgets(("teams", at), team)
+
+
+def of_user(user: User, where: Steps, teams: Collection[str] | None, sound: Sound) -> Found:
+    """What is wrong with a user's record, which stands at ``where``. ``teams`` None: not known."""
+    yield from _budgets(where, user)
+    for model, limits in user.per_model.items():
+        yield from _budgets((*where, "per_model", model), limits)
+    if user.team is not None and teams is not None and user.team not in teams and sound((*where, "team")):
+        yield (*where, "team"), f"there is no team '{quoted(user.team)}' in teams"
+
+
+def _budgets(where: Steps, limits: Limits) -> Found:
+    for at, budget in enumerate(limits.budgets):
+        if budget.wrong is not None:
+            yield (*where, "budgets", at, "amount"), budget.wrong
+
+
+def _limits(config: Config) -> Found:
+    if config.limits.default is not None:
+        yield from _budgets(("limits", "default"), config.limits.default)
+    for name, model in config.models.items():
+        if model.limits is not None:
+            yield from _budgets(("models", name, "limits"), model.limits)
 
 
 def _pods(config: Config, sound: Sound) -> Found:

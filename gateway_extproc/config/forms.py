@@ -200,6 +200,36 @@ def _strategy(value: object) -> str:
     raise ValueError(f"expected a strategy ({known})")
 
 
+def _number(low: int, high: int) -> Callable[[object], int | float]:
+    def read(value: object) -> int | float:
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            raise ValueError("expected a number")
+        if not low <= value <= high or Decimal(repr(value)) * 10**9 % 1:  # NaN is not within anything
+            raise ValueError(f"expected a number from {low} to {high}, with at most nine decimals")
+        return value
+
+    return read
+
+
+_CALENDAR: Final = ("day", "week", "month")
+
+
+def _period(value: object) -> str:
+    if value in _CALENDAR:
+        return str(value)
+    try:
+        seconds = duration(1, 366 * 86400).read(value)
+    except ValueError as error:
+        raise ValueError(f"{error}; or day, week or month") from None
+    if seconds % 1:
+        raise ValueError("expected whole seconds")
+    return f"{int(seconds)}s"
+
+
+def _show_period(period: str) -> str:
+    return period if period in _CALENDAR else show_duration(int(period.removesuffix("s")))
+
+
 def _matching(pattern: str, expected: str) -> Callable[[object], str]:
     compiled = re.compile(pattern)
 
@@ -235,6 +265,10 @@ NAME: Final = Form("name", _name)
 MODEL: Final = Form("model's name", _name)
 PATTERN: Final = Form("pattern", _some)
 COUNT: Final = whole(0, MAX_COUNT)
+#: A price for a million tokens, or (for a budget) dollars or tokens: to the nano-dollar.
+DOLLARS: Final = Form("number of dollars", _number(0, 1_000_000), plain=True)
+AMOUNT: Final = Form("number", _number(0, MAX_COUNT), plain=True)
+PERIOD: Final = Form("`day`, `week`, `month`, or a duration", _period, show=_show_period)
 LISTENER: Final = address(any_port=True)
 FILE: Final = Form("file", _some, path=True, here=True)
 #: A file that Envoy reads, perhaps on another machine: whether it is there is not ours to say.

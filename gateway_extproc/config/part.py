@@ -16,8 +16,8 @@ from typing import Annotated, Any, Final, Literal, Union, get_args, get_origin
 import msgspec
 import yaml
 
-from ..core.directory import Limits, Team, User
-from .forms import BOOL, COUNT, NAME, PATTERN, TEXT, Form, one_of
+from ..core.directory import Allowance, Limits, Team, User
+from .forms import AMOUNT, BOOL, COUNT, NAME, PATTERN, PERIOD, TEXT, Form, one_of
 
 
 def about(doc: str, form: Form | None = None, *, switch: bool = False) -> msgspec.Meta:
@@ -35,22 +35,34 @@ class Part(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
 #: What the schema says of the fields of core's records, in the words of about().
 _FIELDS: Final[Mapping[tuple[type, str], msgspec.Meta]] = {
-    (Limits, "rpm"): about("Requests in any 60 seconds. Absent: no limit. 0: none at all.", COUNT),
-    (Limits, "tpm"): about("Tokens, prompt and completion, in any 60 seconds. Absent: no limit.", COUNT),
-    (User, "name"): about("The name that the `user` header gives.", NAME),
-    (User, "rpm"): about("Requests in any 60 seconds. Absent: no limit. 0: none at all.", COUNT),
-    (User, "tpm"): about("Tokens, prompt and completion, in any 60 seconds. Absent: no limit.", COUNT),
+    (Allowance, "amount"): about("What may be spent: whole tokens, or dollars.", AMOUNT),
+    (Allowance, "unit"): about("What is counted. Dollars need `prices`."),
+    (Allowance, "period"): about(
+        "When it renews: `day`, `week` and `month` are the calendar's in UTC, a duration such as `5h` is counted from "
+        "1970 on.",
+        PERIOD,
+    ),
+    (User, "name"): about("The name that the `user` header, or a key, gives.", NAME),
     (User, "team"): about("The team, one of `teams`, whose limits hold as well.", NAME),
     (User, "models"): about("Models this user may use: names or patterns such as `llama-*`. Absent: all.", PATTERN),
     (User, "per_model"): about("Further limits on single models, by real name."),
     (User, "disabled"): about("Whether every request of this user is refused."),
     (Team, "name"): about("The name that `users[].team` refers to.", NAME),
-    (Team, "rpm"): about("Requests of all members in any 60 seconds. Absent: no limit.", COUNT),
-    (Team, "tpm"): about("Tokens of all members in any 60 seconds. Absent: no limit.", COUNT),
+    **{
+        (kind, name): meta
+        for kind in (Limits, User, Team)
+        for name, meta in {
+            "rpm": about("Requests in any 60 seconds. Absent: no limit. 0: none at all.", COUNT),
+            "tpm": about("Tokens, prompt and completion, in any 60 seconds. Absent: no limit.", COUNT),
+            "concurrency": about("Requests at once. Absent: no limit.", COUNT),
+            "budgets": about("What may be spent in longer periods. All of them hold."),
+        }.items()
+    },
 }
 
 #: The documentation's words for those records, whose own docstrings speak to programmers.
 RECORDS: Final[Mapping[type, str]] = {
+    Allowance: "What may be spent in a period.",
     Limits: "Limits on requests and tokens.",
     User: "One user's record. It replaces `limits.default` entirely: a limit left out is no limit.",
     Team: "Limits that a team's members share.",
@@ -59,7 +71,8 @@ RECORDS: Final[Mapping[type, str]] = {
 
 class Setting(msgspec.Struct, frozen=True):
     """One field of a part, as reading, printing and documenting see it. ``form`` is what a value (or each, where there
-    are ``many``: ``[]`` a list, ``.*`` a mapping by name) may be; ``part`` the section it is instead."""
+    are ``many``: ``[]`` a list, ``.*`` a mapping by name) may be; ``part`` the section it is instead. ``blank`` is of
+    its type, and stands where there must be a value and none was found."""
 
     name: str
     doc: str
@@ -70,12 +83,14 @@ class Setting(msgspec.Struct, frozen=True):
     required: bool
     default: Any
     switch: bool
+    blank: Any
 
 
 @functools.cache
 def settings(part: type[msgspec.Struct]) -> tuple[Setting, ...]:
-    """The fields of a part, in order."""
-    return tuple(_setting(part, field) for field in msgspec.structs.fields(part))
+    """The fields of a part, in order, those that must be there first."""
+    found = [_setting(part, field) for field in msgspec.structs.fields(part)]
+    return tuple(sorted(found, key=lambda setting: not setting.required))
 
 
 def _setting(part: type, field: msgspec.structs.FieldInfo) -> Setting:
@@ -96,6 +111,7 @@ def _setting(part: type, field: msgspec.structs.FieldInfo) -> Setting:
     return Setting(
         name=field.name, doc=meta.description, form=meta.extra["form"] or by_type, part=inner, many=many,
         optional=optional, required=field.required, default=default, switch=meta.extra["switch"],
+        blank=() if many else get_args(hint)[0] if get_origin(hint) is Literal else 0 if hint in (int, float) else "",
     )  # fmt: skip
 
 

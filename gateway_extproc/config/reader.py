@@ -16,7 +16,7 @@ import msgspec
 
 from ..core.directory import User
 from ..core.refusal import quoted
-from .checks import across
+from .checks import across, of_user
 from .environment import overlay
 from .forms import NAME
 from .part import Setting, settings
@@ -53,16 +53,16 @@ def user_of(name: str, fields: Mapping[str, Any], teams: Collection[str]) -> Use
     """A user's record from the fields of a request, by the same forms and in the same words as the file's. Raises
     ConfigError, whose problems have a path, but no file and no line."""
     reader = _Reader("")
-    found: dict[str, Any] = {}
     try:
-        found = reader.part(User, _node({**fields, "name": name}), (), "users[]")
-        if found.get("team") not in (None, *teams) and reader.sound(("team",)):
-            reader.report(("team",), f"there is no team '{quoted(found['team'])}' in teams")
+        reader.root = _node({**fields, "name": name})
+        user = msgspec.convert(reader.part(User, reader.root, (), "users[]"), User)
+        for path, message in of_user(user, (), teams, reader.sound):
+            reader.report(path, message)
     except Unreadable:
         pass
     if reader.problems:
         raise ConfigError(tuple(reader.problems))
-    return msgspec.convert(found, User)
+    return user
 
 
 def _node(value: Any) -> Node:
@@ -168,7 +168,7 @@ class _Reader:
                 if value is not _WRONG:
                     found[name] = value
             if setting.required:
-                found.setdefault(name, () if setting.many else "")
+                found.setdefault(name, setting.blank)
         self.secrets(part, found, path)
         return found
 

@@ -15,6 +15,7 @@ import msgspec
 
 from ..core.directory import Limits, Team, User
 from .forms import (
+    DOLLARS,
     ENVOY_FILE,
     FILE,
     HEADER,
@@ -40,17 +41,7 @@ from .part import Part, about
 #: Settings that the contract names and this version does not act on, with the reason. They are refused: a limit is
 #: never accepted that is not enforced. ``[]`` is any item, ``*`` any name.
 UNSUPPORTED: Final[Mapping[str, str]] = {
-    "users[].concurrency": "requests at once are not limited yet",
-    "users[].budgets": "budgets are not kept yet",
-    "users[].per_model.*.concurrency": "requests at once are not limited yet",
-    "users[].per_model.*.budgets": "budgets are not kept yet",
-    "teams[].concurrency": "requests at once are not limited yet",
-    "teams[].budgets": "budgets are not kept yet",
-    "limits.default.concurrency": "requests at once are not limited yet",
-    "limits.default.budgets": "budgets are not kept yet",
     "models.*.aliases": "models have one name",
-    "models.*.limits": "limits are per user, user and model, and team",
-    "prices": "money is not counted yet",
 }
 
 
@@ -285,6 +276,17 @@ class ModelConfig(Part, frozen=True, kw_only=True):
         float, about("How long a pod may be silent: to the first byte, and between bytes.", duration(0.01, 86400))
     ] = 300.0
     retries: Annotated[int, about("Further pods tried when one fails before it answers.", whole(0, 10))] = 2
+    limits: Annotated[Limits | None, about("Limits of all its requests together, whoever asks.")] = None
+
+
+class PriceConfig(Part, frozen=True, kw_only=True):
+    """What a model's tokens cost, in dollars per million."""
+
+    input: Annotated[float, about("Tokens of the prompt.", DOLLARS)]
+    output: Annotated[float, about("Tokens of the answer.", DOLLARS)]
+    cached_input: Annotated[
+        float | None, about("Tokens of the prompt that the pod had cached. Absent: as `input`.", DOLLARS)
+    ] = None
 
 
 class Usage(Part, frozen=True, kw_only=True):
@@ -321,5 +323,12 @@ class Config(Part, frozen=True, kw_only=True):
     teams: Annotated[tuple[Team, ...], about("Limits that several users share.")] = ()
     pods: Annotated[tuple[PodConfig, ...], about("The model servers.")] = ()
     models: Annotated[dict[str, ModelConfig], about("Settings of single models.")] = msgspec.field(default_factory=dict)
+    prices: Annotated[
+        dict[str, PriceConfig],
+        about(
+            "Prices by model: its name, or a pattern such as `llama-*`. The name comes first, then the longest "
+            "pattern. Budgets in dollars need them."
+        ),
+    ] = msgspec.field(default_factory=dict)
     usage: Annotated[Usage, about("Where usage is read.")] = Usage()
     logging: Annotated[Logging, about("What is logged.")] = Logging()

@@ -30,6 +30,7 @@ import msgspec
 from .estimate import Estimates
 from .events import Outcome, Settle, Suspect
 from .fleet import Fleet
+from .price import Prices
 from .store import Settlement
 from .usage import Usage, told
 
@@ -59,7 +60,8 @@ class Note(msgspec.Struct, frozen=True, array_like=True, gc=False):
     ``keys`` are its windows', ``second`` the store's in which they took ``tokens`` (both as admitted; no keys: nothing
     was asked). ``pods`` are the addresses of the choices in their order. ``prompt`` and ``output`` are the estimates of
     its tokens, ``answers`` the number of answers that share the output (0: none is generated). ``stream``: events were
-    asked for. ``seen``: a session sees the answer's headers, and reports which pods did not answer."""
+    asked for. ``seen``: a session sees the answer's headers, and reports which pods did not answer. ``cost`` is what
+    was reserved, in nano-dollars, and ``budgets`` says which keys' windows have budgets (store.with_budgets)."""
 
     id: str
     keys: tuple[str, ...]
@@ -76,6 +78,8 @@ class Note(msgspec.Struct, frozen=True, array_like=True, gc=False):
     answers: int
     stream: bool
     seen: bool = False
+    cost: int = 0
+    budgets: int = 0
 
     def written(self) -> str:
         """As it travels."""
@@ -131,7 +135,7 @@ def tried(choices: Sequence[str], upstream: str, details: str) -> Tried:
     return Tried(served, True, Suspect(tuple(choices[:served]), "a retry went to another pod"))
 
 
-def settle(note: Note, end: End, estimates: Estimates) -> Settle:
+def settle(note: Note, end: End, estimates: Estimates, prices: Prices) -> Settle:
     """The end of a request by the rules, and what is learned of it."""
     usage, whole = end.usage, "ok" if end.whole else "cut"
     good = 200 <= (end.status or 0) < 300
@@ -139,31 +143,39 @@ def settle(note: Note, end: End, estimates: Estimates) -> Settle:
         if end.whole and good:
             output = round(usage.completion / note.answers) if note.answers else None
             estimates.learn(note.model, note.prompt_bytes, usage.prompt, output)
-        return closed(note, end, usage, whole)
+        return closed(note, end, usage, whole, prices)
     if not end.taken:
         return _given_back(note, end)
     if end.status is None:
         gone = msgspec.structs.replace(end, status=CLIENT_GONE)
-        return closed(note, gone, Usage(note.prompt, 0), "client_gone", estimated=True)
+        return closed(note, gone, Usage(note.prompt, 0), "client_gone", prices, estimated=True)
     if not good:
-        return closed(note, end, Usage(0, 0), "upstream_error")
+        return closed(note, end, Usage(0, 0), "upstream_error", prices)
     if end.sent is not None:
-        return closed(note, end, Usage(note.prompt, end.sent), whole, estimated=True)
-    return closed(note, end, None, whole, estimated=True)
+        return closed(note, end, Usage(note.prompt, end.sent), whole, prices, estimated=True)
+    return closed(note, end, None, whole, prices, estimated=True)
 
 
-def closed(note: Note, end: End, usage: Usage | None, reason: str, *, estimated: bool = False) -> Settle:
+def closed(
+    note: Note, end: End, usage: Usage | None, reason: str, prices: Prices, *, estimated: bool = False
+) -> Settle:
     """The end of a request that pays ``usage``; None: its reservation is the charge."""
     settlement = None
     if usage is None:
         usage = Usage(note.prompt, note.output)
-    elif note.keys and (difference := usage.prompt + usage.completion - note.tokens):
-        settlement = Settlement(note.id, note.keys, note.second, 0, difference)
+    elif note.keys:
+        difference = usage.prompt + usage.completion - note.tokens
+        # Without budgets nothing was reserved, and nothing is counted.
+        dearer = prices.cost(note.model, usage) - note.cost if note.budgets else 0
+        if difference or dearer:
+            settlement = Settlement(note.id, note.keys, note.second, 0, difference, dearer, note.budgets)
     return Settle(settlement, _outcome(note, end, usage, reason, estimated))
 
 
 def _given_back(note: Note, end: End) -> Settle:
-    settlement = Settlement(note.id, note.keys, note.second, -1, -note.tokens) if note.keys else None
+    settlement = None
+    if note.keys:
+        settlement = Settlement(note.id, note.keys, note.second, -1, -note.tokens, -note.cost, note.budgets)
     return Settle(settlement, _outcome(note, end, Usage(0, 0), "no_pod", False))
 
 
@@ -200,15 +212,19 @@ class Entry(msgspec.Struct, frozen=True, gc=False):
 
 class Ledger:
     """Settles entries, each request once. ``gateway`` is what the ids of this process's own admissions begin with,
-    ``clock`` gives monotonic seconds. Called from the event loop only."""
+    ``clock`` gives monotonic seconds, ``prices`` those in force. Called from the event loop only."""
 
-    __slots__ = ("_clock", "_estimates", "_fleet", "_gateway", "_seen")
+    __slots__ = ("_clock", "_estimates", "_fleet", "_gateway", "_prices", "_seen")
 
-    def __init__(self, estimates: Estimates, fleet: Fleet, *, gateway: str, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, estimates: Estimates, fleet: Fleet, *, gateway: str, clock: Callable[[], float],
+        prices: Callable[[], Prices],
+    ) -> None:  # fmt: skip
         self._estimates = estimates
         self._fleet = fleet
         self._gateway = gateway
         self._clock = clock
+        self._prices = prices
         self._seen: dict[str, None] = {}
 
     def settle(self, entry: Entry) -> tuple[Settle, Suspect | None] | None:
@@ -232,7 +248,8 @@ class Ledger:
         found = tried(note.pods, entry.upstream, entry.details)
         member = self._fleet.member(note.pods[found.served or 0])
         pod = member.spec.name if member is not None else ""
-        settled = settle(note, End(entry.status or None, pod, found.taken, whole, usage, sent), self._estimates)
+        end = End(entry.status or None, pod, found.taken, whole, usage, sent)
+        settled = settle(note, end, self._estimates, self._prices())
         if whole and sent is not None and usage is not None:
             self._estimates.learn_stream(note.model, entry.sent, usage.completion)
         if note.id.startswith(self._gateway):

@@ -7,60 +7,98 @@ them?". A directory is a view of one moment: whatever changes makes a new one. L
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import Final
+from typing import Final, Literal
 
 import msgspec
 
 from .keys import Key, id_of, is_key
-from .store import Window
+from .price import nano
+from .store import Budget, Window
 
 #: Users and models whose windows are remembered, so that a request's are not made anew. Names without a record come
 #: from clients and have no end.
 REMEMBERED: Final = 8192
 
 
+#: Most that a budget's amount may be: in nano-dollars and in tokens exact in a double.
+MOST_DOLLARS: Final = 9_000_000
+MOST_TOKENS: Final = 2**53 - 1
+
+
+class Allowance(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A budget as it is written. ``amount`` is tokens, or dollars; ``period`` is ``day``, ``week`` or ``month``
+    (calendar, UTC), or so many seconds: ``18000s``."""
+
+    amount: int | float
+    unit: Literal["tokens", "usd"]
+    period: str
+
+    @property
+    def wrong(self) -> str | None:
+        """What is wrong with an amount that is right for the other unit."""
+        if self.unit == "tokens":
+            return None if self.amount == int(self.amount) else "expected whole tokens"
+        return None if self.amount <= MOST_DOLLARS else f"expected at most {MOST_DOLLARS} dollars"
+
+    def counted(self) -> Budget:
+        """As the store counts it."""
+        amount = int(self.amount) if self.unit == "tokens" else nano(self.amount)
+        match self.period:
+            case "day" | "week" | "month":
+                return Budget(amount, self.unit, self.period)
+            case seconds:
+                return Budget(amount, self.unit, int(seconds.removesuffix("s")))
+
+
 class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Requests and tokens (prompt + completion) in any 60 seconds; None is no limit."""
+    """Requests and tokens (prompt + completion) in any 60 seconds, requests at once, and what may be spent in longer
+    periods; None is no limit."""
 
     rpm: int | None = None
     tpm: int | None = None
+    concurrency: int | None = None
+    budgets: tuple[Allowance, ...] = ()
+
+    def window(self, key: str, scope: str) -> Window | None:
+        """The window that holds requests to these; None where nothing is limited."""
+        if self.rpm is None and self.tpm is None and self.concurrency is None and not self.budgets:
+            return None
+        budgets = tuple([budget.counted() for budget in self.budgets])
+        return Window(key, scope, self.rpm, self.tpm, self.concurrency, budgets)
 
 
-class User(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class User(Limits, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """One user's record. It replaces ``limits.default`` entirely: a limit left out is no limit.
 
     ``models`` are shell-style patterns of the models this user may use; None is all. ``per_model`` adds limits for
     single models (by real name), on top of the user's own. ``disabled``: every request is refused."""
 
     name: str
-    rpm: int | None = None
-    tpm: int | None = None
     team: str | None = None
     models: tuple[str, ...] | None = None
     per_model: dict[str, Limits] = {}
     disabled: bool = False
 
 
-class Team(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class Team(Limits, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Limits that a team's members share."""
 
     name: str
-    rpm: int | None = None
-    tpm: int | None = None
 
 
 class Directory(msgspec.Struct, frozen=True):
-    """All records by name, keys by id, and what holds for a named user without a record. ``pepper`` is the secret that
-    keys are hashed with."""
+    """All records by name, keys by id, what holds for a named user without a record, and for each model's requests
+    together. ``pepper`` is the secret that keys are hashed with."""
 
     users: Mapping[str, User] = {}
     teams: Mapping[str, Team] = {}
     default: Limits | None = None
     keys: Mapping[str, Key] = {}
     pepper: bytes = b""
-    _known: dict[tuple[str, str], tuple[Window, ...]] = {}
+    models: Mapping[str, Limits] = {}
+    _known: dict[tuple[str | None, str], tuple[Window, ...]] = {}
 
     @classmethod
     def of(cls, users: Iterable[User], teams: Iterable[Team] = (), default: Limits | None = None) -> Directory:
@@ -82,11 +120,11 @@ class Directory(msgspec.Struct, frozen=True):
 
     def may_limit(self, user: str | None) -> bool:
         """Whether any model's windows of this user may hold a limit."""
-        return user is not None and (self.default is not None or user in self.users)
+        return bool(self.models) or (user is not None and (self.default is not None or user in self.users))
 
     def windows(self, user: str | None, model: str) -> tuple[Window, ...]:
-        """The windows a request must fit in, each with at least one limit. No user: none."""
-        if user is None:
+        """The windows a request must fit in, each with at least one limit. No user: none but the model's."""
+        if user is None and not self.models:
             return ()
         found = self._known.get((user, model))
         if found is None:
@@ -95,23 +133,27 @@ class Directory(msgspec.Struct, frozen=True):
             found = self._known[user, model] = self._windows(user, model)
         return found
 
-    def _windows(self, user: str, model: str) -> tuple[Window, ...]:
-        record = self.users.get(user)
+    def _windows(self, user: str | None, model: str) -> tuple[Window, ...]:
+        found = [*self._windows_of(user, model)] if user is not None else []
+        everybody = self.models.get(model)
+        if everybody is not None:
+            found.append(everybody.window(f"{{model:{_tagged(model)}}}:*", f"model '{model}'"))
+        return tuple([window for window in found if window is not None])
+
+    def _windows_of(self, user: str, model: str) -> Iterator[Window | None]:
+        record: Limits | None = self.users.get(user, self.default)
         if record is None:
-            if self.default is None:
-                return ()
-            record = User(name=user, rpm=self.default.rpm, tpm=self.default.tpm)
-        found = []
+            return
         tag = f"{{user:{_tagged(user)}}}"
-        if record.rpm is not None or record.tpm is not None:
-            found.append(Window(f"{tag}:*", f"user '{user}'", record.rpm, record.tpm))
+        yield record.window(f"{tag}:*", f"user '{user}'")
+        if not isinstance(record, User):
+            return
         own = record.per_model.get(model)
-        if own is not None and (own.rpm is not None or own.tpm is not None):
-            found.append(Window(f"{tag}:m:{model}", f"user '{user}' and model '{model}'", own.rpm, own.tpm))
+        if own is not None:
+            yield own.window(f"{tag}:m:{model}", f"user '{user}' and model '{model}'")
         team = self.teams.get(record.team) if record.team is not None else None
-        if team is not None and (team.rpm is not None or team.tpm is not None):
-            found.append(Window(f"{{team:{_tagged(team.name)}}}:*", f"team '{team.name}'", team.rpm, team.tpm))
-        return tuple(found)
+        if team is not None:
+            yield team.window(f"{{team:{_tagged(team.name)}}}:*", f"team '{team.name}'")
 
 
 def _matches(model: str, patterns: Sequence[str]) -> bool:

@@ -204,6 +204,13 @@ class Await(msgspec.Struct, frozen=True):
     """The request is over here; the note in its log entry settles it, at whichever gateway."""
 
 
+class Release(msgspec.Struct, frozen=True):
+    """The admission ``id`` no longer runs: what limits concurrency under ``keys`` is to forget it."""
+
+    id: str
+    keys: tuple[str, ...]
+
+
 class Suspect(msgspec.Struct, frozen=True):
     """Envoy could not get an answer from these addresses: leave them out and probe them now."""
 
@@ -215,4 +222,4 @@ class Leave(msgspec.Struct, frozen=True):
     """End the stream with OK: Envoy goes on without us."""
 
 
-Action = Continue | Ask | Route | Refuse | Answer | Respond | Replace | Settle | Await | Suspect | Leave
+Action = Continue | Ask | Route | Refuse | Answer | Respond | Replace | Settle | Await | Release | Suspect | Leave

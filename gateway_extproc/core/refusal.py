@@ -133,11 +133,15 @@ def unsupported_encoding(encoding: str) -> Refusal:
 
 
 #: What each kind of limit counts, for messages.
-UNITS: Final[Mapping[str, str]] = {"rpm": "requests per minute (rpm)", "tpm": "tokens per minute (tpm)"}
+UNITS: Final[Mapping[str, str]] = {
+    "rpm": "requests per minute (rpm)",
+    "tpm": "tokens per minute (tpm)",
+    "concurrency": "requests at once (concurrency)",
+}
 
 
 def rate_limit_exceeded(kind: str, scope: str, limit: int, used: int, asked: int, retry_after: float) -> Refusal:
-    """A window is full. ``kind`` is ``rpm`` or ``tpm``; ``retry_after`` in seconds."""
+    """A window is full. ``kind`` is one of UNITS; ``retry_after`` in seconds."""
     message = (
         f"Rate limit reached for {scope} on {UNITS[kind]}: limit {limit}, used {used}, requested {asked}. "
         f"Please try again in {_milliseconds(retry_after) / 1000:.3f}s."
@@ -154,6 +158,23 @@ def request_exceeds_limit(kind: str, scope: str, limit: int, asked: int) -> Refu
     return Refusal(
         status=429, type="rate_limit_error", code="request_exceeds_limit", message=message, retry=False, reason=kind
     )
+
+
+def insufficient_quota(scope: str, budget: str, used: str, asked: str, retry_after: float | None) -> Refusal:
+    """A budget has no room. ``budget``, ``used`` and ``asked`` are amounts for people; ``retry_after`` in seconds,
+    until the budget renews (None: it never has room for such a request)."""
+    message = f"The budget of {scope} has no room: {budget}, used {used}, requested {asked}."
+    if retry_after is not None:
+        message += f" It renews in {math.ceil(retry_after)}s."
+    return Refusal(
+        status=429, type="insufficient_quota", code="insufficient_quota", message=message, retry_after=retry_after,
+        retry=False, reason="budget",
+    )  # fmt: skip
+
+
+def price_unknown(model: str) -> Refusal:
+    message = f"The model '{quoted(model)}' has no price, which a budget in dollars needs."
+    return Refusal(status=403, type="permission_error", code="price_unknown", message=message, param="model")
 
 
 def internal_error(reason: str = "") -> Refusal:

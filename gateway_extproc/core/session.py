@@ -38,6 +38,7 @@ from .events import (
     Outcome,
     Oversized,
     Refuse,
+    Release,
     Replace,
     RequestBody,
     RequestHeaders,
@@ -57,8 +58,9 @@ from .keys import PREFIX as KEY_PREFIX
 from .keys import Key
 from .parse import Body, Kind, Request, ask_for_usage, parse_request, route_of
 from .parse import Route as Target
+from .price import Prices, dollars
 from .refusal import Refusal, Refused
-from .store import Admission, Admitted, Denied, Level, Settlement, Window
+from .store import Admission, Admitted, Denied, Level, Settlement, Window, chosen, with_budgets, with_leases
 from .usage import JsonUsage, SseUsage, Usage
 
 
@@ -80,6 +82,7 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True):
     reserve: Reserve = "expected"
     auth: Mode = "optional"
     directory: Directory = Directory()
+    prices: Prices = Prices()
     models: Mapping[str, ModelPolicy] = {}
 
     def model(self, name: str) -> ModelPolicy:
@@ -286,12 +289,19 @@ class Session:
         for window in windows:
             if window.tpm is not None and (tightest is None or window.tpm < tightest):
                 tightest = window.tpm
-        self._strip = (
-            request.stream and not request.include_usage and self._target.may_ask_usage and tightest is not None
-        )
+        spends = with_budgets(windows)
+        counted = tightest is not None or spends  # somebody's tokens are limited
+        self._strip = bool(request.stream and not request.include_usage and self._target.may_ask_usage and counted)
         if self._strip or self._carry:  # it is needed again once the question is answered
             self._parts.append(body)
-        admission = self._admission = Admission(world.new_id(), windows, self._estimate(request, tightest))
+        tokens = self._estimate(request, tightest)
+        cost = 0
+        if spends:
+            if policy.prices.of(model) is not None:
+                cost = policy.prices.cost(model, Usage(self._prompt, tokens - self._prompt))
+            elif any(budget.unit == "usd" for window in windows for budget in window.budgets):
+                return self._refuse(refusals.price_unknown(model))
+        admission = self._admission = Admission(world.new_id(), windows, tokens, cost)
         if windows:
             self._state = _State.ASKING
             return [Ask(admission)]
@@ -317,11 +327,17 @@ class Session:
     def _on_denied(self, event: Denied) -> list[Action]:
         window = self._windows[event.window]
         level = event.levels[event.window] if event.window < len(event.levels) else Level(0, 0, 0.0, 0.0)
-        assert self._admission is not None
+        admission = self._admission
+        assert admission is not None
+        if event.kind == "budget":
+            refused = _over_budget(window, event, admission)
+            return self._refuse(refused, limit_headers(self._windows, event.levels))
         if event.kind == "rpm":
             limit, used, asked = window.rpm or 0, level.requests, 1
+        elif event.kind == "concurrency":
+            limit, used, asked = window.concurrency or 0, event.used, 1
         else:
-            limit, used, asked = window.tpm or 0, level.tokens, self._admission.tokens
+            limit, used, asked = window.tpm or 0, level.tokens, admission.tokens
         if event.retry_after is None:
             refused = refusals.request_exceeds_limit(event.kind, window.scope, limit, asked)
         else:
@@ -394,6 +410,8 @@ class Session:
             request.n * request.prompts if self._target.generates else 0,
             request.stream,
             self._shown,
+            admission.cost,
+            with_budgets(admission.windows),
         )
 
     def _header_changes(self, lease: Lease, note: Note) -> tuple[dict[str, bytes], tuple[str, ...]]:
@@ -502,7 +520,7 @@ class Session:
         self._parts.clear()
         self._state = _State.OVER
         over = Settle(self._given_back(), self._outcome(refused.reason or refused.code))
-        return [Refuse(refused, dict(headers or {}), self._target.anthropic), over]
+        return [Refuse(refused, dict(headers or {}), self._target.anthropic), over, *self._runs_no_more()]
 
     def _list_models(self, wanted: str) -> list[Action]:
         world = self._world
@@ -530,7 +548,7 @@ class Session:
         self._status = CLIENT_GONE if event.how != "failed" else 500
         self._state = _State.CLOSED
         outcome = self._outcome("client_gone" if event.how != "failed" else "internal_error")
-        return [Settle(self._given_back(), outcome)]
+        return [Settle(self._given_back(), outcome), *self._runs_no_more()]
 
     def _on_closed_routed(self, event: Closed) -> list[Action]:
         """Routed, and no answer was seen: the client has gone. Only an Envoy whose configuration is not ours (that one
@@ -565,7 +583,7 @@ class Session:
         self._state = _State.CLOSED
         # The pod's load gets the estimate, which the log's entry corrects.
         lease.release(note.prompt + note.output, self._world.clock())
-        return [Await()]
+        return [Await(), *self._runs_no_more()]
 
     def _on_drain_logged(self, _: Drain) -> list[Action]:
         actions = self._on_closed_logged(Closed("done"))
@@ -588,19 +606,32 @@ class Session:
     def _settle(self, end: End) -> list[Action]:
         """A routed request ends, and pays by the rules."""
         assert self._note is not None
-        return self._over(settle(self._note, end, self._world.estimates))
+        return self._over(settle(self._note, end, self._world.estimates, self._world.policy.prices))
 
     def _reserved(self, reason: str) -> list[Action]:
         """A routed request ends, of which nothing more can be known."""
         assert self._note is not None
-        return self._over(closed(self._note, self._end(whole=False), None, reason, estimated=True))
+        prices = self._world.policy.prices
+        return self._over(closed(self._note, self._end(whole=False), None, reason, prices, estimated=True))
 
     def _over(self, settled: Settle) -> list[Action]:
         assert self._lease is not None
         self._state = _State.CLOSED
         outcome = settled.outcome
         self._lease.release(outcome.prompt_tokens + outcome.output_tokens, self._world.clock())
-        return [settled]
+        return [settled, *self._runs_no_more()]
+
+    @property
+    def running(self) -> tuple[str, tuple[str, ...]] | None:
+        """The admission's id, and the keys of its windows in which it counts as running; None where in none."""
+        admission = self._admission
+        if self._admitted is None or admission is None or not (leases := with_leases(admission.windows)):
+            return None
+        return admission.id, chosen(tuple([window.key for window in admission.windows]), leases)
+
+    def _runs_no_more(self) -> list[Action]:
+        running = self.running
+        return [] if running is None else [Release(*running)]
 
     def _given_back(self) -> Settlement | None:
         """All that was taken, for a request that is not routed."""
@@ -608,7 +639,8 @@ class Session:
         if admission is None or admitted is None:
             return None
         keys = tuple([window.key for window in admission.windows])
-        return Settlement(admission.id, keys, admitted.second, -1, -admission.tokens)
+        budgets = with_budgets(admission.windows)
+        return Settlement(admission.id, keys, admitted.second, -1, -admission.tokens, -admission.cost, budgets)
 
     def _outcome(self, reason: str) -> Outcome:
         """How a request ends that is not routed."""
@@ -634,6 +666,16 @@ class Session:
         if not self._took:
             levels = tuple(_relieved(level, admission.tokens) for level in levels)
         return limit_headers(self._windows, levels)
+
+
+def _over_budget(window: Window, event: Denied, admission: Admission) -> Refusal:
+    budget = window.budgets[event.budget]
+    period = f"{budget.period} s" if isinstance(budget.period, int) else budget.period
+    if budget.unit == "tokens":
+        amount, used, asked = f"{budget.amount} tokens", str(event.used), str(admission.tokens)
+    else:
+        amount, used, asked = (f"${dollars(nano)}" for nano in (budget.amount, event.used, admission.cost))
+    return refusals.insufficient_quota(window.scope, f"{amount} per {period}", used, asked, event.retry_after)
 
 
 def _relieved(level: Level, tokens: int) -> Level:

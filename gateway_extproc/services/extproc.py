@@ -30,6 +30,7 @@ from ..core.events import (
     Outcome,
     Oversized,
     Refuse,
+    Release,
     RequestBody,
     RequestHeaders,
     RequestTrailers,
@@ -104,6 +105,10 @@ class ExtProc:
     def streams(self) -> int:
         """Requests in progress."""
         return len(self.all)
+
+    def renew(self) -> None:
+        """Tell the store what runs and counts as that. To be called every core.store.RENEW seconds."""
+        self.store.renew([running for stream in self.all if (running := stream.running) is not None])
 
     def open(self) -> None:
         """Take up what waits, and whatever comes."""
@@ -219,7 +224,12 @@ class _Stream:
         self._service.ended(self)
         self._carry_out(self._session.feed(Closed(self._how or how)))
 
-    # --- what the service tells ---------------------------------------------------------------------------------------
+    # --- what the service tells, and asks -----------------------------------------------------------------------------
+
+    @property
+    def running(self) -> tuple[str, tuple[str, ...]] | None:
+        """See Session.running."""
+        return self._session.running
 
     def drain(self) -> None:
         """Leave, unless something is still to be said; then what says it looks again."""
@@ -307,6 +317,9 @@ class _Stream:
     def _await(self, _: Await) -> None:
         self._service.sink.awaited()
 
+    def _release(self, action: Release) -> None:
+        self._service.store.release(action.id, action.keys)
+
     def _suspect(self, action: Suspect) -> None:
         self._service.sink.suspect(action.addresses, action.why)
 
@@ -377,6 +390,7 @@ _ACTIONS: Final[Mapping[type, Callable[[_Stream, Any], None]]] = {
     Ask: _Stream._ask,
     Settle: _Stream._settle,
     Await: _Stream._await,
+    Release: _Stream._release,
     Suspect: _Stream._suspect,
     Leave: _Stream._leave,
 }

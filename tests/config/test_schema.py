@@ -101,12 +101,7 @@ def test_the_contracts_example_is_refused_for_exactly_what_is_not_supported(fold
         parse(CONTRACT, file=str(folder / "gateway.yaml"))
     assert all("not supported by this version" in each.message for each in caught.value.errors)
     assert [(each.line, each.path) for each in caught.value.errors] == [
-        (13, "users[0].concurrency"),
-        (14, "users[0].budgets"),
-        (17, "teams[0].budgets"),
-        (18, "prices"),
         (25, "models.llama-8b.aliases"),
-        (25, "models.llama-8b.limits"),
         (25, "models.llama-8b.strategy"),
     ]
     assert {each.file for each in caught.value.errors} == {str(folder / "gateway.yaml")}

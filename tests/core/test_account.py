@@ -14,6 +14,7 @@ from gateway_extproc.core.account import CLIENT_GONE, MAX_NOTE, REMEMBERED, End,
 from gateway_extproc.core.estimate import PRIOR_OUTPUT, PRIOR_TOKENS_PER_STREAMED_BYTE, Estimates
 from gateway_extproc.core.events import Outcome, Suspect
 from gateway_extproc.core.fleet import Fleet, PodSpec
+from gateway_extproc.core.price import Prices
 from gateway_extproc.core.store import Settlement
 from gateway_extproc.core.usage import Usage
 
@@ -66,21 +67,21 @@ def paid(found: Any) -> tuple[str, int, int]:
     ids=lambda value: None if isinstance(value, End) else f"{value[0]}{value[1:]}",
 )
 def test_a_request_pays_by_how_it_ended(end: End, expected: tuple[str, int, int]) -> None:
-    assert paid(settle(note(), end, Estimates())) == expected
+    assert paid(settle(note(), end, Estimates(), Prices())) == expected
 
 
 def test_what_is_given_back_goes_to_the_second_and_the_windows_that_it_was_taken_from() -> None:
-    found = settle(note(), End(200, whole=True, usage=Usage(9, 4)), Estimates())
+    found = settle(note(), End(200, whole=True, usage=Usage(9, 4)), Estimates(), Prices())
     assert found.settlement == Settlement("mine-1", ("{user:ann}:*",), SECOND, 0, -97)
 
 
 @pytest.mark.parametrize("end", [End(200, usage=Usage(1, 1)), End(503, taken=False), End(None)])
 def test_a_request_that_took_nothing_changes_nothing(end: End) -> None:
-    assert settle(note(keys=()), end, Estimates()).settlement is None
+    assert settle(note(keys=()), end, Estimates(), Prices()).settlement is None
 
 
 def test_the_outcome_says_who_and_what_and_how() -> None:
-    found = settle(note(), End(200, "pod-1", whole=True, usage=Usage(9, 4)), Estimates())
+    found = settle(note(), End(200, "pod-1", whole=True, usage=Usage(9, 4)), Estimates(), Prices())
     assert found.outcome == Outcome(
         model="m", strategy="random", status=200, reason="ok", user="ann", request_id="r-1", pod="pod-1",
         prompt_tokens=9, output_tokens=4,
@@ -101,27 +102,27 @@ def test_the_outcome_says_who_and_what_and_how() -> None:
 def test_the_outcome_tells_what_was_charged_and_whether_anybody_counted_it(
     end: End, tokens: tuple[int, int], estimated: bool
 ) -> None:
-    outcome = settle(note(), end, Estimates()).outcome
+    outcome = settle(note(), end, Estimates(), Prices()).outcome
     assert (outcome.prompt_tokens, outcome.output_tokens, outcome.estimated) == (*tokens, estimated)
 
 
 def test_a_client_that_left_before_the_answer_is_shown_as_gone() -> None:
-    assert settle(note(), End(None), Estimates()).outcome.status == CLIENT_GONE
+    assert settle(note(), End(None), Estimates(), Prices()).outcome.status == CLIENT_GONE
 
 
 def test_only_a_whole_good_answer_that_told_its_usage_is_learned_from() -> None:
     estimates = Estimates()
     for end in (End(200, usage=Usage(40, 900)), End(500, whole=True, usage=Usage(40, 900)), End(200, whole=True)):
-        settle(note(), end, estimates)
+        settle(note(), end, estimates, Prices())
     assert (estimates.prompt("m", 40), estimates.output("m", None, 1, "expected")) == (10, PRIOR_OUTPUT)
-    settle(note(answers=3), End(200, whole=True, usage=Usage(40, 900)), estimates)
+    settle(note(answers=3), End(200, whole=True, usage=Usage(40, 900)), estimates, Prices())
     assert estimates.prompt("m", 40) == 13
     assert estimates.output("m", None, 1, "expected") == round(PRIOR_OUTPUT + 0.1 * (300 - PRIOR_OUTPUT))
 
 
 def test_the_output_of_a_model_that_generates_none_is_not_learned() -> None:
     estimates = Estimates()
-    settle(note(answers=0), End(200, whole=True, usage=Usage(40, 900)), estimates)
+    settle(note(answers=0), End(200, whole=True, usage=Usage(40, 900)), estimates, Prices())
     assert estimates.output("m", None, 1, "expected") == PRIOR_OUTPUT
 
 
@@ -164,7 +165,7 @@ class Office:
         self.fleet = Fleet()
         self.fleet.configure("file", [PodSpec(address=at, name=f"pod-{at[7]}") for at in (A, B, C)])
         self.estimates = Estimates()
-        self.ledger = Ledger(self.estimates, self.fleet, gateway=gateway, clock=lambda: 1000.0)
+        self.ledger = Ledger(self.estimates, self.fleet, gateway=gateway, clock=lambda: 1000.0, prices=Prices)
 
     def settle(self, entry: Entry) -> tuple[str, int, int]:
         found = self.ledger.settle(entry)

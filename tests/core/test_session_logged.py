@@ -25,6 +25,7 @@ from gateway_extproc.core.events import (
     Settle,
     Suspect,
 )
+from gateway_extproc.core.price import Prices
 from gateway_extproc.core.session import World
 from gateway_extproc.core.store import Level
 from tests.core.playbook import (
@@ -215,7 +216,7 @@ def test_the_entry_settles_what_the_session_took_and_corrects_the_pods_load() ->
     play >> Closed("reset")
     load = view_pod(made, by).load
     assert load.tokens(made.clock()) == 30
-    ledger = Ledger(made.estimates, made.fleet, gateway="id-", clock=made.clock)
+    ledger = Ledger(made.estimates, made.fleet, gateway="id-", clock=made.clock, prices=Prices)
     told = {"usage.prompt_tokens": 9.0, "usage.completion_tokens": 4.0}
     found = ledger.settle(Entry(carried, 200, "via_upstream", address(by), 300, told))
     assert found is not None

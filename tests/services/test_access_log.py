@@ -11,6 +11,7 @@ from gateway_extproc.core.account import Ledger, Note
 from gateway_extproc.core.estimate import Estimates
 from gateway_extproc.core.events import Outcome
 from gateway_extproc.core.fleet import Fleet, PodSpec
+from gateway_extproc.core.price import Prices
 from gateway_extproc.core.store import Settlement
 from gateway_extproc.services.access_log import MAX_BATCH, STREAMS, AccessLogs
 from gateway_extproc.services.rpc import Handler, Status
@@ -45,7 +46,7 @@ class Office:
         self.outcomes: list[Outcome] = []
         self.suspects: list[tuple[tuple[str, ...], str]] = []
         self.arrivals = 0
-        ledger = Ledger(Estimates(), fleet, gateway="mine-", clock=lambda: 0.0)
+        ledger = Ledger(Estimates(), fleet, gateway="mine-", clock=lambda: 0.0, prices=Prices)
         self.logs = AccessLogs(ledger, self.corrected.append, self)
 
     def settled(self, outcome: Outcome, settlement: Settlement | None) -> None:
