@@ -145,6 +145,7 @@ class Session:
         "_admission", "_admitted", "_carry", "_ended", "_headers", "_key", "_lease", "_leaving", "_model", "_node",
         "_note", "_output", "_parts", "_prompt", "_reader", "_refused", "_request", "_shown", "_size", "_state",
         "_status", "_strategy", "_strip", "_target", "_took", "_user", "_windows", "_world", "declared_length",
+        "running",
     )  # fmt: skip
 
     def __init__(self, world: World, node: str = "") -> None:
@@ -177,6 +178,8 @@ class Session:
         self._refused: Refusal | None = None
         #: Bytes of the body still to come, as the client declared them; None where it did not.
         self.declared_length: int | None = None
+        #: While it counts as running: the admission's id, and the keys of its windows that limit concurrency.
+        self.running: tuple[str, tuple[str, ...]] | None = None
 
     def feed(self, event: Event) -> list[Action]:
         """The actions that ``event`` calls for. Raises ProtocolError for an event out of order."""
@@ -322,6 +325,10 @@ class Session:
 
     def _on_admitted(self, event: Admitted) -> list[Action]:
         self._admitted = event
+        admission = self._admission
+        assert admission is not None
+        if leases := with_leases(admission.windows):
+            self.running = admission.id, chosen(tuple([window.key for window in admission.windows]), leases)
         return self._route()
 
     def _on_denied(self, event: Denied) -> list[Action]:
@@ -621,16 +628,8 @@ class Session:
         self._lease.release(outcome.prompt_tokens + outcome.output_tokens, self._world.clock())
         return [settled, *self._runs_no_more()]
 
-    @property
-    def running(self) -> tuple[str, tuple[str, ...]] | None:
-        """The admission's id, and the keys of its windows in which it counts as running; None where in none."""
-        admission = self._admission
-        if self._admitted is None or admission is None or not (leases := with_leases(admission.windows)):
-            return None
-        return admission.id, chosen(tuple([window.key for window in admission.windows]), leases)
-
     def _runs_no_more(self) -> list[Action]:
-        running = self.running
+        running, self.running = self.running, None
         return [] if running is None else [Release(*running)]
 
     def _given_back(self) -> Settlement | None:

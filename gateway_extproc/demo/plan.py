@@ -31,6 +31,8 @@ CONFIGURATION: Final = """\
 # Users and limits of the demo. What changes here is taken up while it runs.
 users:
   - {name: your-user-id, rpm: 20, tpm: 100000}
+prices: # dollars per million tokens
+  "*": {input: 0.15, cached_input: 0.05, output: 0.60}
 logging: {level: warning}
 """
 #: Longest path of a Unix socket, in bytes, on any system (macOS: 104 with the final zero).

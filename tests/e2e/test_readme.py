@@ -73,7 +73,9 @@ RUN_BY = {
     r"gateway-extproc (user|key) (set|get|list|create) .*|gateway-extproc user list": (
         "test_users_and_keys_are_made_as_they_are_typed"
     ),
-    r"gateway-extproc (key revoke ID|user set bob --disable)": "test_users_and_keys_are_made_as_they_are_typed",
+    r"gateway-extproc (key revoke ID|user set bob --(disable|budget 5usd/month))": (
+        "test_users_and_keys_are_made_as_they_are_typed"
+    ),
     # README, "Configuration" and "Run it"
     r"gateway-extproc check --config \S+": "test_the_example_configuration_is_accepted_as_it_stands",
     r"gateway-extproc envoy --config \S+ > \S+": "test_what_the_readme_starts_serves_the_example_configuration",
@@ -172,7 +174,14 @@ def test_links_lead_somewhere(document: str) -> None:
 
 def in_code() -> set[tuple[int, str]]:
     """Status and code of every refusal: those that core makes, and those that Envoy is told to make."""
-    values: dict[str, Any] = {"str": "rpm", "int": 1, "float": 1.0, "str | None": None, "tuple[str, ...]": ()}
+    values: dict[str, Any] = {
+        "str": "rpm",
+        "int": 1,
+        "float": 1.0,
+        "str | None": None,
+        "float | None": None,
+        "tuple[str, ...]": (),
+    }
     made: set[tuple[int, str]] = set()
     for name, function in inspect.getmembers(refusal, inspect.isfunction):
         signature = inspect.signature(function)
@@ -337,6 +346,16 @@ def test_users_and_keys_are_made_as_they_are_typed(demo: Demo, programs: Path, t
     assert key in told[-2]
     assert "bob" in told[-1]
     bearer = {"authorization": f"Bearer {told[1].strip()}"}
+    first = curls()[0].replace("Bearer any_key", bearer["authorization"])
+    refused = curl(first, "127.0.0.1", demo.port, tmp_path)
+    (shown,) = (block for _, block in BLOCK.findall(README) if "insufficient_quota" in block)
+    estimate = re.compile(r"requested \$0\.00[0-9]+")  # smaller, the more was learned
+    said, expected = refused.json["error"], json.loads(shown)["error"]
+    assert estimate.sub("N", said.pop("message")) == estimate.sub("N", expected.pop("message"))
+    assert said == expected
+    (raised,) = (each for each in named_commands(README) if "--budget 5usd" in each)
+    typed(raised)
+    until(lambda: curl(first, "127.0.0.1", demo.port, tmp_path).status == 200, "it is followed", deadline=1.0)
     body = {"model": "your-model-name", "messages": [{"role": "user", "content": "x"}], "max_tokens": 1}
     assert demo.ask(body, **bearer).headers["x-ratelimit-limit-requests"] == "60"
     (revoke,) = (each for each in named_commands(README) if " key revoke " in each)
