@@ -22,7 +22,7 @@ from gateway_extproc.adapters import redis as adapter
 from gateway_extproc.adapters.guarded import GuardedStore
 from gateway_extproc.adapters.memory import MemoryStore
 from gateway_extproc.adapters.redis import RedisStore
-from gateway_extproc.core.budget import DAY, EXACT, KEPT, MONTH, WEEK, bounds, coded
+from gateway_extproc.core.budget import DAY, EXACT, KEPT, MONTH, WEEK, Spending, bounds, coded
 from gateway_extproc.core.store import (
     LEASE,
     Admission,
@@ -844,6 +844,68 @@ async def _follow(there: ValkeyHarness, made: list[tuple[str, Any, int, int]]) -
         held = here.admit_now(Admission("id-look", (Window(key, "", concurrency=0),), 0))
         assert isinstance(held, Denied)
         assert held.used == leases
+
+
+names = st.tuples(st.sampled_from(["tokens", "usd"]), st.sampled_from([DAY, WEEK, MONTH, HOURS_5, 60]))
+changes = st.lists(
+    st.one_of(
+        st.tuples(st.just("merge"), names, st.integers(-10, 2 * DAY), st.integers(-2, 50)),
+        st.tuples(st.just("settle"), st.just(("", 0)), st.integers(-10, 2 * DAY), st.integers(-50, 50)),
+        st.tuples(st.just("take"), names, st.integers(0, 50), st.integers(0, 50)),
+        st.tuples(st.just("advance"), st.just(("", 0)), st.sampled_from([-DAY, -90, 1, 61, HOURS_5, DAY]), st.just(0)),
+    ),
+    max_size=25,
+)
+
+
+def test_valkey_holds_the_counters_that_the_reference_holds(valkey: Valkey) -> None:
+    with asyncio.Runner() as runner:
+
+        async def opened() -> ValkeyHarness:
+            return ValkeyHarness(valkey)
+
+        there = runner.run(opened())
+
+        @settings(max_examples=100, deadline=None)
+        @given(changes)
+        def follow(made: list[tuple[str, tuple[Any, int], int, int]]) -> None:
+            there.clear()
+            runner.run(_count(there, made))
+
+        follow()
+        runner.run(there.close())
+
+
+async def _count(there: ValkeyHarness, made: list[tuple[str, tuple[Any, int], int, int]]) -> None:
+    here, clock = Spending(), there.clock
+    for call, (unit, period), first, amount in made:
+        second = int(clock.now) - first
+        if call == "advance":
+            clock.now += first
+            there.tell()  # keys don't age, so that time may go either way
+        elif call == "take":
+            # A week and a month have no number that one may ask for.
+            budget = Budget(10**12, unit, {WEEK: "week", MONTH: "month"}.get(period, period))  # type: ignore[arg-type]
+            await admitted(there, asks(window(budget), tokens=first, cost=amount))
+            here.take(clock.now, [budget], first, amount)
+        elif call == "merge":
+            there.redis.merge(Merge(f"id-{next(_ids)}", KEY, (), ((unit, period, second, amount),)))
+            here.charge(clock.now, unit, period, second, amount)
+        else:
+            await settled(there, second, amount, -amount)
+            here.settle(clock.now, second, amount, -amount)
+        await there.redis.flush()
+        raw = there.client.get(f"{PREFIX}1:b:{KEY}") or b""
+        found = [
+            (
+                ("tokens", "usd")[entry[0]],
+                int.from_bytes(entry[1:5], "little", signed=True),
+                int.from_bytes(entry[5:9], "little"),
+                int.from_bytes(entry[9:], "little"),
+            )
+            for entry in (raw[at : at + 16] for at in range(0, len(raw), 16))
+        ]
+        assert found == list(here.spent())
 
 
 def test_no_storm_of_requests_leaves_anything_behind(valkey: Valkey) -> None:
