@@ -563,6 +563,20 @@ async def test_what_was_spent_meanwhile_is_corrected_where_it_is_counted(stage: 
     assert await used_here(stage, MONTHLY) == 24
 
 
+async def test_what_an_earlier_outage_spent_is_not_taken_for_what_this_one_does(stage: Stage) -> None:
+    stage.primary.away = True
+    earlier = spends(MONTHLY, cost=20)
+    answer = await taken(stage, earlier)
+    await stage.back()
+    stage.clock += 5
+    stage.primary.away = True
+    await taken(stage, spends(MONTHLY, cost=30))
+    stage.store.settle(Settlement(earlier.id, (KEY,), answer.second, 0, 0, -20, 1))
+    await stage.back()
+    assert [each.budgets[0][3] for each in stage.primary.merged] == [20, 30]
+    assert [(each.id, each.cost, each.budgets) for each in stage.primary.settled] == [(earlier.id, -20, 1)]
+
+
 async def test_an_answer_that_took_long_is_settled_here_too(stage: Stage) -> None:
     stage.primary.ahead = 1000.0
     await until(lambda: stage.store._ahead == 1000.0)

@@ -103,7 +103,7 @@ class ValkeyHarness(Harness):
         self.client.mset({"second": second, "micro": round((self.clock.now - second) * 1e6)})
 
     def move_to(self, now: float) -> None:
-        passed = int(now - self.clock.now)
+        passed = int(now) - int(self.clock.now)
         super().move_to(now)
         self.tell()
         for key in self.client.scan_iter(f"{PREFIX}*") if passed > 0 else ():
@@ -387,6 +387,17 @@ async def test_a_refund_after_the_periods_end_changes_nothing_and_an_excess_is_o
     assert (await used(harness, day), await used(harness, month)) == (9, 24)
 
 
+async def test_an_excess_finds_its_budget_for_an_hour_after_the_period(harness: Harness) -> None:
+    midnight = int(datetime(2024, 2, 16, tzinfo=UTC).timestamp())
+    late = window(usd_of(100), key="{late}:*"), window(usd_of(100), key="{later}:*")
+    answer = await admitted(harness, asks(*late, cost=50))
+    harness.move_to(midnight + KEPT - 1)
+    await settled(harness, answer.second, cost=5, keys=("{late}:*",))
+    harness.move_to(midnight + KEPT)
+    await settled(harness, answer.second, cost=5, keys=("{later}:*",))
+    assert [await used(harness, usd_of(100), each.key) for each in late] == [5, 0]
+
+
 async def test_a_refund_takes_no_budget_below_zero(harness: Harness) -> None:
     answer = await admitted(harness, asks(window(usd_of(100), tokens_of(100)), tokens=50, cost=50))
     await settled(harness, answer.second, -(10**30), -(10**30))
@@ -559,6 +570,15 @@ async def test_thousands_are_renewed_at_once(harness: Harness) -> None:
     await renewed(harness, *((each.id, (each.windows[0].key,)) for each in asked))
     harness.advance(1)
     assert sum([await running(harness, f"{{{number}}}:*") for number in range(7)]) == 2000
+
+
+async def test_leases_that_have_ended_take_no_room(on_valkey: ValkeyHarness) -> None:
+    for _ in range(20):
+        await admitted(on_valkey, asks(window(concurrency=9)))
+        on_valkey.advance(LEASE // 3)
+    assert on_valkey.client.zcard(f"{PREFIX}1:c:{KEY}") == 3
+    on_valkey.advance(LEASE + 1)
+    assert not on_valkey.client.exists(f"{PREFIX}1:c:{KEY}")
 
 
 @pytest.mark.parametrize("concurrency", [0, -3, -(10**40)])
@@ -831,6 +851,7 @@ async def _follow(there: ValkeyHarness, made: list[tuple[str, Any, int, int]]) -
                 here.release(admission.id, lent)
             elif call == "renew":
                 there.store.renew([(admission.id, lent)])
+                await there.redis.ping()  # answered behind it
                 here.renew([(admission.id, lent)])
             elif there.clock.now - second < 60 and admission.id not in undone:
                 undone.add(admission.id)
