@@ -4,7 +4,18 @@ from __future__ import annotations
 
 import asyncio
 
-from gateway_extproc.core.store import Admission, Admitted, Answer, Denied, Settlement, Store, StoreUnavailable
+from gateway_extproc.core.store import (
+    Admission,
+    Admitted,
+    Answer,
+    Denied,
+    Settlement,
+    Store,
+    StoreUnavailable,
+    chosen,
+    with_budgets,
+    with_leases,
+)
 
 
 async def admit(store: Store, admission: Admission) -> Admitted | Denied:
@@ -19,8 +30,10 @@ async def admit(store: Store, admission: Admission) -> Admitted | Denied:
 
     def give_back(answer: Answer) -> None:
         if isinstance(answer, Admitted):
-            keys = tuple(window.key for window in admission.windows)
-            store.settle(Settlement(admission.id, keys, answer.second, -1, -admission.tokens))
+            keys, windows = tuple(window.key for window in admission.windows), admission.windows
+            spent = -1, -admission.tokens, -admission.cost
+            store.settle(Settlement(admission.id, keys, answer.second, *spent, with_budgets(windows)))
+            store.release(admission.id, chosen(keys, with_leases(windows)))
 
     question = store.ask(admission, tell)
     try:

@@ -37,7 +37,6 @@ end
 if ARGV[2] then
   spend = spending()
   last = 1 + (#ARGV[1] - 8) / 16
-  mark_ttl = spend.MEMORY -- what a counter took is worth giving back for longer than a window lasts
   local cost, lease, at = struct.unpack('<dd', ARGV[2])
   local amounts, more, key = {[0] = tokens, [1] = within(cost, 0, spend.EXACT)}, {}, last
 
@@ -61,6 +60,7 @@ if ARGV[2] then
     if count > 0 then
       key = key + 1
       own.key, own.counters = KEYS[key], spend.read(KEYS[key])
+      mark_ttl = spend.MEMORY -- what a counter took is worth giving back for longer than a window lasts
     end
     for index = 0, count - 1 do
       local unit, period, amount

@@ -40,18 +40,21 @@ local function spending()
   end
   own.bounds = bounds
 
+  -- A counter of what is spent from `since` on, with the period that runs: a clock that stepped back stands still.
+  local function count(unit, period, since, used)
+    local start, stop = bounds(period, max(now, since))
+    return {unit = unit, period = period, since = since, used = used, start = start, stop = stop}
+  end
+
   local function runs(counter)
-    return counter.since >= (bounds(counter.period, now))
+    return counter.since >= counter.start
   end
 
   -- The counters under `key`, in their order. Anything else there is an error.
   function own.read(key)
     local raw, counters = redis.call('GET', key) or '', {}
     for place = 1, #raw, WIDTH do
-      local counter = {}
-      counter.unit, counter.period, counter.since, counter.used = struct.unpack(FORM, raw, place)
-      bounds(counter.period, counter.since)
-      counters[#counters + 1] = counter
+      counters[#counters + 1] = count(struct.unpack(FORM, raw, place))
     end
     return counters
   end
@@ -60,8 +63,7 @@ local function spending()
     local entries, stop = {}, now
     for i, counter in ipairs(counters) do
       entries[i] = struct.pack(FORM, counter.unit, counter.period, counter.since, counter.used)
-      local _, ends = bounds(counter.period, counter.since)
-      stop = max(stop, ends)
+      stop = max(stop, runs(counter) and counter.stop or select(2, bounds(counter.period, counter.since)))
     end
     if #entries > 0 then redis.call('SET', key, table.concat(entries), 'EX', stop - now + KEPT) end
   end
@@ -75,8 +77,8 @@ local function spending()
   -- What was spent of a budget in its running period, and when that ends.
   function own.used(counters, unit, period)
     local counter = find(counters, unit, period)
-    local _, ends = bounds(period, counter and max(now, counter.since) or now)
-    return counter and runs(counter) and counter.used or 0, ends
+    if not counter then return 0, select(2, bounds(period, now)) end
+    return runs(counter) and counter.used or 0, counter.stop
   end
 
   -- Spend in the running period, in the budgets' counters and in others that run. Amounts by unit; the new counters.
@@ -86,7 +88,7 @@ local function spending()
       if not find(kept, budget.unit, budget.period) then
         local counter = find(counters, budget.unit, budget.period)
         if not counter or not runs(counter) then
-          counter = {unit = budget.unit, period = budget.period, since = now, used = 0}
+          counter = count(budget.unit, budget.period, now, 0)
         end
         kept[#kept + 1] = counter
       end
@@ -105,17 +107,16 @@ local function spending()
   -- Add what was spent in `second` (0, or one to come: the running one) to a counter, or take from it.
   local function change(counter, second, amount)
     local running = max(now, counter.since)
-    local start = bounds(counter.period, running)
     if amount < 0 then
-      if second >= max(start, counter.since) and second <= running then
+      if second >= max(counter.start, counter.since) and second <= running then
         counter.used = max(counter.used + amount, 0)
       end
       return
     end
     local at = running
     if second ~= 0 then at = math.min(second, running) end
-    if amount == 0 or at < start then return end
-    if counter.since < start then counter.since, counter.used = at, 0 end
+    if amount == 0 or at < counter.start then return end
+    if not runs(counter) then counter.since, counter.used = at, 0 end
     counter.since = math.min(counter.since, at)
     counter.used = math.min(counter.used + amount, EXACT)
   end
@@ -132,7 +133,7 @@ local function spending()
     local counter = find(counters, unit, period)
     if not counter then
       if amount <= 0 or second < (bounds(period, now)) or #counters >= COUNTERS then return end
-      counter = {unit = unit, period = period, since = now, used = 0}
+      counter = count(unit, period, now, 0)
       counters[#counters + 1] = counter
     end
     change(counter, second, amount)

@@ -167,7 +167,7 @@ class Question(Protocol):
 
     def withdraw(self) -> None:
         """Nobody wants the answer any more: it is not told, and what was or will be taken is given back. Once the
-        answer was told this does nothing: what was taken is the caller's to settle."""
+        answer was told this does nothing: what was taken is the caller's to settle and to release."""
         ...
 
 

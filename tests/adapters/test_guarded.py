@@ -13,11 +13,14 @@ from gateway_extproc.adapters import guarded as adapter
 from gateway_extproc.adapters.guarded import GuardedStore
 from gateway_extproc.adapters.memory import MemoryStore
 from gateway_extproc.adapters.redis import RedisStore
+from gateway_extproc.core.budget import DAY, MONTH
 from gateway_extproc.core.store import (
+    LEASE,
     SLOTS,
     Admission,
     Admitted,
     Answer,
+    Budget,
     Denied,
     Merge,
     Pulse,
@@ -256,6 +259,7 @@ class Recorded:
     def __init__(self) -> None:
         self.away = False
         self.ahead = 0.0
+        self.gateways = 1
         self.now: Callable[[], float] = time.time
         self.settled: list[Settlement] = []
         self.merged: list[Merge] = []
@@ -281,7 +285,7 @@ class Recorded:
     async def beat(self, gateway: str) -> Pulse:
         if self.away:
             raise StoreUnavailable("away")
-        return Pulse(1, self.now() + self.ahead)
+        return Pulse(self.gateways, self.now() + self.ahead)
 
     async def flush(self) -> None:
         if self.flushing is not None:
@@ -392,3 +396,244 @@ async def test_the_heartbeat_goes_on_after_every_outage(stage: Stage) -> None:
         stage.primary.away = True
         await until(lambda: stage.store.mode == "local")
         await stage.back()
+
+
+def spends(
+    *budgets: Budget, cost: int = 0, tokens: int = 0, concurrency: int | None = None, name: str = ""
+) -> Admission:
+    window = Window(KEY, "somebody", None, None, concurrency, budgets)
+    return Admission(name or f"g-{next(_ids)}", (window,), tokens, cost)
+
+
+MONTHLY = Budget(100, "usd", "month")
+DAILY = Budget(100, "tokens", "day")
+
+
+async def taken(stage: Stage, admission: Admission) -> Admitted:
+    answer = await admit(stage.store, admission)
+    assert isinstance(answer, Admitted), answer
+    return answer
+
+
+async def lacks(stage: Stage, admission: Admission) -> Denied:
+    answer = await admit(stage.store, admission)
+    assert isinstance(answer, Denied), answer
+    return answer
+
+
+async def used_here(stage: Stage, budget: Budget) -> int:
+    """What this gateway counts of a budget, while the primary is away."""
+    return (await lacks(stage, spends(Budget(0, budget.unit, budget.period)))).used
+
+
+async def running_here(stage: Stage) -> int:
+    return (await lacks(stage, spends(concurrency=0))).used
+
+
+async def shared(stage: Stage, gateways: int) -> None:
+    stage.primary.gateways = gateways
+    await until(lambda: stage.store.gateways == gateways)
+
+
+async def test_local_lets_each_gateway_spend_its_part_less_what_it_admitted_before(stage: Stage) -> None:
+    await shared(stage, 3)
+    for _ in range(2):
+        await taken(stage, spends(MONTHLY, DAILY, cost=10, tokens=5))
+    stage.primary.away = True
+    await taken(stage, spends(MONTHLY, DAILY, cost=10, tokens=23))
+    refusal = await lacks(stage, spends(MONTHLY, DAILY, cost=4))
+    assert (refusal.kind, refusal.budget, refusal.used) == ("budget", 0, 30)
+    refusal = await lacks(stage, spends(MONTHLY, DAILY, tokens=1))
+    assert (refusal.kind, refusal.budget, refusal.used) == ("budget", 1, 33)
+    await taken(stage, spends(MONTHLY, DAILY, cost=3))
+    # A month is long, and what was admitted an hour ago has left every window.
+    stage.clock += 3600
+    assert (await lacks(stage, spends(MONTHLY, cost=1))).used == 33
+
+
+async def test_a_part_of_a_budget_is_at_least_one_and_of_nothing_nothing(stage: Stage) -> None:
+    await shared(stage, 7)
+    stage.primary.away = True
+    await taken(stage, spends(Budget(3, "usd", "day"), cost=1))
+    assert (await lacks(stage, spends(Budget(3, "usd", "day"), cost=1))).retry_after is not None
+    assert (await lacks(stage, spends(Budget(0, "usd", "week")))).retry_after is None
+    assert (await lacks(stage, spends(concurrency=0))).retry_after is None
+
+
+async def test_a_request_larger_than_this_gateways_part_of_a_budget_may_come_again(stage: Stage) -> None:
+    await shared(stage, 2)
+    stage.primary.away = True
+    assert (await lacks(stage, spends(MONTHLY, cost=100))).retry_after == SLOTS
+    assert (await lacks(stage, spends(MONTHLY, cost=101))).retry_after is None
+
+
+async def test_what_runs_is_shared_starting_from_what_this_gateway_runs(stage: Stage) -> None:
+    await shared(stage, 2)
+    first, second = spends(concurrency=7), spends(concurrency=7)
+    await taken(stage, first)
+    await taken(stage, second)
+    stage.store.release(first.id, (KEY,))
+    stage.primary.away = True
+    for _ in range(2):
+        await taken(stage, spends(concurrency=7))
+    refusal = await lacks(stage, spends(concurrency=7))
+    assert (refusal.kind, refusal.used, refusal.retry_after) == ("concurrency", 3, 1.0)
+    stage.store.release(second.id, (KEY,))
+    await taken(stage, spends(concurrency=7))
+    assert stage.primary.released == [first.id, second.id]
+
+
+async def test_a_lease_taken_here_is_none_of_the_primarys(stage: Stage) -> None:
+    theirs, ours = spends(concurrency=9), spends(concurrency=9)
+    await taken(stage, theirs)
+    stage.primary.away = True
+    await taken(stage, ours)
+    leases = [(theirs.id, (KEY,)), (ours.id, (KEY,))]
+    stage.clock += LEASE - 1
+    stage.store.renew(iter(leases))
+    assert stage.primary.renewed == []  # nobody there to hear of it
+    stage.clock += LEASE - 1
+    assert await running_here(stage) == 2
+    await stage.back()
+    stage.store.renew(iter(leases))
+    assert stage.primary.renewed == [theirs.id]
+    for lease, keys in leases:
+        stage.store.release(lease, keys)
+    assert stage.primary.released == [theirs.id]
+    stage.primary.away = True
+    assert await running_here(stage) == 0
+
+
+async def test_leases_taken_here_are_remembered_within_a_bound(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adapter, "MAX_LENT", 2)
+    stage.primary.away = True
+    asked = [spends(concurrency=9) for _ in range(3)]
+    for each in asked:
+        await taken(stage, each)
+    for each in asked:
+        stage.store.release(each.id, (KEY,))
+    assert stage.primary.released == [asked[0].id]
+
+
+async def test_what_was_spent_meanwhile_is_told_once_however_long_it_took(stage: Stage) -> None:
+    stage.primary.ahead = 1000.0
+    stage.primary.away = True
+    await until(lambda: stage.store.mode == "local")
+    began = int(stage.clock)
+    for _ in range(4):
+        await taken(stage, spends(MONTHLY, DAILY, cost=7, tokens=3))
+        stage.clock += 2 * SLOTS
+    stage.primary.away = False
+    await until(lambda: stage.store.mode == "ok")
+    (merge,) = stage.primary.merged
+    assert merge.key == KEY
+    assert merge.budgets == (("usd", MONTH, began + 1000, 28), ("tokens", DAY, began + 1000, 12))
+    stage.primary.away = True
+    await taken(stage, spends(MONTHLY, cost=1))
+    assert await used_here(stage, MONTHLY) == 29
+    await stage.back()
+    assert [each.budgets[0][3] for each in stage.primary.merged] == [28, 1]
+
+
+async def test_what_was_spent_meanwhile_is_corrected_where_it_is_counted(stage: Stage) -> None:
+    """Here before the primary is back, however long ago it was admitted; there afterwards."""
+    stage.primary.away = True
+    asked = [spends(MONTHLY, cost=20, tokens=5) for _ in range(3)]
+    answers = [await taken(stage, each) for each in asked]
+    settlements = [
+        Settlement(each.id, (KEY,), answer.second, 0, 2, -12, 1) for each, answer in zip(asked, answers, strict=True)
+    ]
+    stage.store.settle(settlements[0])
+    stage.clock += 2 * SLOTS
+    await taken(stage, spends())
+    stage.store.settle(settlements[1])
+    # The second has left the window, so the excess of tokens is the primary's to count; the money is still owed.
+    assert [(each.id, each.tokens, each.budgets) for each in stage.primary.settled] == [(asked[1].id, 2, 0)]
+    assert await used_here(stage, MONTHLY) == 36
+    await stage.back()
+    assert [each.budgets[0][3] for each in stage.primary.merged] == [36]
+    began = stage.primary.merged[0].budgets[0][2]
+    stage.clock += 2 * SLOTS
+    for _ in range(2):
+        stage.store.settle(settlements[2])
+    last = stage.primary.settled[-1]
+    assert (len(stage.primary.settled), last.cost, last.budgets) == (2, -12, 1)
+    assert last.second >= began  # so that it finds what was told
+    stage.primary.away = True
+    assert await used_here(stage, MONTHLY) == 24
+
+
+async def test_what_an_earlier_outage_spent_is_not_taken_for_what_this_one_does(stage: Stage) -> None:
+    stage.primary.away = True
+    earlier = spends(MONTHLY, cost=20)
+    answer = await taken(stage, earlier)
+    await stage.back()
+    stage.clock += 5
+    stage.primary.away = True
+    await taken(stage, spends(MONTHLY, cost=30))
+    stage.store.settle(Settlement(earlier.id, (KEY,), answer.second, 0, 0, -20, 1))
+    await stage.back()
+    assert [each.budgets[0][3] for each in stage.primary.merged] == [20, 30]
+    assert [(each.id, each.cost, each.budgets) for each in stage.primary.settled] == [(earlier.id, -20, 1)]
+
+
+async def test_an_answer_that_took_long_is_settled_here_too(stage: Stage) -> None:
+    stage.primary.ahead = 1000.0
+    await until(lambda: stage.store._ahead == 1000.0)
+    asked = spends(MONTHLY, cost=50)
+    answer = await taken(stage, asked)
+    for _ in range(2 * SLOTS):
+        await taken(stage, spends())
+        stage.clock += 1
+    stage.store.settle(Settlement(asked.id, (KEY,), answer.second, 0, 0, -30, 1))
+    stage.primary.away = True
+    assert await used_here(stage, MONTHLY) == 20
+
+
+async def test_admit_counts_budgets_and_what_runs_all_the_same(stage: Stage) -> None:
+    stage.store.change_policy("admit")
+    stage.primary.away = True
+    for _ in range(3):
+        await taken(stage, spends(Budget(1, "usd", "month"), cost=5, concurrency=1))
+    stage.store.change_policy("local")
+    assert (await used_here(stage, MONTHLY), await running_here(stage)) == (15, 3)
+    await stage.back()
+    assert [each.budgets for each in stage.primary.merged] == [(("usd", MONTH, int(stage.clock), 15),)]
+
+
+async def test_budgets_that_find_no_room_to_be_told_later_are_counted(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage.primary.away = True
+    await taken(stage, spends(MONTHLY, cost=1))
+    stage.clock += 2 * SLOTS  # the window goes, the budget stays
+    monkeypatch.setattr(adapter, "MAX_OWED", 1)
+    other = Admission("g-other", (Window("{bob}:*", "", budgets=(MONTHLY,)),), 0, 5)
+    assert (await taken(stage, other)).second == 0
+    assert stage.store.unmerged == 1
+    await stage.back()
+    assert [merge.key for merge in stage.primary.merged] == [KEY]
+
+
+async def test_budgets_and_leases_survive_a_store_that_dies(own_valkey: Valkey) -> None:
+    async with gateway(own_valkey.url) as ours:
+        first = Admission(f"{ours.name}-1", (Window(KEY, "", None, None, 2, (MONTHLY,)),), 0, 60)
+        second = Admission(f"{ours.name}-2", first.windows, 0, 30)
+        assert isinstance(await admit(ours.store, first), Admitted)
+        own_valkey.kill()
+        assert isinstance(await admit(ours.store, second), Admitted)
+        refusal = await admit(ours.store, Admission("x", first.windows, 0, 1))
+        assert isinstance(refusal, Denied)
+        assert (refusal.kind, refusal.used) == ("concurrency", 2)
+        for each in (first, second):
+            ours.store.release(each.id, (KEY,))
+        refusal = await admit(ours.store, Admission("x", first.windows, 0, 11))
+        assert isinstance(refusal, Denied)
+        assert (refusal.kind, refusal.used) == ("budget", 90)
+        own_valkey.start()
+        await until(lambda: ours.store.mode == "ok")
+        # The store lost what it knew; what was admitted meanwhile it is told.
+        await ours.store.flush()
+        refusal = await admit(ours.store, Admission("x", (Window(KEY, "", budgets=(Budget(0, "usd", "month"),)),), 0))
+        assert isinstance(refusal, Denied)
+        assert refusal.used == 30

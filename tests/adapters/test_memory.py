@@ -6,7 +6,18 @@ import pytest
 
 from gateway_extproc.adapters import memory as adapter
 from gateway_extproc.adapters.memory import MemoryStore
-from gateway_extproc.core.store import SLOTS, Admission, Admitted, Denied, Settlement, StoreUnavailable, Window
+from gateway_extproc.core.budget import DAY, KEPT
+from gateway_extproc.core.store import (
+    LEASE,
+    SLOTS,
+    Admission,
+    Admitted,
+    Budget,
+    Denied,
+    Settlement,
+    StoreUnavailable,
+    Window,
+)
 
 
 class Clock:
@@ -92,3 +103,44 @@ def test_settled_ids_are_forgotten_after_five_minutes() -> None:
     assert not store.settle_now(settlement)
     clock.now += 1
     assert store.settle_now(settlement)
+
+
+def spends(key: str, amount: int = 10, cost: int = 1, concurrency: int | None = None) -> Admission:
+    return Admission(key, (Window(key, key, None, None, concurrency, (Budget(amount, "usd", "day"),)),), 0, cost)
+
+
+def test_budgets_outlive_the_windows_and_go_after_their_period() -> None:
+    clock = Clock()
+    store = MemoryStore(clock, max_windows=3)
+    for key in ("{a}:*", "{b}:*", "{c}:*"):
+        assert isinstance(store.admit_now(spends(key)), Admitted)
+    clock.now += SLOTS
+    assert isinstance(store.admit_now(spends("{d}:*")), StoreUnavailable)
+    store.charge(spends("{d}:*"))
+    assert store.dropped == 1
+    refusal = store.admit_now(spends("{a}:*", amount=1))
+    assert isinstance(refusal, Denied)
+    assert refusal.used == 1
+    clock.now += DAY + KEPT
+    assert isinstance(store.admit_now(spends("{d}:*")), Admitted)
+
+
+def test_leases_at_the_bound_are_refused_until_some_have_ended() -> None:
+    clock = Clock()
+    store = MemoryStore(clock, max_windows=2)
+    lends = [Admission(key, (Window(key, key, concurrency=1),), 0) for key in ("{a}:*", "{b}:*", "{c}:*")]
+    assert [isinstance(store.admit_now(each), Admitted) for each in lends] == [True, True, False]
+    clock.now += LEASE + 1
+    assert isinstance(store.admit_now(lends[2]), Admitted)
+
+
+def test_what_another_store_admitted_counts_in_budgets_and_runs() -> None:
+    store = MemoryStore(Clock())
+    store.charge(spends("{a}:*", cost=15, concurrency=1))
+    refusal = store.admit_now(spends("{a}:*", amount=15, concurrency=1))
+    assert isinstance(refusal, Denied)
+    assert (refusal.kind, refusal.used) == ("concurrency", 1)
+    store.release("{a}:*", ("{a}:*",))
+    refusal = store.admit_now(spends("{a}:*", amount=15, concurrency=1))
+    assert isinstance(refusal, Denied)
+    assert (refusal.kind, refusal.used) == ("budget", 15)

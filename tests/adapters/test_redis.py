@@ -575,3 +575,75 @@ async def test_closing_while_a_connection_is_given_up_does_not_disturb_its_end(v
         async with asyncio.timeout(DEADLINE):
             await asyncio.wait([ending])
             await link.closed
+
+
+def lends(rpm: int | None = None, concurrency: int | None = 99) -> Admission:
+    return Admission(f"id-{next(_ids)}", (Window(KEY, "somebody", rpm, None, concurrency),), 0)
+
+
+async def running(store: RedisStore) -> int:
+    answer = await admit(store, lends(concurrency=0))
+    assert isinstance(answer, Denied)
+    return answer.used
+
+
+async def test_a_release_is_sent_until_it_arrived(own_valkey: Valkey) -> None:
+    async with opened(own_valkey.url) as store, opened(own_valkey.url) as other:
+        first, second = lends(), lends()
+        await admit(store, first)
+        await admit(store, second)
+        own_valkey.pause()
+        store.release(first.id, (KEY,))
+        store.release(second.id, (KEY,))
+        with pytest.raises(StoreUnavailable):
+            await admit(store, lends())
+        assert store.pending >= 2
+        own_valkey.resume()
+
+        async def arrived() -> bool:
+            with suppress(StoreUnavailable):
+                return await running(other) == 0
+            return False
+
+        await until(arrived)
+        assert store.dropped == 0
+
+
+async def test_renewing_needs_no_script_that_is_there_and_no_store_either(own_valkey: Valkey) -> None:
+    with own_valkey.client() as client:
+        async with opened(own_valkey.url) as store:
+            lease = lends()
+            await admit(store, lease)
+            client.zincrby(f"gw:1:c:{KEY}", -50, lease.id)
+            before = client.zscore(f"gw:1:c:{KEY}", lease.id)
+            client.script_flush()
+            store.renew([(lease.id, (KEY,))])
+            assert await running(store) == 1
+            after = client.zscore(f"gw:1:c:{KEY}", lease.id)
+            assert isinstance(before, float)
+            assert isinstance(after, float)
+            assert 49 <= after - before <= 60
+            own_valkey.kill()
+            for _ in range(3):
+                store.renew([(lease.id, (KEY,))])
+                with pytest.raises(StoreUnavailable):
+                    await admit(store, lends())
+            assert store.dropped == 0
+
+
+async def test_what_was_admitted_while_its_answer_was_lost_runs_no_longer(valkey: Valkey) -> None:
+    async with Proxy(int(valkey.port)) as proxy, opened(proxy.url) as store, opened(valkey.url) as direct:
+        await admit(store, lends())
+        proxy.lose_answers = True
+        caller = asyncio.ensure_future(admit(store, lends()))
+
+        async def so_many(expected: int) -> bool:
+            with suppress(StoreUnavailable):
+                return await running(direct) == expected
+            return False
+
+        await until(lambda: so_many(2))
+        with pytest.raises(StoreUnavailable):
+            await caller
+        proxy.lose_answers = False
+        await until(lambda: so_many(1))

@@ -22,7 +22,7 @@ from gateway_extproc.adapters import redis as adapter
 from gateway_extproc.adapters.guarded import GuardedStore
 from gateway_extproc.adapters.memory import MemoryStore
 from gateway_extproc.adapters.redis import RedisStore
-from gateway_extproc.core.budget import DAY, EXACT, KEPT, MONTH, WEEK, bounds, coded
+from gateway_extproc.core.budget import DAY, EXACT, KEPT, MONTH, WEEK, Spending, bounds, coded
 from gateway_extproc.core.store import (
     LEASE,
     Admission,
@@ -103,7 +103,7 @@ class ValkeyHarness(Harness):
         self.client.mset({"second": second, "micro": round((self.clock.now - second) * 1e6)})
 
     def move_to(self, now: float) -> None:
-        passed = int(now - self.clock.now)
+        passed = int(now) - int(self.clock.now)
         super().move_to(now)
         self.tell()
         for key in self.client.scan_iter(f"{PREFIX}*") if passed > 0 else ():
@@ -387,6 +387,17 @@ async def test_a_refund_after_the_periods_end_changes_nothing_and_an_excess_is_o
     assert (await used(harness, day), await used(harness, month)) == (9, 24)
 
 
+async def test_an_excess_finds_its_budget_for_an_hour_after_the_period(harness: Harness) -> None:
+    midnight = int(datetime(2024, 2, 16, tzinfo=UTC).timestamp())
+    late = window(usd_of(100), key="{late}:*"), window(usd_of(100), key="{later}:*")
+    answer = await admitted(harness, asks(*late, cost=50))
+    harness.move_to(midnight + KEPT - 1)
+    await settled(harness, answer.second, cost=5, keys=("{late}:*",))
+    harness.move_to(midnight + KEPT)
+    await settled(harness, answer.second, cost=5, keys=("{later}:*",))
+    assert [await used(harness, usd_of(100), each.key) for each in late] == [5, 0]
+
+
 async def test_a_refund_takes_no_budget_below_zero(harness: Harness) -> None:
     answer = await admitted(harness, asks(window(usd_of(100), tokens_of(100)), tokens=50, cost=50))
     await settled(harness, answer.second, -(10**30), -(10**30))
@@ -559,6 +570,15 @@ async def test_thousands_are_renewed_at_once(harness: Harness) -> None:
     await renewed(harness, *((each.id, (each.windows[0].key,)) for each in asked))
     harness.advance(1)
     assert sum([await running(harness, f"{{{number}}}:*") for number in range(7)]) == 2000
+
+
+async def test_leases_that_have_ended_take_no_room(on_valkey: ValkeyHarness) -> None:
+    for _ in range(20):
+        await admitted(on_valkey, asks(window(concurrency=9)))
+        on_valkey.advance(LEASE // 3)
+    assert on_valkey.client.zcard(f"{PREFIX}1:c:{KEY}") == 3
+    on_valkey.advance(LEASE + 1)
+    assert not on_valkey.client.exists(f"{PREFIX}1:c:{KEY}")
 
 
 @pytest.mark.parametrize("concurrency", [0, -3, -(10**40)])
@@ -831,6 +851,7 @@ async def _follow(there: ValkeyHarness, made: list[tuple[str, Any, int, int]]) -
                 here.release(admission.id, lent)
             elif call == "renew":
                 there.store.renew([(admission.id, lent)])
+                await there.redis.ping()  # answered behind it
                 here.renew([(admission.id, lent)])
             elif there.clock.now - second < 60 and admission.id not in undone:
                 undone.add(admission.id)
@@ -844,6 +865,68 @@ async def _follow(there: ValkeyHarness, made: list[tuple[str, Any, int, int]]) -
         held = here.admit_now(Admission("id-look", (Window(key, "", concurrency=0),), 0))
         assert isinstance(held, Denied)
         assert held.used == leases
+
+
+names = st.tuples(st.sampled_from(["tokens", "usd"]), st.sampled_from([DAY, WEEK, MONTH, HOURS_5, 60]))
+changes = st.lists(
+    st.one_of(
+        st.tuples(st.just("merge"), names, st.integers(-10, 2 * DAY), st.integers(-2, 50)),
+        st.tuples(st.just("settle"), st.just(("", 0)), st.integers(-10, 2 * DAY), st.integers(-50, 50)),
+        st.tuples(st.just("take"), names, st.integers(0, 50), st.integers(0, 50)),
+        st.tuples(st.just("advance"), st.just(("", 0)), st.sampled_from([-DAY, -90, 1, 61, HOURS_5, DAY]), st.just(0)),
+    ),
+    max_size=25,
+)
+
+
+def test_valkey_holds_the_counters_that_the_reference_holds(valkey: Valkey) -> None:
+    with asyncio.Runner() as runner:
+
+        async def opened() -> ValkeyHarness:
+            return ValkeyHarness(valkey)
+
+        there = runner.run(opened())
+
+        @settings(max_examples=100, deadline=None)
+        @given(changes)
+        def follow(made: list[tuple[str, tuple[Any, int], int, int]]) -> None:
+            there.clear()
+            runner.run(_count(there, made))
+
+        follow()
+        runner.run(there.close())
+
+
+async def _count(there: ValkeyHarness, made: list[tuple[str, tuple[Any, int], int, int]]) -> None:
+    here, clock = Spending(), there.clock
+    for call, (unit, period), first, amount in made:
+        second = int(clock.now) - first
+        if call == "advance":
+            clock.now += first
+            there.tell()  # keys don't age, so that time may go either way
+        elif call == "take":
+            # A week and a month have no number that one may ask for.
+            budget = Budget(10**12, unit, {WEEK: "week", MONTH: "month"}.get(period, period))  # type: ignore[arg-type]
+            await admitted(there, asks(window(budget), tokens=first, cost=amount))
+            here.take(clock.now, [budget], first, amount)
+        elif call == "merge":
+            there.redis.merge(Merge(f"id-{next(_ids)}", KEY, (), ((unit, period, second, amount),)))
+            here.charge(clock.now, unit, period, second, amount)
+        else:
+            await settled(there, second, amount, -amount)
+            here.settle(clock.now, second, amount, -amount)
+        await there.redis.flush()
+        raw = there.client.get(f"{PREFIX}1:b:{KEY}") or b""
+        found = [
+            (
+                ("tokens", "usd")[entry[0]],
+                int.from_bytes(entry[1:5], "little", signed=True),
+                int.from_bytes(entry[5:9], "little"),
+                int.from_bytes(entry[9:], "little"),
+            )
+            for entry in (raw[at : at + 16] for at in range(0, len(raw), 16))
+        ]
+        assert found == list(here.spent())
 
 
 def test_no_storm_of_requests_leaves_anything_behind(valkey: Valkey) -> None:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from gateway_extproc.core.store import (
     Admission,
     Admitted,
+    Budget,
     Denied,
     Level,
     Merge,
@@ -21,7 +22,7 @@ from gateway_extproc.core.store import (
     Window,
 )
 from gateway_extproc.core.window import MOST
-from gateway_extproc.wire.limits import Scripts, decision, pulse, took
+from gateway_extproc.wire.limits import RENEWED_AT_ONCE, Scripts, decision, pulse, took
 from gateway_extproc.wire.resp import Replies, Reply, ReplyError
 
 SCRIPTS = Scripts("gw:", admit=b"admit", settle=b"settle", undo=b"undo", renew=b"renew", beat=b"beat")
@@ -47,6 +48,33 @@ def test_an_admission_names_its_mark_its_windows_and_their_limits() -> None:
     ]  # fmt: skip
 
 
+def test_a_window_that_limits_more_names_its_leases_and_counters() -> None:
+    both = Window("{alice}:*", "", None, 9, 4, (Budget(5, "usd", "month"), Budget(7, "tokens", 3600)))
+    lends, plain = Window("{team}:*", "", 1, None, 8), Window("{other}:*", "")
+    assert words(SCRIPTS.admit(Admission("7", (both, plain, lends), 30, 99))) == [
+        b"EVALSHA", digest(b"admit"), b"7", b"gw:1:{alice}:a:7",
+        b"gw:1:{alice}:*", b"gw:1:{other}:*", b"gw:1:{team}:*",
+        b"gw:1:c:{alice}:*", b"gw:1:b:{alice}:*", b"gw:1:c:{team}:*",
+        struct.pack("<7d", 30, -1, 9, -1, -1, 1, -1),
+        struct.pack("<14d", 99, 60, 4, 2, 1, -2, 5, 0, 3600, 7, -1, 0, 8, 0),
+        b"7",
+    ]  # fmt: skip
+    assert words(SCRIPTS.undo(Admission("7", (both, plain, lends), 30, 99))) == [
+        b"EVALSHA", digest(b"undo"), b"7", b"gw:1:{alice}:a:7",
+        b"gw:1:{alice}:*", b"gw:1:{other}:*", b"gw:1:{team}:*",
+        b"gw:1:c:{alice}:*", b"gw:1:c:{team}:*", b"gw:1:b:{alice}:*",
+        b"30", b"300", struct.pack("<3d", 3, 2, 99), b"7",
+    ]  # fmt: skip
+
+
+def test_what_a_request_costs_is_not_asked_of_windows_without_budgets() -> None:
+    windows = (Window("{alice}:*", "", 20, None),)
+    assert SCRIPTS.admit(Admission("7", windows, 30, 99)) == SCRIPTS.admit(Admission("7", windows, 30))
+    assert SCRIPTS.settle(Settlement("7", ("{alice}:*",), 5, 0, 1, 99)) == SCRIPTS.settle(
+        Settlement("7", ("{alice}:*",), 5, 0, 1)
+    )
+
+
 def test_undoing_names_the_same_mark() -> None:
     admission = Admission("7", (Window("{alice}:*", "", 20, None),), 30)
     assert words(SCRIPTS.undo(admission)) == [
@@ -60,6 +88,58 @@ def test_a_settlement_tells_refund_and_excess_apart() -> None:
         b"EVALSHA", digest(b"settle"), b"2", b"gw:1:{alice}:s:7", b"gw:1:{alice}:*", b"300",
         struct.pack("<6d", 1000, -1, 0, 0, 0, 40),
     ]  # fmt: skip
+
+
+def test_a_settlement_of_budgets_names_the_counters_behind_the_windows() -> None:
+    keys = "{alice}:*", "{alice}:m:big", "{team}:*"
+    packed = SCRIPTS.settle(Settlement("7", keys, 1000, 0, 40, -9, 0b101))
+    assert words(packed) == [
+        b"EVALSHA", digest(b"settle"), b"6", b"gw:1:{alice}:s:7",
+        b"gw:1:{alice}:*", b"gw:1:{alice}:m:big", b"gw:1:{team}:*", b"gw:1:b:{alice}:*", b"gw:1:b:{team}:*",
+        b"300", struct.pack("<3d", 0, 0, 40), struct.pack("<9d", 3, 0, 0, 0, 40, 0, 1, 1000, -9),
+    ]  # fmt: skip
+    packed = SCRIPTS.settle(Settlement("7", keys, 1000, 0, 0, -9, 0b100))
+    assert words(packed) == [
+        b"EVALSHA", digest(b"settle"), b"2", b"gw:1:{alice}:s:7", b"gw:1:b:{team}:*",
+        b"300", b"", struct.pack("<5d", 0, 0, 1, 1000, -9),
+    ]  # fmt: skip
+    packed = SCRIPTS.settle(Settlement("7", keys, 1000, -1, 0, 0, 0b100))
+    assert words(packed)[2:] == [
+        b"4", b"gw:1:{alice}:s:7", b"gw:1:{alice}:*", b"gw:1:{alice}:m:big", b"gw:1:{team}:*",
+        b"300", struct.pack("<3d", 1000, -1, 0),
+    ]  # fmt: skip
+
+
+def test_bits_beyond_the_keys_mean_nothing() -> None:
+    plain = SCRIPTS.settle(Settlement("7", ("{alice}:*",), 1000, 0, 4))
+    for bits in (0b10, 1 << 70):
+        assert SCRIPTS.settle(Settlement("7", ("{alice}:*",), 1000, 0, 4, 5, bits)) == plain
+    assert SCRIPTS.settle(Settlement("7", ("{alice}:*",), 1000, 0, 4, 5, -1)) == SCRIPTS.settle(
+        Settlement("7", ("{alice}:*",), 1000, 0, 4, 5, 1)
+    )
+
+
+def test_a_merge_of_budgets_tells_each_period() -> None:
+    packed = SCRIPTS.merge(Merge("g:1", "{alice}:*", ((1000, 2, 30),), (("usd", -2, 990, 77), ("tokens", 60, 1000, 5))))
+    assert words(packed)[2:] == [
+        b"3", b"gw:1:{alice}:s:g:1", b"gw:1:{alice}:*", b"gw:1:b:{alice}:*",
+        b"300", struct.pack("<3d", 1000, 2, 30), struct.pack("<9d", 1, -2, 1, 990, 77, 60, 0, 1000, 5),
+    ]  # fmt: skip
+
+
+def test_a_lease_is_released_by_its_key_and_renewed_with_others() -> None:
+    assert words(SCRIPTS.release("7", "{alice}:*")) == [b"ZREM", b"gw:1:c:{alice}:*", b"7"]
+    leases = [("7", ("{alice}:*", "{team}:*")), ("8", ("{team}:*",))]
+    assert [words(each) for each in SCRIPTS.renew(leases)] == [[
+        b"EVALSHA", digest(b"renew"), b"3", b"gw:1:c:{alice}:*", b"gw:1:c:{team}:*", b"gw:1:c:{team}:*",
+        b"60", b"7", b"7", b"8",
+    ]]  # fmt: skip
+    assert SCRIPTS.renew([]) == SCRIPTS.renew([("7", ())]) == []
+
+
+def test_no_renewal_is_of_more_than_a_few_hundred() -> None:
+    packed = SCRIPTS.renew((str(number), ("{alice}:*",)) for number in range(2 * RENEWED_AT_ONCE + 1))
+    assert [int(words(each)[2]) for each in packed] == [RENEWED_AT_ONCE, RENEWED_AT_ONCE, 1]
 
 
 def test_a_merge_tells_each_second() -> None:
@@ -113,6 +193,10 @@ def test_the_answers_of_the_script_are_read() -> None:
     refused = answered(0, 1, 1, 2.5e6, 1, 2, 3e6, 4e6, 5, 6, 7e6, 8e6)
     assert decision(refused, 2) == Denied(1, "tpm", 2.5, (Level(1, 2, 3.0, 4.0), Level(5, 6, 7.0, 8.0)))
     assert not took(refused)
+    full = answered(0, 0, 3, 1e6, 1, 2, 3e6, 4e6) + struct.pack("<Bd", 2, 2**53 - 1)
+    assert decision(full, 1) == Denied(0, "budget", 1.0, (Level(1, 2, 3.0, 4.0),), 2, 2**53 - 1)
+    busy = answered(0, 0, 2, 1e6, 1, 2, 3e6, 4e6) + struct.pack("<Bd", 0, 4)
+    assert decision(busy, 1) == Denied(0, "concurrency", 1.0, (Level(1, 2, 3.0, 4.0),), 0, 4)
     never = decision(answered(0, 0, 0, -1, 0, 0, 0, 0), 1)
     assert isinstance(never, Denied)
     assert never.retry_after is None
@@ -124,7 +208,16 @@ def test_an_error_says_why_there_is_no_answer() -> None:
     assert str(unavailable) == "OOM"
 
 
-@pytest.mark.parametrize("reply", [None, 1, [], b"", b"\x01", b"OK", answered(2, 0, 0, 0, 1, 1, 1, 1)])
+TAIL = struct.pack("<Bd", 1, 5)
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        None, 1, [], b"", b"\x01", b"OK", answered(2, 0, 0, 0, 1, 1, 1, 1), answered(0, 0, 4, 0, 1, 1, 1, 1) + TAIL,
+        answered(0, 0, 3, 0, 1, 1, 1, 1), answered(0, 0, 1, 0, 1, 1, 1, 1) + TAIL, answered(0, 0, 3, 0) + TAIL,
+    ],
+)  # fmt: skip
 def test_anything_else_is_no_answer(reply: Reply) -> None:
     unavailable = decision(reply, 1)
     assert isinstance(unavailable, StoreUnavailable)
