@@ -7,6 +7,7 @@ or defined. Promises to say nothing that only follows from a problem already rep
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
+from typing import Final
 
 from ..core.address import is_loopback, split_address
 from ..core.directory import Limits, User
@@ -17,6 +18,8 @@ from .schema import Config
 
 #: A problem: where, and what. The path may be one that the file left out.
 Found = Iterator[tuple[Steps, str]]
+#: Most budgets of one scope: each is looked at for each request.
+MAX_BUDGETS: Final = 16
 #: Whether nothing was wrong at, under or above the paths, so that what follows from them is worth saying.
 Sound = Callable[..., bool]
 
@@ -76,6 +79,8 @@ def of_user(user: User, where: Steps, teams: Collection[str] | None, sound: Soun
 
 
 def _budgets(where: Steps, limits: Limits) -> Found:
+    if len(limits.budgets) > MAX_BUDGETS:
+        yield (*where, "budgets"), f"expected at most {MAX_BUDGETS}"
     for at, budget in enumerate(limits.budgets):
         if budget.wrong is not None:
             yield (*where, "budgets", at, "amount"), budget.wrong
