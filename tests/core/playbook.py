@@ -14,6 +14,8 @@ from itertools import count
 from random import Random
 from typing import Any, Final
 
+import msgspec
+
 from gateway_extproc.core.directory import Directory, Limits, Team, User
 from gateway_extproc.core.estimate import PRIOR_OUTPUT
 from gateway_extproc.core.events import (
@@ -21,6 +23,7 @@ from gateway_extproc.core.events import (
     Ask,
     Event,
     Refuse,
+    Release,
     RequestBody,
     RequestHeaders,
     ResponseBody,
@@ -68,16 +71,19 @@ def make_world(
     users: Iterable[User] = (),
     teams: Iterable[Team] = (),
     default: Limits | None = None,
+    limited: Mapping[str, Limits] | None = None,
     seed: int = 0,
     clock: Callable[[], float] | None = None,
     **policy: Any,
 ) -> World:
-    """A gateway with these pods, all ready; without any, pods a and b serve the model m."""
+    """A gateway with these pods, all ready; without any, pods a and b serve the model m. ``limited`` are the limits of
+    models."""
     fleet = Fleet()
     fleet.configure("file", specs or (pod("a", "m"), pod("b", "m")))
     for member in fleet.members():
         fleet.answered(member.spec.address, None)
-    rules = Policy(directory=Directory.of(users, teams, default), **policy)
+    directory = msgspec.structs.replace(Directory.of(users, teams, default), models=limited or {})
+    rules = Policy(directory=directory, **policy)
     ids = count(1)
     return World(
         rules, fleet, clock=clock or Clock(), now=lambda: SECOND, rng=Random(seed), new_id=lambda: f"id-{next(ids)}"
@@ -145,8 +151,11 @@ def chunk(data: bytes | str | object = b"", *, end: bool = False) -> ResponseBod
     return ResponseBody(data if isinstance(data, bytes) else json.dumps(data).encode(), end)
 
 
-def usage(prompt: int, completion: int) -> dict[str, int]:
-    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+def usage(prompt: int, completion: int, cached: int = 0) -> dict[str, Any]:
+    told: dict[str, Any] = {"prompt_tokens": prompt, "completion_tokens": completion}
+    if cached:
+        told["prompt_tokens_details"] = {"cached_tokens": cached}
+    return told | {"total_tokens": prompt + completion}
 
 
 def sse(data: object) -> bytes:
@@ -159,8 +168,8 @@ def delta(text: str = "word") -> bytes:
     return sse({"choices": [{"index": 0, "delta": {"content": text}}]})
 
 
-def usage_event(prompt: int, completion: int) -> bytes:
-    return sse({"choices": [], "usage": usage(prompt, completion)})
+def usage_event(prompt: int, completion: int, cached: int = 0) -> bytes:
+    return sse({"choices": [], "usage": usage(prompt, completion, cached)})
 
 
 DONE: Final = sse(b"[DONE]")
@@ -169,9 +178,9 @@ DONE: Final = sse(b"[DONE]")
 # --- expectations ------------------------------------------------------------------------------------------------
 
 
-def _changes(settle: Settle) -> tuple[int, int]:
+def _changes(settle: Settle) -> tuple[int, int, int]:
     note = settle.settlement
-    return (note.requests, note.tokens) if note is not None else (0, 0)
+    return (note.requests, note.tokens, note.cost) if note is not None else (0, 0, 0)
 
 
 def _choices(route: Route) -> list[str]:
@@ -214,10 +223,10 @@ def routed(*choices: str) -> Like:
     return Like(Route, choices_made=list(choices), choices=len(choices))
 
 
-def settled(reason: str, *, requests: int = 0, tokens: int = 0, **outcome: object) -> Like:
-    """The end, with what it changes in the store's windows; ``outcome`` parts by name."""
+def settled(reason: str, *, requests: int = 0, tokens: int = 0, cost: int = 0, **outcome: object) -> Like:
+    """The end, with what it changes in the store's windows and budgets; ``outcome`` parts by name."""
     parts = {f"outcome__{name}": value for name, value in outcome.items()}
-    return Like(Settle, outcome__reason=reason, changes=(requests, tokens), **parts)
+    return Like(Settle, outcome__reason=reason, changes=(requests, tokens, cost), **parts)
 
 
 # --- the play ----------------------------------------------------------------------------------------------------
@@ -233,6 +242,8 @@ class Playbook:
         self.actions: list[Action] = []
         #: Every settlement so far.
         self.settles: list[Settle] = []
+        #: Every release so far.
+        self.releases: list[Release] = []
         self._event: Event | None = None
         self._expected: list[object] = []
 
@@ -240,6 +251,7 @@ class Playbook:
         self._event, self._expected = event, []
         self.actions = self.session.feed(event)
         self.settles += [action for action in self.actions if isinstance(action, Settle)]
+        self.releases += [action for action in self.actions if isinstance(action, Release)]
         return self
 
     def __lshift__(self, expected: object) -> Playbook:
