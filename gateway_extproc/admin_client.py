@@ -1,4 +1,4 @@
-"""``gateway-extproc user …`` and ``key …``: administering from a terminal, through the admin HTTP API.
+"""``gateway-extproc user …``, ``key …`` and ``usage``: administering from a terminal, through the admin HTTP API.
 
 Owns the commands' arguments and how answers are printed. Promises that what the API refuses is one clear line on
 stderr with exit code 1, and that an admin side that is not to be had is exit code 3. Leaves out what is allowed
@@ -37,7 +37,7 @@ class Failed(Exception):
 
 
 def add_commands(commands: Any) -> None:
-    """``user`` and ``key`` with all that follows, for the program's parser."""
+    """``user``, ``key`` and ``usage`` with all that follows, for the program's parser."""
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument(
         "--admin", default=os.environ.get("GATEWAY_ADMIN_URL", URL), metavar="URL",
@@ -80,6 +80,16 @@ def add_commands(commands: Any) -> None:
     listed.add_argument("user")
     revoke = keys.add_parser("revoke", parents=[common], help="revoke a key")
     revoke.add_argument("id")
+
+    usage = commands.add_parser(
+        "usage", parents=[common], help="print what was used", description="Print what was used, and what it cost."
+    )
+    for name in ("user", "team", "model", "key"):
+        usage.add_argument(f"--{name}", help=f"of this {name} only")
+    usage.add_argument("--from", dest="since", metavar="TIME", help="such as 2026-11-01 (default: 24 hours before)")
+    usage.add_argument("--to", metavar="TIME", help="such as 2026-11-30 (default: now)")
+    usage.add_argument("--by", default="user,model", metavar="WHAT,…", help="some of user, team, model, key, hour, day")
+    usage.set_defaults(action="")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -164,7 +174,25 @@ def _revoke_key(args: argparse.Namespace) -> None:
     _tell(args, {}, f"key {args.id} is revoked")
 
 
+def _usage(args: argparse.Namespace) -> None:
+    asked = {name: getattr(args, name) for name in ("user", "team", "model", "key", "to", "by")} | {"from": args.since}
+    given = {name: value for name, value in asked.items() if value is not None}
+    report = _ask(args, "GET", f"/admin/usage?{urlencode(given)}")
+    if args.json:
+        _print_json(report)
+        return
+    counts = ("requests", "refused", "prompt_tokens", "cached_tokens", "completion_tokens", "cost_usd")
+    rows = [[*(str(row[name]) for name in (*report["by"], *counts))] for row in report["usage"]]
+    total = [
+        *("total" if at == 0 else "" for at in range(len(report["by"]))),
+        *(str(report["total"][c]) for c in counts),
+    ]
+    heading = [*report["by"], *(name.replace("_tokens", "").replace("_", " ") for name in counts)]
+    _print_table(heading, [*rows, total])
+
+
 _ACTIONS: Final = {
+    ("usage", ""): _usage,
     ("user", "list"): _list_users,
     ("user", "get"): _get_user,
     ("user", "set"): _set_user,

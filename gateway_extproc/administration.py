@@ -20,11 +20,12 @@ import msgspec
 import structlog
 
 from .config import Config, ConfigError, user_of
+from .core import admin_refusal as refusals
 from .core import keys
 from .core.directory import Directory, User
 from .core.keys import Key
 from .core.records import ANY, NONE, Change, Conflict, Kind, Records, RecordsUnavailable, version_of
-from .core.refusal import Refusal, Refused, invalid_json, invalid_value, quoted
+from .core.refusal import Refused, invalid_json, invalid_value, quoted
 
 log = structlog.get_logger(__name__)
 
@@ -36,6 +37,7 @@ KEYS: Final = 100
 #: Longest name of a key, in characters.
 KEY_NAME: Final = 256
 
+_STAY: Final = "Users and keys can't be changed now, and stay as they are."
 _USER: Final = msgspec.json.Decoder(User)
 _KEY: Final = msgspec.json.Decoder(Key)
 
@@ -173,7 +175,7 @@ class Administration:
         document = await self._asked_for("user", name)
         user = _user(name, document) if document is not None else None
         if document is None or user is None:
-            raise Refused(_no_user(name))
+            raise Refused(refusals.no_user(name))
         return Shown(self._shown(user), version_of(document))
 
     async def put(self, name: str, fields: object, expected: str | None = None) -> Shown:
@@ -190,7 +192,7 @@ class Administration:
         self._may_change(name)
         before = await self._asked_for("user", name)
         if before is None:
-            raise Refused(_no_user(name))
+            raise Refused(refusals.no_user(name))
         fields = _merged(msgspec.json.decode(before), _object(changes))
         # What was read is what is changed: somebody else's change between is a conflict, which the caller sees.
         return await self._write(self._record(name, fields), before, expected or version_of(before))
@@ -200,14 +202,14 @@ class Administration:
         self._may_change(name)
         before = await self._asked_for("user", name)
         if before is None:
-            raise Refused(_no_user(name))
+            raise Refused(refusals.no_user(name))
         entry = Entry(int(self._now()), "delete user", name, msgspec.Raw(before))
         await self._put("user", name, None, entry, expected or ANY)
         await self._revoke_all(name)
 
     def _may_change(self, name: str) -> None:
         if name in self._fixed:
-            raise Refused(_read_only(name))
+            raise Refused(refusals.read_only(name))
 
     def _record(self, name: str, fields: object) -> User:
         given = {key: value for key, value in _object(fields).items() if key not in ("source", "keys")}
@@ -218,7 +220,7 @@ class Administration:
         except ConfigError as error:
             first = error.errors[0]
             said = "; ".join(f"{problem.path}: {problem.message}" for problem in error.errors)
-            raise Refused(_invalid(said, first.path)) from None
+            raise Refused(refusals.invalid_record(said, first.path)) from None
 
     async def _write(self, user: User, before: bytes | None, expected: str | None) -> Shown:
         document = msgspec.json.encode(user)
@@ -237,7 +239,7 @@ class Administration:
     def keys(self, name: str) -> list[dict[str, Any]]:
         """A user's keys, oldest first, without what could be used. Raises Refused."""
         if name not in self._users:
-            raise Refused(_no_user(name))
+            raise Refused(refusals.no_user(name))
         found = sorted(self._keys_of(name), key=lambda key: (key.created, key.id))
         return [_key_shown(key) for key in found]
 
@@ -247,7 +249,7 @@ class Administration:
         try:
             wanted = msgspec.convert(_object(asked), _NewKey)
         except msgspec.ValidationError as error:
-            raise Refused(_invalid(str(error), None)) from None
+            raise Refused(refusals.invalid_record(str(error), None)) from None
         now = int(self._now())
         expires = wanted.expires
         if wanted.expires_in is not None:
@@ -259,7 +261,7 @@ class Administration:
         if len(wanted.name) > KEY_NAME or not (wanted.name.isprintable()):
             raise Refused(invalid_value("name", f"more than {KEY_NAME} characters, or not printable"))
         if sum(1 for _ in self._keys_of(name)) >= KEYS:
-            raise Refused(_too_many_keys(name))
+            raise Refused(refusals.too_many_keys(name, KEYS))
         found, text = keys.text_of(secrets.token_bytes(keys.ID_BYTES + keys.SECRET_BYTES))
         pepper = self._pepper or await self._pepper_asked_for()
         key = Key(
@@ -276,7 +278,7 @@ class Administration:
         document = await self._asked_for("key", found)
         key = _key(found, document) if document is not None else None
         if key is None:
-            raise Refused(_no_key(found))
+            raise Refused(refusals.no_key(found))
         before = msgspec.Raw(msgspec.json.encode(_key_shown(key)))
         await self._put("key", found, None, Entry(int(self._now()), "revoke key", found, before), None)
 
@@ -295,27 +297,27 @@ class Administration:
         try:
             return [msgspec.json.decode(entry) for entry in await self._records.audit(min(limit, PAGE))]
         except RecordsUnavailable as error:
-            raise Refused(_unavailable()) from error
+            raise Refused(refusals.store_unavailable(_STAY)) from error
 
     async def _asked_for(self, kind: Kind, name: str) -> bytes | None:
         try:
             return await self._records.get(kind, name)
         except RecordsUnavailable as error:
-            raise Refused(_unavailable()) from error
+            raise Refused(refusals.store_unavailable(_STAY)) from error
 
     async def _pepper_asked_for(self) -> bytes:
         try:
             return await self._records.pepper()
         except RecordsUnavailable as error:
-            raise Refused(_unavailable()) from error
+            raise Refused(refusals.store_unavailable(_STAY)) from error
 
     async def _put(self, kind: Kind, name: str, document: bytes | None, entry: Entry, expected: str | None) -> None:
         try:
             await self._records.put(kind, name, document, expected=expected, entry=msgspec.json.encode(entry))
         except Conflict as conflict:
-            raise Refused(_changed(name) if conflict.version else _no_user(name)) from None
+            raise Refused(refusals.changed(name) if conflict.version else refusals.no_user(name)) from None
         except RecordsUnavailable as error:
-            raise Refused(_unavailable()) from error
+            raise Refused(refusals.store_unavailable(_STAY)) from error
         self._take(kind, name, document)  # here at once: whoever wrote it may ask next
 
 
@@ -365,37 +367,3 @@ def _merged(old: Any, new: Any) -> Any:
         else:
             merged[key] = _merged(merged.get(key), value)
     return merged
-
-
-def _invalid(said: str, param: str | None) -> Refusal:
-    return Refusal(status=400, type="invalid_request_error", code="invalid_value", message=said, param=param)
-
-
-def _no_user(name: str) -> Refusal:
-    message = f"There is no user '{quoted(name)}'."
-    return Refusal(status=404, type="invalid_request_error", code="user_not_found", message=message)
-
-
-def _no_key(found: str) -> Refusal:
-    message = f"There is no key '{quoted(found)}'."
-    return Refusal(status=404, type="invalid_request_error", code="key_not_found", message=message)
-
-
-def _read_only(name: str) -> Refusal:
-    message = f"The user '{quoted(name)}' is in the configuration file, and can only be changed there."
-    return Refusal(status=409, type="invalid_request_error", code="user_read_only", message=message)
-
-
-def _too_many_keys(name: str) -> Refusal:
-    message = f"The user '{quoted(name)}' has {KEYS} keys already; revoke one first."
-    return Refusal(status=409, type="invalid_request_error", code="too_many_keys", message=message)
-
-
-def _changed(name: str) -> Refusal:
-    message = f"'{quoted(name)}' is not as it was: somebody else has changed it. Read it again."
-    return Refusal(status=412, type="invalid_request_error", code="precondition_failed", message=message)
-
-
-def _unavailable() -> Refusal:
-    message = "The store is away: users and keys can't be changed now, and stay as they are."
-    return Refusal(status=503, type="api_error", code="store_unavailable", message=message)

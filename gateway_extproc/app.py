@@ -35,6 +35,7 @@ from .adapters.records import MemoryRecords, RedisRecords
 from .adapters.redis import RedisStore
 from .adapters.scrape import Poller
 from .adapters.siblings import Siblings
+from .adapters.usage import MemoryUsage, RedisUsage
 from .administration import Administration
 from .config import Config, ConfigError, PodConfig, PriceConfig, load, masked
 from .core.account import Ledger
@@ -46,6 +47,7 @@ from .core.price import Price, Prices, nano
 from .core.records import Records
 from .core.session import ModelPolicy, Policy, World
 from .core.store import RENEW, Settlement, Store
+from .core.tally import Tally, UsageLog
 from .services.access_log import AccessLogs
 from .services.extproc import ExtProc
 from .services.health import Health
@@ -53,6 +55,7 @@ from .services.room import Room
 from .services.rpc import Listener, PortInUse, Services
 from .services.xds import Endpoints, XdsServer
 from .sockets import reason
+from .usage_reports import UsageReports
 from .wire import extproc, resources, xds
 from .wire.resources import Cors, Resources
 
@@ -157,6 +160,10 @@ class Gateway:
         self._records: Records = RedisRecords(url, prefix=prefix) if url else MemoryRecords()
         self.administration = Administration(self._records, now=time.time, on_change=self._directory_changed)
         self.administration.configure(config)
+        keep = config.usage.keep
+        self._tally = Tally()
+        keeps: UsageLog = RedisUsage(url, prefix=prefix, keep=keep) if url else MemoryUsage(keep=keep)
+        self._reports = UsageReports(self._tally, keeps, now=time.time)
         self._ready = asyncio.Event()
         self._polled = False
         self._draining = False
@@ -227,7 +234,12 @@ class Gateway:
 
     def settled(self, outcome: Outcome, settlement: Settlement | None) -> None:
         self.metrics.settled(outcome, settlement)
+        self._tally.add(outcome, self._team_of(outcome.user), time.time())
         self._lines.settled(outcome)
+
+    def _team_of(self, user: str) -> str:
+        record = self.administration.directory.users.get(user)
+        return (record.team if record is not None else None) or ""
 
     def awaited(self) -> None:
         self.metrics.awaited()
@@ -270,6 +282,7 @@ class Gateway:
         else:
             log.warning("limits are kept in memory: one gateway only, and a restart forgets them")
         self._tasks.append(asyncio.create_task(self.administration.follow(), name="follow users and keys"))
+        self._tasks.append(asyncio.create_task(self._reports.run(), name="deliver usage"))
         resolver = Resolver(config.discovery.dns_servers)
         self._watcher = Watcher(resolver, config.discovery.dns_refresh, self._resolved, self._rng)
         await self._poller.start()
@@ -320,6 +333,9 @@ class Gateway:
                 await self.store.flush()
         await self.store.close()
         await self._records.close()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(FLUSH_WAIT):
+                await self._reports.close()
         if self._admin is not None:
             await self._admin.cleanup()
         if self._siblings is not None:
@@ -462,7 +478,7 @@ class Gateway:
                 clock=time.monotonic,
                 requests=self.metrics.by_code,
             ),
-            UserViews(self.administration, admin.answer),
+            UserViews(self.administration, self._reports, admin.answer),
         )
 
     def readiness(self) -> tuple[bool, dict[str, Any]]:

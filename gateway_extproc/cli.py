@@ -88,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command.add_arguments(parser)
         return command.run(parser.parse_args(given[1:]))
     args = _parser().parse_args(given)
-    if args.command in ("user", "key"):
+    if args.command in ("user", "key", "usage"):
         return admin_client.run(args)
     if args.command == "demo":
         from . import demo

@@ -1,4 +1,4 @@
-"""Users, keys and the audit list over HTTP, below ``/admin/`` and in AIBrix's form.
+"""Users, keys, the audit list and usage over HTTP, below ``/admin/`` and in AIBrix's form.
 
 Owns paths, methods, status codes, ETags and the reading of bodies. Promises that whatever cannot be done is answered in
 the one form (core/refusal.py), and that two who change the same user at once do not overwrite each other where they
@@ -13,8 +13,9 @@ from typing import Any, Final, Protocol
 import msgspec
 from aiohttp import web
 
+from ..core.admin_refusal import user_exists
 from ..core.records import ANY, NONE
-from ..core.refusal import Refusal, Refused, invalid_json, invalid_value
+from ..core.refusal import Refused, invalid_json, invalid_value
 
 #: Users, or entries of the audit list, in an answer where the request does not say how many.
 PAGE: Final = 1000
@@ -48,11 +49,18 @@ class Administration(Protocol):
     async def audit(self, limit: int) -> list[Any]: ...
 
 
+class Reports(Protocol):
+    """What tells of usage. Raises Refused."""
+
+    async def report(self, asked: Mapping[str, str]) -> dict[str, Any]: ...
+
+
 class UserViews:
     """The answers. ``answer`` makes a response of a value, a status and headers."""
 
-    def __init__(self, administration: Administration, answer: _Answer) -> None:
+    def __init__(self, administration: Administration, reports: Reports, answer: _Answer) -> None:
         self._its = administration
+        self._reports = reports
         self._answer = answer
 
     def routes(self) -> list[web.RouteDef]:
@@ -68,6 +76,7 @@ class UserViews:
             web.post(user + "/keys", self.make_key),
             web.delete("/keys/{id}", self.revoke),
             web.get("/audit", self.audit),
+            web.get("/usage", self.usage),
         ]
 
     def aibrix_routes(self) -> list[web.RouteDef]:
@@ -108,6 +117,9 @@ class UserViews:
     async def audit(self, request: web.Request) -> web.Response:
         return self._answer(await self._its.audit(_limit(request)))
 
+    async def usage(self, request: web.Request) -> web.Response:
+        return self._answer(await self._reports.report(request.query))
+
     def _shown(self, shown: Shown) -> web.Response:
         return self._answer(shown.user, 201 if shown.made else 200, {"etag": f'"{shown.version}"'})
 
@@ -120,9 +132,7 @@ class UserViews:
         except Refused as refused:
             if refused.refusal.status != 412:
                 raise
-            message = "The user exists already."
-            exists = Refusal(status=409, type="invalid_request_error", code="user_exists", message=message)
-            raise Refused(exists) from None
+            raise Refused(user_exists()) from None
 
     async def read_user(self, request: web.Request) -> web.Response:
         name, _ = await _aibrix(request)

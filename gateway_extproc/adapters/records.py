@@ -17,16 +17,12 @@ from typing import Any, Final, cast
 
 import msgspec
 from redis import RedisError
-from redis.asyncio import BlockingConnectionPool, Redis
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
 
 from ..core.records import ANY, AUDITED, NONE, Change, Conflict, Kind, RecordsUnavailable, version_of
+from ..redis_client import TIMEOUT, redis_client
 
 #: Version of the documents' form.
 SCHEMA: Final = 1
-#: Seconds that an answer may take. A full look of 100,000 users takes many answers.
-TIMEOUT: Final = 5.0
 #: Connections at once, one of which listens; further questions wait for one.
 CONNECTIONS: Final = 8
 #: Seconds between full looks.
@@ -44,11 +40,7 @@ class RedisRecords:
     """``Records`` in Redis. ``url`` and ``prefix`` are the store's. Nothing is connected before the first question."""
 
     def __init__(self, url: str, *, prefix: str = "gw:", full: float = FULL) -> None:
-        pool = BlockingConnectionPool.from_url(
-            url, max_connections=CONNECTIONS, timeout=TIMEOUT, socket_timeout=TIMEOUT, socket_connect_timeout=TIMEOUT,
-            retry=Retry(NoBackoff(), 0), protocol=2,
-        )  # fmt: skip
-        self._redis = Redis.from_pool(pool)
+        self._redis = redis_client(url, CONNECTIONS)
         self._at = f"{prefix}{SCHEMA}:{{directory}}:"
         self._full = full
         self._put = self._redis.register_script(resources.files(__package__).joinpath("record.lua").read_bytes())

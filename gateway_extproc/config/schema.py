@@ -290,7 +290,7 @@ class PriceConfig(Part, frozen=True, kw_only=True):
 
 
 class Usage(Part, frozen=True, kw_only=True):
-    """Where the tokens that a request used are read."""
+    """Where the tokens that a request used are read, and how long sums of them are kept."""
 
     source: Annotated[
         Literal["body", "access_log"],
@@ -299,6 +299,9 @@ class Usage(Part, frozen=True, kw_only=True):
             "access log: no message for each token of a stream. Envoy's bootstrap must be made anew."
         ),
     ] = "body"
+    keep: Annotated[
+        float, about("How long the sums of an hour are kept, for `/admin/usage`.", duration(3600, 366 * 86400))
+    ] = 35 * 86400.0
 
 
 class Logging(Part, frozen=True, kw_only=True):

@@ -61,7 +61,8 @@ class Note(msgspec.Struct, frozen=True, array_like=True, gc=False):
     was asked). ``pods`` are the addresses of the choices in their order. ``prompt`` and ``output`` are the estimates of
     its tokens, ``answers`` the number of answers that share the output (0: none is generated). ``stream``: events were
     asked for. ``seen``: a session sees the answer's headers, and reports which pods did not answer. ``cost`` is what
-    was reserved, in nano-dollars, and ``budgets`` says which keys' windows have budgets (store.with_budgets)."""
+    was reserved, in nano-dollars, ``budgets`` says which keys' windows have budgets (store.with_budgets). ``key`` is
+    the id of the user's key."""
 
     id: str
     keys: tuple[str, ...]
@@ -80,6 +81,7 @@ class Note(msgspec.Struct, frozen=True, array_like=True, gc=False):
     seen: bool = False
     cost: int = 0
     budgets: int = 0
+    key: str = ""
 
     def written(self) -> str:
         """As it travels."""
@@ -161,15 +163,17 @@ def closed(
 ) -> Settle:
     """The end of a request that pays ``usage``; None: its reservation is the charge."""
     settlement = None
+    reserved = usage is None
     if usage is None:
         usage = Usage(note.prompt, note.output)
-    elif note.keys:
+    cost = prices.cost(note.model, usage)
+    if note.keys and not reserved:
         difference = usage.prompt + usage.completion - note.tokens
         # Without budgets nothing was reserved, and nothing is counted.
-        dearer = prices.cost(note.model, usage) - note.cost if note.budgets else 0
+        dearer = cost - note.cost if note.budgets else 0
         if difference or dearer:
             settlement = Settlement(note.id, note.keys, note.second, 0, difference, dearer, note.budgets)
-    return Settle(settlement, _outcome(note, end, usage, reason, estimated))
+    return Settle(settlement, _outcome(note, end, usage, reason, estimated, cost))
 
 
 def _given_back(note: Note, end: End) -> Settle:
@@ -179,7 +183,7 @@ def _given_back(note: Note, end: End) -> Settle:
     return Settle(settlement, _outcome(note, end, Usage(0, 0), "no_pod", False))
 
 
-def _outcome(note: Note, end: End, usage: Usage, reason: str, estimated: bool) -> Outcome:
+def _outcome(note: Note, end: End, usage: Usage, reason: str, estimated: bool, cost: int = 0) -> Outcome:
     return Outcome(
         model=note.model,
         strategy=note.strategy,
@@ -191,6 +195,10 @@ def _outcome(note: Note, end: End, usage: Usage, reason: str, estimated: bool) -
         prompt_tokens=usage.prompt,
         output_tokens=usage.completion,
         estimated=estimated,
+        cached_tokens=usage.cached,
+        cost=cost,
+        routed=True,
+        key=note.key,
     )
 
 

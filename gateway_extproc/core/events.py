@@ -177,7 +177,9 @@ class Replace(msgspec.Struct, frozen=True):
 
 class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     """How a request ended, for counters and logs. ``model`` is "" unless it exists, ``reason`` comes from a bounded
-    set. Tokens are what was charged to nobody or somebody alike: the real usage, or the best estimate of it."""
+    set. Tokens are what was charged to nobody or somebody alike: the real usage, or the best estimate of it, and
+    ``cost`` what they cost in nano-dollars. ``routed``: a pod was chosen. ``key`` is the id of the key that named the
+    user."""
 
     model: str = ""
     strategy: str = ""
@@ -190,6 +192,10 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     output_tokens: int = 0
     estimated: bool = False
     detail: str = ""
+    cached_tokens: int = 0
+    cost: int = 0
+    routed: bool = False
+    key: str = ""
 
 
 class Settle(msgspec.Struct, frozen=True):

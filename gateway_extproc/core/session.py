@@ -419,6 +419,7 @@ class Session:
             self._shown,
             admission.cost,
             with_budgets(admission.windows),
+            self._key.id if self._key is not None else "",
         )
 
     def _header_changes(self, lease: Lease, note: Note) -> tuple[dict[str, bytes], tuple[str, ...]]:
@@ -651,6 +652,7 @@ class Session:
             user=self._user or "",
             request_id=self._request_id(),
             detail=self._refused.message if self._refused is not None else "",
+            key=self._key.id if self._key is not None else "",
         )
 
     def _request_id(self) -> str:

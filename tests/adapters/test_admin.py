@@ -25,12 +25,23 @@ from gateway_extproc.adapters import admin
 from gateway_extproc.adapters.admin import AdminState, create_app, is_loopback, may_ask, models_shown, pods_shown, start
 from gateway_extproc.adapters.admin_users import UserViews
 from gateway_extproc.adapters.records import MemoryRecords
+from gateway_extproc.adapters.usage import MemoryUsage
 from gateway_extproc.administration import Administration
 from gateway_extproc.core.fleet import TLS, Fleet, PodSpec
 from gateway_extproc.core.session import ModelPolicy, Policy
+from gateway_extproc.core.tally import Tally
+from gateway_extproc.usage_reports import UsageReports
 
 TOKEN = "a-long-admin-token"
-PATHS = ("/admin/pods", "/admin/models", "/admin/config", "/admin/overview", "/admin/users", "/admin/audit")
+PATHS = (
+    "/admin/pods",
+    "/admin/models",
+    "/admin/config",
+    "/admin/overview",
+    "/admin/users",
+    "/admin/audit",
+    "/admin/usage",
+)
 
 
 def two_pods() -> Fleet:
@@ -62,7 +73,9 @@ def a_state(token: str | None = None) -> AdminState:
 
 def nobody() -> UserViews:
     """Administration of no user yet."""
-    return UserViews(Administration(MemoryRecords(), now=lambda: 0.0, on_change=lambda: None), admin.answer)
+    administration = Administration(MemoryRecords(), now=lambda: 0.0, on_change=lambda: None)
+    reports = UsageReports(Tally(), MemoryUsage(keep=3600), now=lambda: 0.0)
+    return UserViews(administration, reports, admin.answer)
 
 
 class Client:

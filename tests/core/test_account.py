@@ -14,7 +14,7 @@ from gateway_extproc.core.account import CLIENT_GONE, MAX_NOTE, REMEMBERED, End,
 from gateway_extproc.core.estimate import PRIOR_OUTPUT, PRIOR_TOKENS_PER_STREAMED_BYTE, Estimates
 from gateway_extproc.core.events import Outcome, Suspect
 from gateway_extproc.core.fleet import Fleet, PodSpec
-from gateway_extproc.core.price import Prices
+from gateway_extproc.core.price import Price, Prices
 from gateway_extproc.core.store import Settlement
 from gateway_extproc.core.usage import Usage
 
@@ -84,8 +84,11 @@ def test_the_outcome_says_who_and_what_and_how() -> None:
     found = settle(note(), End(200, "pod-1", whole=True, usage=Usage(9, 4)), Estimates(), Prices())
     assert found.outcome == Outcome(
         model="m", strategy="random", status=200, reason="ok", user="ann", request_id="r-1", pod="pod-1",
-        prompt_tokens=9, output_tokens=4,
+        prompt_tokens=9, output_tokens=4, routed=True,
     )  # fmt: skip
+    prices = Prices({"m": Price(1_000_000, 500_000, 2_000_000)})
+    priced = settle(note(), End(200, whole=True, usage=Usage(9, 4, 2)), Estimates(), prices).outcome
+    assert (priced.cached_tokens, priced.cost) == (2, 7 + 1 + 8)
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,7 @@ RUN_BY = {
     r"make demo ARGS='--port \d+ --admin-port \d+'": "test_the_demo_takes_the_ports_it_is_given",
     r"make demo ARGS='--endpoint .*'": "test_model_servers_of_ones_own_are_fronted",
     # README, "Users and keys"
-    r"gateway-extproc (user|key) (set|get|list|create) .*|gateway-extproc user list": (
+    r"gateway-extproc ((user|key) (set|get|list|create) .*|user list|usage .*)": (
         "test_users_and_keys_are_made_as_they_are_typed"
     ),
     r"gateway-extproc (key revoke ID|user set bob --(disable|budget 5usd/month))": (
@@ -340,11 +340,14 @@ def test_users_and_keys_are_made_as_they_are_typed(demo: Demo, programs: Path, t
         assert (done.returncode, done.stderr) == (0, ""), command
         return done.stdout
 
-    commands = [command for command in typed_commands(README) if re.match(r"gateway-extproc (user|key) ", command)]
+    commands = [
+        command for command in typed_commands(README) if re.match(r"gateway-extproc (user|key|usage) ", command)
+    ]
     told = [typed(command) for command in commands]
     (key,) = re.findall(r"sk-gw-([0-9a-f]{16})-[0-9a-f]{64}", "".join(told))
-    assert key in told[-2]
-    assert "bob" in told[-1]
+    assert key in told[-3]
+    assert "bob" in told[-2]
+    assert told[-1].splitlines()[-1].split()[0] == "total"
     bearer = {"authorization": f"Bearer {told[1].strip()}"}
     first = curls()[0].replace("Bearer any_key", bearer["authorization"])
     refused = curl(first, "127.0.0.1", demo.port, tmp_path)

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from itertools import count
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, urlencode
 
 import pytest
 
@@ -30,6 +30,7 @@ def system() -> Iterator[System]:
         "limits": {"default": {"rpm": 1000}},
         "users": [{"name": "of-the-file", "rpm": 50}],
         "teams": [{"name": "research", "rpm": 100}],
+        "prices": {MODEL: {"input": 1, "output": 2}},
     }
     with System([["--model", MODEL, "--model", "other"]], config, workers=2) as started:
         yield started
@@ -221,6 +222,47 @@ def test_what_was_made_survives_the_gateway(system: System, name: str) -> None:
     system.gateway.start()
     system.wait_until_served()
     assert system.chat(**bearer(key)).headers["x-ratelimit-limit-requests"] == "77"
+
+
+# --- usage ------------------------------------------------------------------------------------------------------------
+
+
+def test_what_was_used_is_told_by_user_team_model_and_key(system: System, name: str) -> None:
+    ask(system, "PUT", path("users", name), {"rpm": 3, "team": "research"})
+    key = a_key(system, name)
+    until(lambda: system.get("/v1/models", **bearer(key)).status == 200, "it is followed")
+    soon_limited = [system.chat(**bearer(key)) for _ in range(2)] + [system.chat("other", user=name)]
+    assert [reply.status for reply in soon_limited] == [200] * 3
+    until(lambda: system.chat(user=name).status == 429, "all is used up")
+
+    def usage(**asked: str) -> Any:
+        return ask(system, "GET", f"/admin/usage?{urlencode({'user': name, **asked})}").json
+
+    until(lambda: usage()["total"]["refused"] == 1 and usage()["total"]["requests"] == 3, "it is told", deadline=5.0)
+    rows = {(row["model"], row["key"], row["team"]): row for row in usage(by="team,model,key")["usage"]}
+    own = rows[MODEL, key["id"], "research"]
+    tokens = [reply.json["usage"] for reply in soon_limited]
+    assert own["requests"] == 2
+    assert own["prompt_tokens"] == sum(told["prompt_tokens"] for told in tokens[:2])
+    assert own["completion_tokens"] == sum(told["completion_tokens"] for told in tokens[:2])
+    assert own["cost_nano_usd"] == own["prompt_tokens"] * 1000 + own["completion_tokens"] * 2000
+    assert (rows["other", "", "research"]["requests"], rows["other", "", "research"]["cost_nano_usd"]) == (1, 0)
+    assert rows[MODEL, "", "research"]["refused"] == 1
+    assert usage(by="day")["total"] == usage()["total"]
+    printed = told(system, "usage", "--user", name, "--by", "model")
+    assert printed.splitlines()[0].split() == [
+        "model",
+        "requests",
+        "refused",
+        "prompt",
+        "cached",
+        "completion",
+        "cost",
+        "usd",
+    ]
+    assert printed.splitlines()[-1].split()[:3] == ["total", "3", "1"]
+    assert json.loads(told(system, "usage", "--user", name, "--json"))["total"] == usage()["total"]
+    assert refusal(ask(system, "GET", "/admin/usage?from=yesterday")) == (400, "invalid_value")
 
 
 # --- AIBrix's form ----------------------------------------------------------------------------------------------------
