@@ -37,6 +37,7 @@ HELLO: list[ChatCompletionMessageParam] = [{"role": "user", "content": "hello"}]
 
 USERS: list[dict[str, Any]] = [
     {"name": "limited", "rpm": 2, "tpm": 100_000},
+    {"name": "poor", "budgets": [{"amount": 1, "unit": "tokens", "period": "month"}]},
     {"name": "patient", "rpm": 1},
     {"name": "patient-async", "rpm": 1},
     {"name": "impatient", "rpm": 1},
@@ -88,7 +89,7 @@ def fault(system: System, text: str, pod: int = FLAKY_POD) -> None:
 
 async def spend(system: System, user: str, ago: int) -> None:
     """Count one request of the user, so many seconds ago, as if another gateway had admitted it."""
-    (record,) = (User(name=each["name"], rpm=each["rpm"]) for each in USERS if each["name"] == user)
+    (record,) = (User(name=each["name"], rpm=each.get("rpm")) for each in USERS if each["name"] == user)
     (window,) = Directory.of([record]).windows(user, MODEL)
     assert system.valkey is not None
     with system.valkey.client() as client:
@@ -269,6 +270,18 @@ def test_a_spent_limit_is_a_rate_limit_error_with_the_time_to_wait(client: opena
     assert (headers["x-ratelimit-limit-requests"], headers["x-ratelimit-remaining-requests"]) == ("2", "0")
     assert "x-ratelimit-remaining-tokens" in headers
     assert error.request_id
+
+
+def test_a_budget_that_is_used_up_is_a_rate_limit_error_and_not_tried_again(
+    system: System, client: openai.OpenAI
+) -> None:
+    refused = "gateway_requests_total"
+    before = system.metric(refused, code="429", reason="budget")
+    with pytest.raises(openai.RateLimitError) as caught:
+        as_user(client, "poor", max_retries=5).completions.create(model=MODEL, prompt="many words " * 100)
+
+    assert (caught.value.type, caught.value.code) == ("insufficient_quota", "insufficient_quota")
+    assert system.metric(refused, code="429", reason="budget") == before + 1
 
 
 def test_a_request_larger_than_its_limit_is_not_tried_again(system: System, client: openai.OpenAI) -> None:
