@@ -165,8 +165,8 @@ def closed(
     settlement = None
     reserved = usage is None
     if usage is None:
-        usage = Usage(note.prompt, note.output)
-    cost = prices.cost(note.model, usage)
+        usage = Usage(note.prompt, note.tokens - note.prompt)  # less than was expected where a limit is less
+    cost = note.cost if reserved and note.budgets else prices.cost(note.model, usage)
     if note.keys and not reserved:
         difference = usage.prompt + usage.completion - note.tokens
         # Without budgets nothing was reserved, and nothing is counted.
