@@ -10,11 +10,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway_extproc.core.account import CLIENT_GONE, MAX_NOTE, REMEMBERED, End, Entry, Ledger, Note, settle, tried
+from gateway_extproc.core.account import (
+    CLIENT_GONE,
+    MAX_NOTE,
+    REMEMBERED,
+    End,
+    Entry,
+    Ledger,
+    Note,
+    closed,
+    settle,
+    tried,
+)
 from gateway_extproc.core.estimate import PRIOR_OUTPUT, PRIOR_TOKENS_PER_STREAMED_BYTE, Estimates
 from gateway_extproc.core.events import Outcome, Suspect
 from gateway_extproc.core.fleet import Fleet, PodSpec
-from gateway_extproc.core.price import Price, Prices
+from gateway_extproc.core.price import PER, Price, Prices
 from gateway_extproc.core.store import Settlement
 from gateway_extproc.core.usage import Usage
 
@@ -129,6 +140,92 @@ def test_the_output_of_a_model_that_generates_none_is_not_learned() -> None:
     assert estimates.output("m", None, 1, "expected") == PRIOR_OUTPUT
 
 
+# --- money -----------------------------------------------------------------------------------------------------------
+
+#: Nano-dollars of a token of the prompt, of one that was in the pod's cache, and of the output.
+PRICES = Prices({"m": Price(2 * PER, PER, 5 * PER)})
+#: What a request of 10 + 100 tokens reserved where a budget applies.
+SPENDING: dict[str, Any] = {"cost": 520, "budgets": 1}
+
+
+@pytest.mark.parametrize(
+    ("end", "expected"),
+    [
+        (End(200, whole=True, usage=Usage(9, 4)), 38),
+        (End(200, whole=True, usage=Usage(9, 4, 8)), 30),
+        (End(200, whole=True, usage=Usage(9, 400, 9)), 2009),
+        (End(200, whole=False, usage=Usage(9, 4)), 38),
+        (End(400, whole=True, usage=Usage(9, 0)), 18),
+        (End(200, whole=True, sent=7), 55),
+        (End(200, whole=False, sent=0), 20),
+        (End(200, whole=True), 520),
+        (End(500, whole=True), 0),
+        (End(None), 20),
+        (End(503, taken=False), 0),
+    ],
+)
+def test_a_request_pays_the_price_of_its_tokens(end: End, expected: int) -> None:
+    change = settle(note(**SPENDING), end, Estimates(), PRICES).settlement
+    assert 520 + (change.cost if change is not None else 0) == expected
+    assert change is None or change.budgets == 1
+
+
+def test_what_was_as_large_but_cheaper_than_reserved_is_corrected_in_money_alone() -> None:
+    found = settle(note(**SPENDING), End(200, whole=True, usage=Usage(10, 100, 4)), Estimates(), PRICES)
+    assert found.settlement == Settlement("mine-1", ("{user:ann}:*",), SECOND, 0, 0, -4, 1)
+
+
+def test_what_was_larger_but_as_dear_as_reserved_is_corrected_in_tokens_alone() -> None:
+    found = settle(note(**SPENDING), End(200, whole=True, usage=Usage(15, 98)), Estimates(), PRICES)
+    assert found.settlement == Settlement("mine-1", ("{user:ann}:*",), SECOND, 0, 3, 0, 1)
+
+
+def test_without_budgets_a_price_changes_nothing() -> None:
+    for end in (End(200, whole=True, usage=Usage(60, 50)), End(200)):
+        assert settle(note(), end, Estimates(), PRICES).settlement is None
+
+
+def test_a_reservation_that_is_the_charge_changes_nothing_whatever_the_prices_are_now() -> None:
+    found = closed(note(**SPENDING), End(200), None, "drained", Prices({"m": Price(PER, 0, 0)}), estimated=True)
+    assert found.settlement is None
+    assert found.outcome.cost == 520
+
+
+@st.composite
+def ends(draw: st.DrawFn) -> End:
+    counts = st.integers(0, 1000)
+    prompt = draw(counts)
+    used = st.none() | st.builds(Usage, st.just(prompt), counts, st.integers(0, prompt))
+    return End(
+        draw(st.sampled_from([None, 200, 404, 503])), taken=draw(st.booleans()), whole=draw(st.booleans()),
+        usage=draw(used), sent=draw(st.none() | counts),
+    )  # fmt: skip
+
+
+@given(
+    ends(), st.integers(0, 500), st.integers(0, 500), st.integers(0, 99), st.integers(0, 7),
+    st.builds(Price, *[st.integers(0, 10**9)] * 3),
+)  # fmt: skip
+def test_what_was_reserved_and_its_correction_are_the_price_of_what_is_told(
+    end: End, prompt: int, output: int, beyond: int, budgets: int, price: Price
+) -> None:
+    prices = Prices({"m": price})
+    keys = ("{user:ann}:*", "{user:ann}:m:m", "{team:t}:*")
+    cost = prices.cost("m", Usage(prompt, output)) if budgets else 0
+    carried = note(
+        keys=keys, prompt=prompt, output=output + beyond, tokens=prompt + output, cost=cost, budgets=budgets
+    )  # a guess of the output reserves no more than a limit
+    found = settle(carried, end, Estimates(), prices)
+    change = found.settlement or Settlement("mine-1", keys, SECOND, 0, 0, 0, budgets)
+    assert (change.id, change.keys, change.second, change.budgets) == ("mine-1", keys, SECOND, budgets)
+    used = Usage(found.outcome.prompt_tokens, found.outcome.output_tokens, end.usage.cached if end.usage else 0)
+    assert carried.tokens + change.tokens == used.prompt + used.completion
+    assert carried.cost + change.cost == (prices.cost("m", used) if budgets else 0)
+    assert found.outcome.cost == prices.cost("m", used)
+    assert 1 + change.requests == (found.outcome.reason != "no_pod")
+    assert found.settlement is None or change.requests or change.tokens or change.cost
+
+
 # --- which pod it was ------------------------------------------------------------------------------------------------
 
 
@@ -164,11 +261,11 @@ def test_envoys_words_say_which_pod_served_and_which_could_not_be_reached(
 class Office:
     """A ledger with a fleet of three pods, and what it learns from."""
 
-    def __init__(self, gateway: str = "mine-") -> None:
+    def __init__(self, gateway: str = "mine-", prices: Prices = PRICES) -> None:
         self.fleet = Fleet()
         self.fleet.configure("file", [PodSpec(address=at, name=f"pod-{at[7]}") for at in (A, B, C)])
         self.estimates = Estimates()
-        self.ledger = Ledger(self.estimates, self.fleet, gateway=gateway, clock=lambda: 1000.0, prices=Prices)
+        self.ledger = Ledger(self.estimates, self.fleet, gateway=gateway, clock=lambda: 1000.0, prices=lambda: prices)
 
     def settle(self, entry: Entry) -> tuple[str, int, int]:
         found = self.ledger.settle(entry)
@@ -259,10 +356,10 @@ def test_a_note_longer_than_any_of_ours_is_not_read() -> None:
 def test_a_note_of_the_longest_names_is_within_the_bound() -> None:
     user, model = "{" * 256, "\N{PILE OF POO}" * 256
     tag = "%7B" * 256
-    keys = (f"{{user:{tag}}}:*", f"{{user:{tag}}}:m:{model}", f"{{team:{tag}}}:*")
+    keys = (f"{{user:{tag}}}:*", f"{{user:{tag}}}:m:{model}", f"{{team:{tag}}}:*", f"{{model:{model}}}:*")
     longest = note(
         id="f" * 32, keys=keys, user=user, model=model, request_id="\\" * 128, pods=("[ffff:" * 11,) * 11,
-        strategy="x" * 64, prompt_bytes=2**31, tokens=2**60, prompt=2**60, output=2**60,
+        strategy="x" * 64, prompt_bytes=2**31, tokens=2**60, prompt=2**60, output=2**60, cost=2**60, budgets=15,
     )  # fmt: skip
     assert len(longest.written().encode()) <= MAX_NOTE
 
@@ -277,6 +374,22 @@ def test_a_note_comes_back_as_it_was_written(written: Note) -> None:
 def test_a_newer_gateways_note_with_more_in_it_is_read() -> None:
     fields = [*json.loads(note().written()), "of a later version"]
     assert Office().settle(msgspec.structs.replace(entry(usage=TOLD), note=json.dumps(fields))) == ("ok", 0, -97)
+
+
+def test_an_older_gateways_note_without_money_is_read_and_changes_none() -> None:
+    fields = json.loads(note(**SPENDING).written())[:15]
+    found = Office().ledger.settle(msgspec.structs.replace(entry(usage=TOLD), note=json.dumps(fields)))
+    assert found is not None
+    assert found[0].settlement == Settlement("mine-1", ("{user:ann}:*",), SECOND, 0, -97)
+
+
+@pytest.mark.parametrize("gateway", ["mine-", "other-"])
+def test_an_entry_is_paid_by_the_prices_of_the_gateway_at_which_it_arrives(gateway: str) -> None:
+    for factor in (1, 3):
+        prices = Prices({"*": Price(2 * PER * factor, PER * factor, 5 * PER * factor)})
+        found = Office(gateway, prices).ledger.settle(entry(note(**SPENDING), usage=TOLD))
+        assert found is not None
+        assert found[0].settlement == Settlement("mine-1", ("{user:ann}:*",), SECOND, 0, -97, 38 * factor - 520, 1)
 
 
 def test_the_outcome_names_the_pod_that_served() -> None:
@@ -317,6 +430,6 @@ def test_another_gateways_request_is_none_of_this_ones_load() -> None:
 
 
 def test_what_another_gateway_admitted_while_the_store_was_away_stays_as_reserved() -> None:
-    away = entry(note(second=-SECOND), usage=TOLD)
+    away = entry(note(second=-SECOND, **SPENDING), usage=TOLD)
     assert Office("other-").settle(away) == ("ok", 0, 0)
     assert Office("mine-").settle(away) == ("ok", 0, -97)

@@ -1,4 +1,5 @@
-"""Whatever comes, in whatever order, and however many at once: one settlement each, and every pod's load back to zero.
+"""Whatever comes, in whatever order, and however many at once: one settlement each, one release
+of whatever ran, and every pod's load back to zero.
 
 ``Gateway`` lets hypothesis play Envoy, the store and the pods for several sessions over one fleet. The model of each
 session (``Life``) knows the contract's table of who pays what, and nothing of how a session gets there.
@@ -10,11 +11,12 @@ import json
 import re
 from typing import Any, Final
 
+import msgspec
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, rule
 
-from gateway_extproc.core.directory import Limits, Team, User
+from gateway_extproc.core.directory import Allowance, Limits, Team, User
 from gateway_extproc.core.events import (
     Action,
     Answer,
@@ -27,6 +29,7 @@ from gateway_extproc.core.events import (
     Misconfigured,
     Observed,
     Refuse,
+    Release,
     Replace,
     RequestBody,
     RequestHeaders,
@@ -41,6 +44,7 @@ from gateway_extproc.core.events import (
     Unavailable,
 )
 from gateway_extproc.core.fleet import Load
+from gateway_extproc.core.price import PER, Price, Prices
 from gateway_extproc.core.session import ProtocolError, World
 from gateway_extproc.core.store import Admission, Admitted, Denied, Level, Settlement
 from tests.core.playbook import (
@@ -124,9 +128,13 @@ answers = st.builds(
     end=st.sampled_from([False] * 5 + [True]),
 )
 deltas = st.sampled_from([b"", delta(), delta(), delta() + delta(), DONE])
-told_in_streams = st.builds(usage_event, st.integers(0, 300), st.integers(0, 300))
+cached = st.just(0) | st.integers(0, 300)
+told_in_streams = st.builds(usage_event, st.integers(0, 300), st.integers(0, 300), cached)
 told_in_json = st.builds(
-    lambda p, c: json.dumps({"usage": usage(p, c)}).encode(), st.integers(0, 99), st.integers(0, 99)
+    lambda p, c, cached: json.dumps({"usage": usage(p, c, cached)}).encode(),
+    st.integers(0, 99),
+    st.integers(0, 99),
+    cached,
 )
 chunks = st.builds(ResponseBody, deltas | told_in_streams | told_in_json, st.booleans())
 events: Final[dict[type, st.SearchStrategy[Any]]] = {
@@ -152,43 +160,92 @@ events: Final[dict[type, st.SearchStrategy[Any]]] = {
 }
 
 
+# --- who may spend how much ------------------------------------------------------------------------------------------
+
+budgets = st.lists(
+    st.builds(
+        Allowance,
+        amount=st.integers(0, 1000),
+        unit=st.sampled_from(["tokens", "usd"]),
+        period=st.sampled_from(["day", "week", "month", "18000s"]),
+    ),
+    max_size=2,
+).map(tuple)
+limits: Final[Any] = {
+    "rpm": st.none() | st.integers(0, 9),
+    "tpm": st.none() | st.integers(50, 900),
+    "concurrency": st.none() | st.integers(0, 5),
+    "budgets": budgets,
+}
+any_limits = st.builds(Limits, **limits)
+per_model = st.dictionaries(st.sampled_from("mn"), any_limits, max_size=2)
+alices = st.builds(User, name=st.just("alice"), team=st.just("t"), per_model=per_model, **limits)
+bobs = st.builds(User, name=st.just("bob"), models=st.just(("m",)), **limits)
+teams = st.builds(Team, name=st.just("t"), **limits)
+#: Nano-dollars of one token of the prompt, of one in a pod's cache, and of the output.
+rates = st.tuples(st.integers(0, 9), st.integers(0, 9), st.integers(0, 9))
+#: The model n has a price sometimes.
+tariffs = st.fixed_dictionaries({"m": rates}, optional={"n": rates})
+
+
+def prices_of(tariff: dict[str, tuple[int, int, int]]) -> Prices:
+    return Prices({model: Price(*[PER * rate for rate in rates]) for model, rates in tariff.items()})
+
+
 # --- the models --------------------------------------------------------------------------------------------------
 
 
 class Ledger:
-    """What a store would hold: requests and tokens by admission."""
+    """What a store would hold: requests, tokens and nano-dollars by admission, and what runs under which keys."""
 
     def __init__(self) -> None:
-        self.held: dict[str, tuple[int, int]] = {}
+        self.held: dict[str, tuple[int, int, int]] = {}
+        self.running: dict[str, tuple[str, ...]] = {}
         self._keys: dict[str, tuple[str, ...]] = {}
+        self._budgets: dict[str, int] = {}
         self._settled: set[str] = set()
 
     def admit(self, admission: Admission) -> None:
         assert admission.id not in self.held, "an id was given twice"
-        self.held[admission.id] = (1, admission.tokens)
-        self._keys[admission.id] = tuple(window.key for window in admission.windows)
+        self.held[admission.id] = (1, admission.tokens, admission.cost)
+        windows = admission.windows
+        self._keys[admission.id] = tuple(window.key for window in windows)
+        self._budgets[admission.id] = sum(2**index for index, window in enumerate(windows) if window.budgets)
+        leases = tuple(window.key for window in windows if window.concurrency is not None)
+        if leases:
+            self.running[admission.id] = leases
 
     def settle(self, settlement: Settlement) -> None:
         assert settlement.id not in self._settled, "settled twice"
         self._settled.add(settlement.id)
         assert settlement.keys == self._keys[settlement.id]
         assert settlement.second == SECOND
-        requests, tokens = self.held[settlement.id]
-        self.held[settlement.id] = (requests + settlement.requests, tokens + settlement.tokens)
+        assert settlement.budgets == self._budgets[settlement.id]
+        assert settlement.requests or settlement.tokens or settlement.cost, "nothing changes"
+        requests, tokens, cost = self.held[settlement.id]
+        held = requests + settlement.requests, tokens + settlement.tokens, cost + settlement.cost
+        assert min(held) >= 0, "more was given back than was taken"
+        self.held[settlement.id] = held
+
+    def release(self, release: Release) -> None:
+        assert self.running.pop(release.id, None) == release.keys, "released twice, or what does not run"
 
 
 class Life:
     """One session, and what is known of it from outside."""
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: World, tariff: dict[str, tuple[int, int, int]]) -> None:
         self.play = Playbook(world)
+        #: Prices by model, as they are now.
+        self._tariff = tariff
+        self._model = ""
         self.phase = "new"
         self.shown_request = False
         self.admission: Admission | None = None
         self.admitted = False
         self._carries = False
-        #: Requests and tokens that the store should hold in the end.
-        self.owed = (0, 0)
+        #: Requests, tokens and nano-dollars that the store should hold in the end.
+        self.owed = (0, 0, 0)
         self._prompt = 0
         self._strips = False
         self._taken = True
@@ -211,11 +268,12 @@ class Life:
             self._carries = event.carry
         if isinstance(event, ResponseBody | ResponseTrailers) and self.phase == "routed":
             # An answer without its headers.
-            self.owed = (1, self.admission.tokens if self.admission is not None else 0)
+            self.owed = self._reserved
         if isinstance(event, Admitted):
             self.admitted = True
         if isinstance(event, RequestBody) and self.phase == "body" and event.data.startswith(b"{"):
             sent = json.loads(event.data)
+            self._model = sent["model"]
             # Estimated once, when it is admitted: what is learned meanwhile changes nothing.
             self._prompt = self.play.world.estimates.prompt(sent["model"], len(json.dumps(sent["messages"])))
         if isinstance(event, ResponseHeaders) and self.phase == "routed":
@@ -236,7 +294,10 @@ class Life:
             self.leaving = self.leaving or self.holds
 
     def draw(self, data: st.DataObject, kind: type) -> Event:
-        """An event of that kind; a stream's bytes are whole events, cut anywhere."""
+        """An event of that kind; a stream's bytes are whole events, cut anywhere, and only a limit that there is has
+        no room."""
+        if kind is Denied and self.phase == "asking":
+            return data.draw(st.sampled_from(self._lacks))
         if kind is not ResponseBody or self.phase != "answering":
             return data.draw(events[kind])  # type: ignore[no-any-return]
         end = self._ended or data.draw(st.integers(0, 3)) == 0
@@ -247,36 +308,66 @@ class Life:
         self._cut = ready[cut:]
         return ResponseBody(ready[:cut], end)
 
+    @property
+    def _lacks(self) -> list[Denied]:
+        """Every limit that may have no room for the question."""
+        assert self.admission is not None
+        windows = self.admission.windows
+        level = (Level(1, 1, 1.0, 1.0),) * len(windows)
+        return [
+            Denied(index, kind, wait, level, number, 7)
+            for index, window in enumerate(windows)
+            for kind, count in (
+                ("rpm", window.rpm is not None),
+                ("tpm", window.tpm is not None),
+                ("concurrency", window.concurrency is not None),
+                ("budget", len(window.budgets)),
+            )
+            for number in range(count)
+            for wait in (None, 5.0)
+        ]
+
+    @property
+    def _reserved(self) -> tuple[int, int, int]:
+        return (1, self.admission.tokens, self.admission.cost) if self.admission is not None else (1, 0, 0)
+
+    def _used(self, prompt: int, output: int, cached: int = 0) -> tuple[int, int, int]:
+        """What a request owes that used so much, by the prices in force."""
+        cost = 0
+        if self.admission is not None and any(window.budgets for window in self.admission.windows):
+            of_prompt, of_cached, of_output = self._tariff.get(self._model, (0, 0, 0))
+            cost = (prompt - cached) * of_prompt + cached * of_cached + output * of_output
+        return 1, prompt + output, cost
+
     def _account(self, event: Closed | Drain) -> None:
-        reserved = self.admission.tokens if self.admission is not None else 0
-        prompt = self._prompt
         if self.phase == "routed":
             # Answered by nobody; or the gateway leaves before.
-            self.owed = (1, prompt if event == Closed("reset") else reserved)
+            self.owed = self._used(self._prompt, 0) if event == Closed("reset") else self._reserved
         elif self.phase == "answering":
-            self.owed = self._owed_for_the_answer(event, prompt, reserved)
+            self.owed = self._owed_for_the_answer(event)
 
-    def _owed_for_the_answer(self, event: Closed | Drain, prompt: int, reserved: int) -> tuple[int, int]:
+    def _owed_for_the_answer(self, event: Closed | Drain) -> tuple[int, int, int]:
         told, whole = self._told(), self._ended or self._trailed
         if not self._taken:
-            return 0, 0
+            return 0, 0, 0
         if isinstance(event, Drain) and not whole:
-            return 1, reserved
+            return self._reserved
         if told is not None:
-            return 1, told
+            return self._used(*told)
         if not self._good:
-            return 1, 0
+            return 1, 0, 0
         failed = event == Closed("failed") and not whole
         if self._kind == "text/event-stream" and not failed:
-            return 1, prompt + sum(len(_OUTPUT.findall(one)) for one in self._events())
-        return 1, reserved
+            return self._used(self._prompt, sum(len(_OUTPUT.findall(one)) for one in self._events()))
+        return self._reserved
 
     def _events(self) -> list[bytes]:
         """The events of a stream that are complete, and at its end what is left."""
         found = self._came.split(b"\n\n")
         return found if self._ended or self._trailed else found[:-1]
 
-    def _told(self) -> int | None:
+    def _told(self) -> tuple[int, int, int] | None:
+        """Tokens of the prompt, of the output, and those of the prompt that were cached."""
         counts = []
         if self._kind == "text/event-stream":
             counts = [json.loads(one[6:])["usage"] for one in self._events() if _tells_usage(one)]
@@ -284,8 +375,9 @@ class Life:
             counts = [json.loads(self._came)["usage"]]
         if not counts:
             return None
-        parts = ("prompt_tokens", "completion_tokens")
-        return sum(max(int(count[part]) for count in counts) for part in parts)
+        prompt, output = (max(int(count[part]) for count in counts) for part in ("prompt_tokens", "completion_tokens"))
+        cached = max(int(count.get("prompt_tokens_details", {}).get("cached_tokens", 0)) for count in counts)
+        return prompt, output, min(cached, prompt)
 
     @property
     def may_come(self) -> tuple[type, ...]:
@@ -331,6 +423,8 @@ class Life:
             (reply,) = replies
             if isinstance(reply, Ask):
                 self.phase, self.admission = "asking", reply.admission
+                tokens = reply.admission.tokens
+                assert (1, tokens, reply.admission.cost) == self._used(self._prompt, tokens - self._prompt)
             elif isinstance(reply, Route):
                 self.phase = "routed"
                 assert self._carries <= (reply.body is not None)
@@ -355,9 +449,14 @@ class Life:
 _OUTPUT: Final = re.compile(rb'"content": "w')
 
 
+def _is_whole(event: bytes) -> bool:
+    """Details have braces of their own, behind which an event may be cut."""
+    return event.count(b"{") == event.count(b"}")
+
+
 def _tells_usage(event: bytes) -> bool:
     """Whether an event has usage, and all of it came."""
-    return b'"usage"' in event and event.rstrip().endswith(b"}}")
+    return b'"usage"' in event and event.rstrip().endswith(b"}}") and _is_whole(event.rstrip())
 
 
 class Gateway(RuleBasedStateMachine):
@@ -368,21 +467,31 @@ class Gateway(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.clock = Clock()
-        specs = [pod(name, *models) for name, models in PODS.items()]
-        self.world = make_world(
-            *specs,
-            clock=self.clock,
-            users=[User(name="alice", rpm=9, tpm=900, team="t"), User(name="bob", rpm=5, models=("m",))],
-            teams=[Team(name="t", tpm=5000)],
-            default=Limits(rpm=3),
-        )
-        self.specs = specs
+        self.specs = [pod(name, *models) for name, models in PODS.items()]
         self.ledger = Ledger()
-        self.loads: set[Load] = {member.load for member in self.world.fleet.members()}
+        self.tariff: dict[str, tuple[int, int, int]] = {}
         self.all: list[Life] = []
+        self.ran = 0
+
+    @initialize(
+        alice=alices,
+        bob=bobs,
+        team=teams,
+        default=st.none() | any_limits,
+        limited=st.dictionaries(st.sampled_from("mn"), any_limits, max_size=2),
+        tariff=tariffs,
+    )
+    def a_gateway_starts(
+        self, alice: User, bob: User, team: Team, default: Limits | None, limited: dict[str, Limits], tariff: Any
+    ) -> None:
+        self.world = make_world(
+            *self.specs, clock=self.clock, users=[alice, bob], teams=[team], default=default, limited=limited
+        )
+        self.prices_change(tariff)
+        self.loads: set[Load] = {member.load for member in self.world.fleet.members()}
 
     def begin(self) -> Life:
-        life = Life(self.world)
+        life = Life(self.world, self.tariff)
         self.all.append(life)
         return life
 
@@ -408,9 +517,20 @@ class Gateway(RuleBasedStateMachine):
     def set_out(self, user: str, request: RequestBody, how_far: int) -> Life:
         """The straight way, because by chance alone few requests would get far."""
         life = self.begin()
-        for event in (headers(user=user), request, Admitted(SECOND, ()))[: how_far if user else 2]:
-            if life.phase != "over":
+        for event in (headers(user=user), request, Admitted(SECOND, ()))[:how_far]:
+            if type(event) in LEGAL[life.phase] and life.phase != "over":
                 self.feed(life, event)
+        return life
+
+    @rule(target=lives, user=users, request=chats)
+    def a_request_finds_no_pods_any_more(self, user: str, request: RequestBody) -> Life:
+        life = self.set_out(user, request, 2)
+        for name in PODS:
+            self.world.fleet.failed(address(name), "down")
+        if life.phase == "asking":
+            self.feed(life, Admitted(SECOND, ()))
+        for name in PODS:
+            self.world.fleet.answered(address(name), None)
         return life
 
     @rule(life=lives, data=st.data())
@@ -453,6 +573,13 @@ class Gateway(RuleBasedStateMachine):
             self.loads.add(member.load)
             self.world.fleet.answered(member.spec.address, None)
 
+    @rule(tariff=tariffs)
+    def prices_change(self, tariff: dict[str, tuple[int, int, int]]) -> None:
+        for model in [*self.tariff]:
+            tariff.setdefault(model, self.tariff[model])  # a price is changed, not taken away
+        self.tariff.update(tariff)
+        self.world.policy = msgspec.structs.replace(self.world.policy, prices=prices_of(tariff))
+
     @rule(seconds=st.floats(0, 100))
     def time_passes(self, seconds: float) -> None:
         self.clock.now += seconds
@@ -462,11 +589,14 @@ class Gateway(RuleBasedStateMachine):
         if isinstance(event, Admitted):
             assert life.admission is not None
             self.ledger.admit(life.admission)
+            self.ran += life.admission.id in self.ledger.running
         actions = (life.play >> event).actions
         life.follow(event, actions)
         for action in actions:
             if isinstance(action, Settle) and action.settlement is not None:
                 self.ledger.settle(action.settlement)
+            if isinstance(action, Release):
+                self.ledger.release(action)
         if life.leaving and isinstance(event, ResponseBody | ResponseTrailers):
             self.feed(life, Drain())  # as the listener does
 
@@ -474,6 +604,13 @@ class Gateway(RuleBasedStateMachine):
     def loads_are_what_is_on_its_way(self) -> None:
         assert sum(load.in_flight for load in self.loads) == sum(life.on_its_way for life in self.all)
         assert all(load.in_flight >= 0 and load.tokens(self.clock()) >= 0 for load in self.loads)
+
+    @invariant()
+    def what_runs_is_what_is_on_its_way(self) -> None:
+        """Of that, what was admitted where running requests are limited; each is told once, by its session."""
+        running = [life.play.session.running for life in self.all]
+        assert {found[0]: found[1] for found in running if found is not None} == self.ledger.running
+        assert all(life.on_its_way for life, found in zip(self.all, running, strict=True) if found is not None)
 
     @invariant()
     def nothing_is_settled_before_its_end_or_twice(self) -> None:
@@ -486,6 +623,8 @@ class Gateway(RuleBasedStateMachine):
             if life.phase != "closed":
                 self.feed(life, Closed("reset"))
         self.nothing_is_settled_before_its_end_or_twice()
+        assert self.ledger.running == {}
+        assert sum(len(life.play.releases) for life in self.all) == self.ran
         assert all(load.in_flight == 0 for load in self.loads)
         for life in self.all:
             if life.admission is not None and life.admitted:

@@ -416,6 +416,22 @@ def test_a_free_model_changes_tokens_alone() -> None:
     assert play.settlement == Settlement("id-1", ("{user:alice}:*",), SECOND, 0, -2, 0, 1)
 
 
+def test_what_is_reported_of_a_reservation_that_is_the_charge_is_what_was_charged() -> None:
+    """A guess of the output is reserved as far as a limit allows, at the prices of the admission."""
+    for logged in (False, True):
+        world = world_of(logged=logged, tpm=50, budgets=(DOLLARS,))
+        play = taken(world, max_tokens=None)
+        world.policy = msgspec.structs.replace(world.policy, prices=Prices({"m": Price(PER, PER, PER)}))
+        if logged:
+            found = ledger(world, prices=world.policy.prices).settle(entry(play))
+            assert found is not None
+            (end, _) = found
+        else:
+            (end,) = play.through(answer(), chunk({}, end=True), RESET).settles
+        assert end == settled("ok", estimated=True, prompt_tokens=10, output_tokens=40, cost=0)
+        assert end.outcome.cost == cost(10, 40)
+
+
 def test_an_answer_is_paid_by_the_prices_in_force_when_it_ends() -> None:
     world = spender()
     play = taken(world).through(answer(), chunk({"usage": usage(10, 4)}, end=True))
@@ -625,9 +641,9 @@ def test_what_was_not_admitted_is_not_released(logged: bool) -> None:
         [headers(user="alice"), body(), Closed("failed")],
         [headers(), body(), RESET],
     ]
-    for event in (*denied, Unavailable()):
-        scripts.append([headers(user="alice"), body(), event, RESET])
-    for script in scripts:
+    unheard: list[Event] = [*denied, Unavailable()]
+    refusals: list[list[Event]] = [[headers(user="alice"), body(), event, RESET] for event in unheard]
+    for script in scripts + refusals:
         play = Playbook(running(logged))
         for event in script:
             play >> event
