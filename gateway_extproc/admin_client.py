@@ -130,7 +130,7 @@ def _get_user(args: argparse.Namespace) -> None:
     if args.json:
         _print_json(user | {"keys": keys})
         return
-    _print_table(("", ""), [(name, _shown(value)) for name, value in user.items() if value not in (None, {}, False)])
+    _print_table(("", ""), [(name, _shown(value)) for name, value in user.items() if not _is_empty(value)])
     _print_keys(keys)
 
 
@@ -326,6 +326,10 @@ def _print_keys(keys: Sequence[dict[str, Any]]) -> None:
     ]
     if rows:
         _print_table(("key", "name", "made", "expires", "models"), rows)
+
+
+def _is_empty(value: Any) -> bool:
+    return value is None or value is False or value == [] or value == {}
 
 
 def _when(seconds: int | None) -> str:

@@ -14,12 +14,13 @@ import contextlib
 import random
 import secrets
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, cast
 
 import msgspec
 import structlog
 
 from .config import Config, ConfigError, user_of
+from .config.forms import PATTERN
 from .core import admin_refusal as refusals
 from .core import keys
 from .core.directory import Directory, User
@@ -36,8 +37,12 @@ PAGE: Final = 1000
 KEYS: Final = 100
 #: Longest name of a key, in characters.
 KEY_NAME: Final = 256
+#: Most patterns of models that a key may be for.
+KEY_MODELS: Final = 100
+#: Longest document, in bytes, that the audit list repeats.
+AUDITED_BYTES: Final = 8192
 
-_STAY: Final = "Users and keys can't be changed now, and stay as they are."
+_STAY: Final = "Users and keys stay as they are until it is back."
 _USER: Final = msgspec.json.Decoder(User)
 _KEY: Final = msgspec.json.Decoder(Key)
 
@@ -83,6 +88,7 @@ class Administration:
         self._users: dict[str, User] = {}
         self._keys: dict[str, Key] = {}
         self._pepper = b""
+        self._known = False  # the records were read at least once
         #: Whether the copy follows the records now; ``asked``: they were read, or could not be, at least once.
         self.follows = False
         self.asked = asyncio.Event()
@@ -96,6 +102,11 @@ class Administration:
     def configure(self, config: Config) -> None:
         """Take up the file's users, teams and defaults."""
         self._config = config
+        teams = {team.name for team in config.teams}
+        if missing := sorted({user.team for user in self._kept.values() if user.team} - teams):
+            log.warning(
+                "users are in teams that are not in the configuration: no team's limits hold", teams=missing[:10]
+            )
         self._fixed = {user.name: user for user in config.users}
         self._users = self._kept | self._fixed
         self._renew()
@@ -104,7 +115,9 @@ class Administration:
         config = self._config
         teams = {team.name: team for team in config.teams}
         models = {name: model.limits for name, model in config.models.items() if model.limits is not None}
-        self.directory = Directory(self._users, teams, config.limits.default, self._keys, self._pepper, models)
+        self.directory = Directory(
+            self._users, teams, config.limits.default, self._keys, self._pepper, models, self._known
+        )
         self._on_change()
 
     # --- following the records ----------------------------------------------------------------------------------------
@@ -121,19 +134,26 @@ class Administration:
                         self.follows = True
                         self.asked.set()
             except RecordsUnavailable as error:
-                if self.follows or not self.asked.is_set():
-                    log.warning("users and keys stay as they are: the store is away", reason=str(error))
-                self.follows = False
-                self.asked.set()
+                self._lost(str(error))
+            except Exception as error:  # of our own: a gateway that follows no more would not hear of a revoked key
+                self._lost(type(error).__name__)
+                log.exception("users and keys could not be read")
             await asyncio.sleep(PAUSE * random.uniform(0.5, 1.5))
+
+    def _lost(self, reason: str) -> None:
+        if self.follows or not self.asked.is_set():
+            log.warning("users and keys stay as they are: the store is away", reason=reason)
+        self.follows = False
+        self.asked.set()
 
     async def _read_all(self) -> None:
         self._pepper = await self._records.pepper()
         kept = await self._records.all("user")
         found = await self._records.all("key")
-        self._kept = {name: user for name, document in kept.items() if (user := _user(name, document)) is not None}
+        self._kept = {name: self._user_of(name, document) for name, document in kept.items()}
         self._keys = {name: key for name, document in found.items() if (key := _key(name, document)) is not None}
         self._users = self._kept | self._fixed
+        self._known = True
         self._renew()
 
     async def _read(self, change: Change) -> None:
@@ -148,10 +168,9 @@ class Administration:
             else:
                 self._keys.pop(name, None)
         else:
-            user = _user(name, document) if document is not None else None
-            if user is not None:
-                self._kept[name] = user
-            elif document is None:
+            if document is not None:
+                self._kept[name] = self._user_of(name, document)
+            else:
                 self._kept.pop(name, None)
             if name not in self._fixed:
                 if (kept := self._kept.get(name)) is not None:
@@ -159,6 +178,11 @@ class Administration:
                 else:
                     self._users.pop(name, None)
         self._renew()
+
+    def _user_of(self, name: str, document: bytes) -> User:
+        """A record; one that can't be read (of a later version, say) stays as it was, or lets nobody in: what it
+        limits is not known."""
+        return _user(name, document) or self._kept.get(name) or User(name=name, disabled=True)
 
     # --- users --------------------------------------------------------------------------------------------------------
 
@@ -182,10 +206,15 @@ class Administration:
         """Write a whole record. Raises Refused."""
         self._may_change(name)
         user = self._record(name, fields)
-        before = await self._asked_for("user", name)
-        if before is None:  # keys of somebody of this name who is gone must not be the new one's
-            await self._revoke_all(name)
-        return await self._write(user, before, expected)
+        while True:
+            before = await self._asked_for("user", name)
+            # What was read is what the audit list says was there.
+            wanted = expected if expected is not None else NONE if before is None else version_of(before)
+            try:
+                return await self._write(user, before, wanted)
+            except Refused:
+                if expected is not None or version_of(await self._asked_for("user", name) or b"") == wanted:
+                    raise
 
     async def patch(self, name: str, changes: object, expected: str | None = None) -> Shown:
         """Change some fields, by JSON merge patch (RFC 7396). Raises Refused."""
@@ -193,9 +222,13 @@ class Administration:
         before = await self._asked_for("user", name)
         if before is None:
             raise Refused(refusals.no_user(name))
-        fields = _merged(msgspec.json.decode(before), _object(changes))
+        there = msgspec.json.decode(before)
+        given = _object(changes)
+        fields = _limited(_merged, there, given)
+        # A team that is gone from the file is no reason to refuse another change.
+        user = self._record(name, fields, () if "team" in given else (there.get("team"),))
         # What was read is what is changed: somebody else's change between is a conflict, which the caller sees.
-        return await self._write(self._record(name, fields), before, expected or version_of(before))
+        return await self._write(user, before, version_of(before) if expected in (None, ANY) else expected)
 
     async def delete(self, name: str, expected: str | None = None) -> None:
         """Delete a user, and all keys. Raises Refused."""
@@ -203,20 +236,25 @@ class Administration:
         before = await self._asked_for("user", name)
         if before is None:
             raise Refused(refusals.no_user(name))
-        entry = Entry(int(self._now()), "delete user", name, msgspec.Raw(before))
-        await self._put("user", name, None, entry, expected or ANY)
+        if expected not in (None, ANY, version_of(before)):
+            raise Refused(refusals.changed(name))
+        # First, so that none is left for the next one of this name; and again, for what was made meanwhile.
+        await self._revoke_all(name)
+        entry = Entry(int(self._now()), "delete user", name, _raw(before))
+        await self._put("user", name, None, entry, version_of(before))
         await self._revoke_all(name)
 
     def _may_change(self, name: str) -> None:
         if name in self._fixed:
             raise Refused(refusals.read_only(name))
 
-    def _record(self, name: str, fields: object) -> User:
+    def _record(self, name: str, fields: object, teams: Iterable[str] = ()) -> User:
         given = {key: value for key, value in _object(fields).items() if key not in ("source", "keys")}
         if given.get("name", name) != name:
             raise Refused(invalid_value("name", "another than in the path"))
         try:
-            return user_of(name, given, {team.name for team in self._config.teams})
+            known = {team.name for team in self._config.teams} | {*teams}
+            return cast(User, _limited(user_of, name, given, known, bool(self._config.prices)))
         except ConfigError as error:
             first = error.errors[0]
             said = "; ".join(f"{problem.path}: {problem.message}" for problem in error.errors)
@@ -224,8 +262,7 @@ class Administration:
 
     async def _write(self, user: User, before: bytes | None, expected: str | None) -> Shown:
         document = msgspec.json.encode(user)
-        was = msgspec.UNSET if before is None else msgspec.Raw(before)
-        entry = Entry(int(self._now()), "put user", user.name, was, msgspec.Raw(document))
+        entry = Entry(int(self._now()), "put user", user.name, _raw(before), _raw(document))
         await self._put("user", user.name, document, entry, expected)
         return Shown(self._shown(user), version_of(document), made=before is None)
 
@@ -258,18 +295,26 @@ class Administration:
             expires = now + wanted.expires_in
         if expires is not None and not now < expires < 2**53:
             raise Refused(invalid_value("expires", "not in the future"))
+        try:
+            models = (
+                None if wanted.models is None else tuple([PATTERN.read(model) for model in wanted.models[:KEY_MODELS]])
+            )
+        except ValueError as error:
+            raise Refused(invalid_value("models", str(error))) from None
+        if len(wanted.models or ()) > KEY_MODELS:
+            raise Refused(invalid_value("models", f"more than {KEY_MODELS}"))
         if len(wanted.name) > KEY_NAME or not (wanted.name.isprintable()):
             raise Refused(invalid_value("name", f"more than {KEY_NAME} characters, or not printable"))
         if sum(1 for _ in self._keys_of(name)) >= KEYS:
             raise Refused(refusals.too_many_keys(name, KEYS))
         found, text = keys.text_of(secrets.token_bytes(keys.ID_BYTES + keys.SECRET_BYTES))
-        pepper = self._pepper or await self._pepper_asked_for()
+        self._pepper = await self._pepper_asked_for()  # Redis may have lost the one that is known here
         key = Key(
-            id=found, user=name, hash=keys.hashed(pepper, text), created=now, name=wanted.name, expires=expires,
-            models=wanted.models,
+            id=found, user=name, hash=keys.hashed(self._pepper, text), created=now, name=wanted.name, expires=expires,
+            models=models,
         )  # fmt: skip
         shown = _key_shown(key)
-        entry = Entry(now, "make key", found, after=msgspec.Raw(msgspec.json.encode(shown)))
+        entry = Entry(now, "make key", found, after=_raw(msgspec.json.encode(shown)))
         await self._put("key", found, msgspec.json.encode(key), entry, NONE)
         return shown | {"key": text}
 
@@ -279,13 +324,18 @@ class Administration:
         key = _key(found, document) if document is not None else None
         if key is None:
             raise Refused(refusals.no_key(found))
-        before = msgspec.Raw(msgspec.json.encode(_key_shown(key)))
-        await self._put("key", found, None, Entry(int(self._now()), "revoke key", found, before), None)
+        entry = Entry(int(self._now()), "revoke key", found, _raw(msgspec.json.encode(_key_shown(key))))
+        await self._put("key", found, None, entry, None)
 
     async def _revoke_all(self, name: str) -> None:
-        for key in [*self._keys_of(name)]:
-            with contextlib.suppress(Refused):
-                await self.revoke(key.id)
+        try:
+            found = await self._records.all("key")
+        except RecordsUnavailable as error:
+            raise Refused(refusals.store_unavailable(_STAY)) from error
+        for each, document in found.items():
+            key = _key(each, document)
+            if key is not None and key.user == name:
+                await self.revoke(each)
 
     def _keys_of(self, name: str) -> Iterable[Key]:
         return (key for key in self._keys.values() if key.user == name)
@@ -324,7 +374,9 @@ class Administration:
 def _user(name: str, document: bytes) -> User | None:
     try:
         user = _USER.decode(document)
-    except msgspec.DecodeError:
+        for limits in (user, *user.per_model.values()):
+            limits.window("", "")  # what a later version writes may not be countable here
+    except (msgspec.DecodeError, ValueError, ArithmeticError):
         log.error("a user's record could not be read", user=quoted(name))
         return None
     return user if user.name == name else None
@@ -348,6 +400,19 @@ def _key_shown(key: Key) -> dict[str, Any]:
         "expires": key.expires,
         "models": key.models,
     }
+
+
+def _raw(document: bytes | None) -> msgspec.Raw | msgspec.UnsetType:
+    """A document for the audit list, which is to be bounded."""
+    return msgspec.UNSET if document is None or len(document) > AUDITED_BYTES else msgspec.Raw(document)
+
+
+def _limited(work: Callable[..., Any], *given: Any) -> Any:
+    """``work``; what is nested too deeply for it is refused."""
+    try:
+        return work(*given)
+    except RecursionError:
+        raise Refused(invalid_json("it is nested too deeply")) from None
 
 
 def _object(value: object) -> Mapping[str, Any]:

@@ -332,12 +332,12 @@ class Gateway:
             async with asyncio.timeout(FLUSH_WAIT):
                 await self.store.flush()
         await self.store.close()
+        if self._admin is not None:
+            await self._admin.cleanup()
         await self._records.close()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(FLUSH_WAIT):
                 await self._reports.close()
-        if self._admin is not None:
-            await self._admin.cleanup()
         if self._siblings is not None:
             self._siblings.close()
         self._lines.flush()
@@ -398,13 +398,13 @@ class Gateway:
                     self._publish()
             if not self._polled:
                 assert self._watcher is not None
-                known = self._watcher.all_asked and self.fleet.all_polled
+                known = self._watcher.all_asked and self.fleet.all_polled and self.administration.asked.is_set()
                 if known or loop.time() - began > START_WAIT:
                     self._publish()
                     self._polled = True
                     self.xds.open()
                     self.extproc.open()
-            serving = self._polled and self._store_ready() and self.administration.asked.is_set()
+            serving = self._polled and self._store_ready()
             if serving and not self._ready.is_set():
                 self._ready.set()
                 self.health.set(True)

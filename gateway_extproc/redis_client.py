@@ -6,14 +6,33 @@ comes of a failure is the asker's to decide. Leaves out limits, whose connection
 
 from __future__ import annotations
 
-from typing import Final
+import asyncio
+from collections.abc import Awaitable
+from typing import Any, Final
 
+from redis import RedisError
 from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
 #: Seconds that an answer may take. A look at everything takes many answers.
 TIMEOUT: Final = 5.0
+
+
+class Unanswered(Exception):
+    """There is no answer; the message says why, in few words, without address or secret."""
+
+
+async def asked(answer: Awaitable[Any]) -> Any:
+    """The answer. Raises Unanswered, and CancelledError where it was cancelled, which redis-py may keep to itself."""
+    try:
+        found = await answer
+    except (RedisError, OSError) as error:
+        raise Unanswered(type(error).__name__) from None
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        raise asyncio.CancelledError
+    return found
 
 
 def redis_client(url: str, connections: int) -> Redis:

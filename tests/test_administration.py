@@ -19,7 +19,7 @@ from gateway_extproc.administration import KEYS, Administration
 from gateway_extproc.config import Config, parse
 from gateway_extproc.core.identify import identify
 from gateway_extproc.core.keys import Key
-from gateway_extproc.core.records import ANY, NONE, Records, RecordsUnavailable
+from gateway_extproc.core.records import ANY, NONE, Kind, Records, RecordsUnavailable
 from gateway_extproc.core.refusal import Refusal, Refused
 from gateway_extproc.core.store import Budget
 from tests.valkey import Valkey
@@ -28,7 +28,10 @@ DEADLINE = 10.0
 NOW = 1_000_000
 _prefixes = count()
 
-CONFIG = parse("users: [{name: of-the-file, rpm: 1}]\nteams: [{name: research, rpm: 9}]\nlimits: {default: {rpm: 7}}")
+CONFIG = parse(
+    "users: [{name: of-the-file, rpm: 1}]\nteams: [{name: research, rpm: 9}]\nlimits: {default: {rpm: 7}}\n"
+    "prices: {m: {input: 1, output: 1}}"
+)
 
 
 class Gateway:
@@ -284,15 +287,81 @@ async def test_keys_end_with_their_user_and_are_not_the_next_one_s(one: Gateway)
     assert one.who(made["key"]) is None
 
 
-async def test_a_key_that_was_left_behind_is_not_the_next_one_s(one: Gateway) -> None:
-    """A gateway may die between deleting a user and deleting the keys."""
-    await one.its.put("alice", {})
-    made = await one.its.make_key("alice", {})
-    await one.records.put("user", "alice", None, entry=b"{}")
-    await until(lambda: one.rpm("alice") == 7)
+async def test_a_user_who_moves_from_the_file_to_the_records_keeps_the_keys(one: Gateway) -> None:
+    made = await one.its.make_key("of-the-file", {})
+    one.its.configure(parse("{}"))
     assert one.who(made["key"]) is None
+    await one.its.put("of-the-file", {"rpm": 2})
+    assert (one.who(made["key"]), one.rpm("of-the-file")) == ("of-the-file", 2)
+
+
+class Stubborn(MemoryRecords):
+    """Keys cannot be deleted."""
+
+    async def put(
+        self, kind: Kind, name: str, document: bytes | None, *, expected: str | None = None, entry: bytes
+    ) -> None:
+        if kind == "key" and document is None:
+            raise RecordsUnavailable("stubborn")
+        await super().put(kind, name, document, expected=expected, entry=entry)
+
+
+async def test_a_user_whose_keys_cannot_be_revoked_is_not_deleted() -> None:
+    """Or they would be those of the next one of this name."""
+    gateway = Gateway(Stubborn())
+    await gateway.its.put("alice", {})
+    await gateway.its.make_key("alice", {})
+    await refused(gateway.its.delete("alice"), 503, "store_unavailable")
+    assert (await gateway.its.user("alice")).user["name"] == "alice"
+
+
+async def test_nobody_says_that_a_key_is_wrong_before_the_keys_were_read() -> None:
+    gateway = Gateway(MemoryRecords())
+    await gateway.its.put("alice", {})
+    key = (await gateway.its.make_key("alice", {}))["key"]
+    found = identify("optional", gateway.its.directory, lambda: NOW, None, f"Bearer {key}".encode(), None)
+    assert isinstance(found, Refusal)
+    assert (found.status, found.code) == (503, "limits_unavailable")
+    async with following(gateway):
+        assert gateway.who(key) == "alice"
+
+
+async def test_a_key_that_is_made_after_redis_lost_everything_lasts(own_valkey: Valkey) -> None:
+    gateway = Gateway(RedisRecords(own_valkey.url, full=0.05))
+    async with following(gateway):
+        with own_valkey.client() as client:
+            client.flushall()
+        await gateway.its.put("alice", {})
+        key = (await gateway.its.make_key("alice", {}))["key"]
+        changes = gateway.changes
+        await until(lambda: gateway.changes > changes + 3)
+        assert gateway.who(key) == "alice"
+    await gateway.records.close()
+
+
+async def test_a_record_of_a_later_version_lets_nobody_in_and_does_not_end_the_following(one: Gateway) -> None:
+    await one.records.put("user", "new", b'{"name":"new","of_a_later_version":1}', entry=b"{}")
+    await one.records.put("key", "k", b"nonsense", entry=b"{}")
+    await until(lambda: "new" in one.its.directory.users)
+    assert one.its.directory.users["new"].disabled
+    await one.its.put("alice", {"rpm": 5})
+    assert one.rpm("alice") == 5
+
+
+async def test_a_team_that_is_gone_is_no_reason_to_refuse_another_change(one: Gateway) -> None:
+    await one.its.put("alice", {"team": "research"})
+    one.its.configure(parse("{}"))
+    assert (await one.its.patch("alice", {"disabled": True})).user["disabled"]
+    await refused(one.its.patch("alice", {"team": "other"}), 400, "invalid_value", "team")
+
+
+async def test_what_is_nested_too_deeply_is_refused(one: Gateway) -> None:
+    deep: Any = 1
+    for _ in range(5000):
+        deep = {"x": deep}
     await one.its.put("alice", {})
-    assert one.who(made["key"]) is None
+    await refused(one.its.put("bob", {"per_model": deep}), 400, "invalid_json")
+    await refused(one.its.patch("alice", {"per_model": deep}), 400, "invalid_json")
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ send ``If-Match``. Leaves out who may ask (admin.py) and what is allowed (admini
 
 from __future__ import annotations
 
+import re
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Final, Protocol
 
@@ -19,6 +20,10 @@ from ..core.refusal import Refused, invalid_json, invalid_value
 
 #: Users, or entries of the audit list, in an answer where the request does not say how many.
 PAGE: Final = 1000
+
+#: What core/records.py's versions look like, and what none of them is.
+_VERSION: Final = re.compile(r"[0-9a-f]{40}")
+_NO_VERSION: Final = "?"
 
 _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 _Answer = Callable[..., web.Response]
@@ -177,7 +182,10 @@ def _expected(request: web.Request) -> str | None:
     Refused."""
     match, none = request.headers.get("if-match"), request.headers.get("if-none-match")
     if match is not None:
-        return ANY if match.strip() == "*" else match.strip().removeprefix("W/").strip('"') or "?"
+        if match.strip() == "*":
+            return ANY
+        found = match.strip().removeprefix("W/").strip('"')
+        return found if _VERSION.fullmatch(found) else _NO_VERSION
     if none is None:
         return None
     if none.strip() != "*":
@@ -188,6 +196,6 @@ def _expected(request: web.Request) -> str | None:
 def _limit(request: web.Request) -> int:
     """Raises Refused."""
     text = request.query.get("limit", str(PAGE))
-    if not (text.isascii() and text.isdigit() and 1 <= int(text[:9]) <= PAGE):
+    if not (text.isascii() and text.isdigit() and len(text) <= len(str(PAGE)) and 1 <= int(text) <= PAGE):
         raise Refused(invalid_value("limit", f"not a whole number from 1 to {PAGE}"))
     return int(text)

@@ -1,9 +1,10 @@
 """Users and keys, as kept in Redis or Valkey beside the limits, or in this process's memory.
 
 Owns where the documents lie (keys with the hash tag ``{directory}``, without a time to live: losing one would let
-somebody in or out) and how gateways hear of changes: a message for each, and a full look every ``FULL`` seconds for
-what a message did not reach. Promises that a document and its audit entry are written in one step. Redis-py does the
-talking: nothing here is on a request's path. Leaves out what is in a document (administration.py).
+somebody in or out) and how gateways hear of changes: a stream, which each follows from where it is, so that nothing is
+missed while a connection is made anew. Promises that a document, its audit entry and the news of it are written in one
+step. Redis-py does the talking: nothing here is on a request's path. Leaves out what is in a document
+(administration.py).
 """
 
 from __future__ import annotations
@@ -16,17 +17,20 @@ from importlib import resources
 from typing import Any, Final, cast
 
 import msgspec
-from redis import RedisError
 
 from ..core.records import ANY, AUDITED, NONE, Change, Conflict, Kind, RecordsUnavailable, version_of
-from ..redis_client import TIMEOUT, redis_client
+from ..redis_client import Unanswered, asked, redis_client
 
 #: Version of the documents' form.
 SCHEMA: Final = 1
 #: Connections at once, one of which listens; further questions wait for one.
 CONNECTIONS: Final = 8
-#: Seconds between full looks.
-FULL: Final = 30.0
+#: Seconds between looks at everything, for what no change told (a record that was edited by hand, say).
+FULL: Final = 300.0
+#: Changes that are kept for those who follow: whoever is further behind looks at everything.
+CHANGES: Final = 1000
+#: Milliseconds for which one waits for the next change: well within the time-out, so that silence is told from death.
+BLOCK: Final = 1000
 #: Documents that one answer of a full look holds, or so.
 PAGE: Final = 1000
 #: Changes that a follower of this process's memory may leave unread; then it gets to look at everything.
@@ -60,10 +64,10 @@ class RedisRecords:
     async def put(
         self, kind: Kind, name: str, document: bytes | None, *, expected: str | None = None, entry: bytes
     ) -> None:
-        keys = [self._at + kind, self._at + "audit"]
+        keys = [self._at + kind, self._at + "audit", self._at + "changes"]
         arguments: list[str | bytes | int] = [
             _packed(name), _NO_MATTER if expected is None else expected, document or b"", entry, AUDITED,
-            self._at + "changes", msgspec.json.encode(Change(kind, name)),
+            msgspec.json.encode(Change(kind, name)), CHANGES,
         ]  # fmt: skip
         answer = await self._asked(self._put(keys, arguments))
         if answer != b"ok":
@@ -81,31 +85,36 @@ class RedisRecords:
         return cast(bytes, found)
 
     async def changes(self) -> AsyncIterator[Change | None]:
-        try:
-            async with self._redis.pubsub(ignore_subscribe_messages=True) as heard:
-                await heard.subscribe(self._at + "changes")
-                # The answer to it, so that no change falls between the subscription and the first full look.
-                await heard.get_message(ignore_subscribe_messages=False, timeout=TIMEOUT)
-                loop = asyncio.get_running_loop()
-                full = 0.0
-                while True:
-                    if loop.time() >= full:
-                        full = loop.time() + self._full
-                        yield None
-                    message = await heard.get_message(timeout=max(0.0, full - loop.time()))
-                    if message is not None:
-                        yield _read(message["data"])
-        except (RedisError, OSError) as error:
-            raise RecordsUnavailable(_why(error)) from None
+        loop, stream = asyncio.get_running_loop(), self._at + "changes"
+        full, last, there = 0.0, b"", False
+        while True:
+            if loop.time() >= full:
+                # First where the stream ends, so that no change falls between that and the look at everything.
+                newest = await self._asked(self._redis.xrevrange(stream, count=1))
+                last = newest[0][0] if newest else b"0-0"
+                full = loop.time() + self._full
+                yield None
+            heard = await self._asked(self._redis.xread({stream: last}, count=CHANGES, block=BLOCK))
+            entries = heard[0][1] if heard else []
+            if not entries:
+                was, there = there, bool(await self._asked(self._redis.exists(self._at + "pepper")))
+                if was and not there:
+                    full = 0.0  # Redis has lost everything
+            elif len(entries) >= CHANGES:
+                full = 0.0  # some may have been dropped already
+                continue
+            for at, fields in entries:
+                last = at
+                yield _read(fields.get(b"change", b""))
 
     async def close(self) -> None:
         await self._redis.aclose()
 
     async def _asked(self, answer: Awaitable[Any]) -> Any:
         try:
-            return await answer
-        except (RedisError, OSError) as error:
-            raise RecordsUnavailable(_why(error)) from None
+            return await asked(answer)
+        except Unanswered as error:
+            raise RecordsUnavailable(str(error)) from None
 
 
 class MemoryRecords:
@@ -162,11 +171,11 @@ class MemoryRecords:
 
 
 def _packed(name: str) -> bytes:
-    return name.encode("utf-8", "surrogatepass")
+    return name.encode("utf-8", "surrogateescape")
 
 
 def _unpacked(name: bytes) -> str:
-    return name.decode("utf-8", "surrogatepass")
+    return name.decode("utf-8", "surrogateescape")
 
 
 def _read(message: bytes) -> Change | None:
@@ -175,8 +184,3 @@ def _read(message: bytes) -> Change | None:
         return _CHANGE.decode(message)
     except msgspec.DecodeError:
         return None
-
-
-def _why(error: Exception) -> str:
-    """In few words, without address or secret."""
-    return type(error).__name__

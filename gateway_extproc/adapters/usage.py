@@ -8,15 +8,14 @@ that gateways add to each other's sums, and that an hour's memory is bounded. Le
 from __future__ import annotations
 
 import struct
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Awaitable, Iterable
 from importlib import resources
-from typing import Final
+from typing import Any, Final
 
 import msgspec
-from redis import RedisError
 
 from ..core.tally import HOUR, OTHERS, STORED, Group, UsageUnavailable, Used
-from ..redis_client import redis_client
+from ..redis_client import Unanswered, asked, redis_client
 
 #: Version of the sums' form.
 SCHEMA: Final = 1
@@ -45,26 +44,25 @@ class RedisUsage:
             packed += (msgspec.json.encode(group), _SUMS.pack(*msgspec.structs.astuple(used)))
         for at in range(0, len(packed), 2 * AT_ONCE):
             given: list[bytes | int] = [self._keep, STORED, _OTHERS, *packed[at : at + 2 * AT_ONCE]]
-            try:
-                await self._add([f"{self._at}{hour}"], given)
-            except (RedisError, OSError) as error:
-                raise UsageUnavailable(type(error).__name__) from None
+            await self._asked(self._add([f"{self._at}{hour}"], given))
 
     async def read(self, hour: int) -> AsyncIterator[tuple[Group, Used]]:
         cursor = 0
         while True:
-            try:
-                cursor, page = await self._redis.hscan(f"{self._at}{hour}", cursor, count=AT_ONCE)
-            except (RedisError, OSError) as error:
-                raise UsageUnavailable(type(error).__name__) from None
-            assert isinstance(page, dict)
+            cursor, page = await self._asked(self._redis.hscan(f"{self._at}{hour}", cursor, count=AT_ONCE))
             for group, sums in page.items():
-                yield _GROUP.decode(group), Used(*_SUMS.unpack(sums))  # type: ignore[arg-type]  # bytes, as asked for
+                yield _GROUP.decode(group), Used(*_SUMS.unpack(sums))
             if not cursor:
                 return
 
     async def close(self) -> None:
         await self._redis.aclose()
+
+    async def _asked(self, answer: Awaitable[Any]) -> Any:
+        try:
+            return await asked(answer)
+        except Unanswered as error:
+            raise UsageUnavailable(str(error)) from None
 
 
 class MemoryUsage:

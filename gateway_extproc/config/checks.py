@@ -63,35 +63,40 @@ def _users(config: Config, sound: Sound) -> Found:
     yield from _twice("users", [user.name for user in config.users])
     yield from _twice("teams", [team.name for team in config.teams])
     teams = {team.name for team in config.teams}
+    priced = bool(config.prices) or not sound(("prices",))
     for at, user in enumerate(config.users):
-        yield from of_user(user, ("users", at), teams if sound(("teams",)) else None, sound)
+        yield from of_user(user, ("users", at), teams if sound(("teams",)) else None, sound, priced=priced)
     for at, team in enumerate(config.teams):
-        yield from _budgets(("teams", at), team)
+        yield from _budgets(("teams", at), team, priced)
 
 
-def of_user(user: User, where: Steps, teams: Collection[str] | None, sound: Sound) -> Found:
-    """What is wrong with a user's record, which stands at ``where``. ``teams`` None: not known."""
-    yield from _budgets(where, user)
+def of_user(user: User, where: Steps, teams: Collection[str] | None, sound: Sound, *, priced: bool) -> Found:
+    """What is wrong with a user's record, which stands at ``where``. ``teams`` None: not known; ``priced``: models have
+    prices."""
+    yield from _budgets(where, user, priced)
     for model, limits in user.per_model.items():
-        yield from _budgets((*where, "per_model", model), limits)
+        yield from _budgets((*where, "per_model", model), limits, priced)
     if user.team is not None and teams is not None and user.team not in teams and sound((*where, "team")):
         yield (*where, "team"), f"there is no team '{quoted(user.team)}' in teams"
 
 
-def _budgets(where: Steps, limits: Limits) -> Found:
+def _budgets(where: Steps, limits: Limits, priced: bool) -> Found:
     if len(limits.budgets) > MAX_BUDGETS:
         yield (*where, "budgets"), f"expected at most {MAX_BUDGETS}"
     for at, budget in enumerate(limits.budgets):
+        if budget.unit == "usd" and not priced:
+            yield (*where, "budgets", at, "unit"), "a budget in dollars needs prices, and there are none"
         if budget.wrong is not None:
             yield (*where, "budgets", at, "amount"), budget.wrong
 
 
 def _limits(config: Config) -> Found:
-    if config.limits.default is not None:
-        yield from _budgets(("limits", "default"), config.limits.default)
+    if config.limits.default is not None and config.limits.default.budgets:
+        why = "names that clients give have no end, and budgets last: only users with a record may have them"
+        yield ("limits", "default", "budgets"), why
     for name, model in config.models.items():
         if model.limits is not None:
-            yield from _budgets(("models", name, "limits"), model.limits)
+            yield from _budgets(("models", name, "limits"), model.limits, bool(config.prices))
 
 
 def _pods(config: Config, sound: Sound) -> Found:

@@ -44,6 +44,15 @@ def variables() -> Mapping[str, tuple[tuple[str, ...], Setting]]:
     return found
 
 
+#: Variables that are no settings: those of `gateway-extproc user`, which may run where the gateway does.
+_OTHERS = frozenset({"GATEWAY_ADMIN_URL"})
+
+
+def _is_link(name: str, text: str) -> bool:
+    """Whether a variable with such a name is Kubernetes's, and no misspelled setting."""
+    return not name.endswith("_PORT") or "://" in text
+
+
 def overlay(root: Node, environ: Mapping[str, str], unknown: Callable[[str, str], None]) -> None:
     """Put what the variables say over the file's nodes. ``unknown`` is told the name of each variable that sets
     nothing, and why."""
@@ -53,7 +62,7 @@ def overlay(root: Node, environ: Mapping[str, str], unknown: Callable[[str, str]
         if name in known:
             path, setting = known[name]
             _override(root, name, path, setting, text)
-        elif not (_SERVICE_LINK.fullmatch(name) and (not name.endswith("_PORT") or "://" in text)):
+        elif name not in _OTHERS and not (_SERVICE_LINK.fullmatch(name) and _is_link(name, text)):
             unknown(quoted(name), f"unknown variable; {near(name, known, 0)}")
 
 

@@ -49,14 +49,15 @@ def load(path: str | os.PathLike[str], environ: Mapping[str, str] = os.environ) 
     return parse(data.decode(errors="surrogateescape"), file=file, environ=environ)
 
 
-def user_of(name: str, fields: Mapping[str, Any], teams: Collection[str]) -> User:
-    """A user's record from the fields of a request, by the same forms and in the same words as the file's. Raises
-    ConfigError, whose problems have a path, but no file and no line."""
+def user_of(name: str, fields: Mapping[str, Any], teams: Collection[str], priced: bool) -> User:
+    """A user's record from the fields of a request, by the same forms and in the same words as the file's. ``teams``
+    are those that there are; ``priced``: models have prices. Raises ConfigError, whose problems have a path, but no
+    file and no line."""
     reader = _Reader("")
     try:
         reader.root = _node({**fields, "name": name})
         user = msgspec.convert(reader.part(User, reader.root, (), "users[]"), User)
-        for path, message in of_user(user, (), teams, reader.sound):
+        for path, message in of_user(user, (), teams, reader.sound, priced=priced):
             reader.report(path, message)
     except Unreadable:
         pass

@@ -170,7 +170,8 @@ def closed(
     if note.keys and not reserved:
         difference = usage.prompt + usage.completion - note.tokens
         # Without budgets nothing was reserved, and nothing is counted.
-        dearer = cost - note.cost if note.budgets else 0
+        # A price that is gone since is no reason to give back: the reservation is the charge.
+        dearer = cost - note.cost if note.budgets and prices.of(note.model) is not None else 0
         if difference or dearer:
             settlement = Settlement(note.id, note.keys, note.second, 0, difference, dearer, note.budgets)
     return Settle(settlement, _outcome(note, end, usage, reason, estimated, cost))

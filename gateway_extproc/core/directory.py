@@ -1,8 +1,9 @@
 """Who may use what, and how much: users, teams and keys.
 
 Owns the records and the questions "whose key is this?", "may this user use this model?" and "which windows apply to
-them?". A directory is a view of one moment: whatever changes makes a new one. Leaves out how records are read
-(config/), kept (core/records.py) and changed (administration.py), and how windows are counted (core/store.py).
+them?". Whoever changes what a directory shows makes a new one, and so forgets what this one remembers. Leaves out how
+records are read (config/), kept (core/records.py) and changed (administration.py), and how windows are counted
+(core/store.py).
 """
 
 from __future__ import annotations
@@ -90,7 +91,8 @@ class Team(Limits, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
 class Directory(msgspec.Struct, frozen=True):
     """All records by name, keys by id, what holds for a named user without a record, and for each model's requests
-    together. ``pepper`` is the secret that keys are hashed with."""
+    together. ``pepper`` is the secret that keys are hashed with. ``known``: administered records were read; until then
+    nobody can say that a key is wrong."""
 
     users: Mapping[str, User] = {}
     teams: Mapping[str, Team] = {}
@@ -98,6 +100,7 @@ class Directory(msgspec.Struct, frozen=True):
     keys: Mapping[str, Key] = {}
     pepper: bytes = b""
     models: Mapping[str, Limits] = {}
+    known: bool = True
     _known: dict[tuple[str | None, str], tuple[Window, ...]] = {}
 
     @classmethod

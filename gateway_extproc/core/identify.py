@@ -12,7 +12,7 @@ from typing import Final, Literal
 from .directory import Directory
 from .keys import PREFIX as KEY_PREFIX
 from .keys import Key
-from .refusal import Refusal, invalid_api_key, invalid_value, user_disabled, user_mismatch
+from .refusal import Refusal, invalid_api_key, invalid_value, keys_unavailable, user_disabled, user_mismatch
 
 #: Longest user name in bytes; it becomes part of store keys.
 USER_BYTES: Final = 256
@@ -30,6 +30,8 @@ def identify(
     if mode != "none":
         presented = presented_key(authorization, api_key)
         if presented is not None and presented.startswith(KEY_PREFIX):
+            if not directory.known:
+                return keys_unavailable()
             key = directory.key(presented, now())
         if key is None and mode == "required" and presented is None:
             return invalid_api_key("An API key is required: 'Authorization: Bearer KEY'.")

@@ -102,6 +102,12 @@ def model_not_allowed(model: str) -> Refusal:
     return Refusal(status=403, type="permission_error", code="model_not_allowed", message=message, param="model")
 
 
+def keys_unavailable() -> Refusal:
+    """Nobody has told this gateway yet which keys there are."""
+    message = "API keys can't be checked right now."
+    return Refusal(status=503, type="api_error", code="limits_unavailable", message=message, retry_after=1.0)
+
+
 def user_mismatch() -> Refusal:
     message = "The 'user' header names another user than the API key does."
     return Refusal(status=403, type="permission_error", code="user_mismatch", message=message, param="user")

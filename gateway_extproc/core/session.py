@@ -292,6 +292,9 @@ class Session:
         for window in windows:
             if window.tpm is not None and (tightest is None or window.tpm < tightest):
                 tightest = window.tpm
+            for budget in window.budgets:
+                if budget.unit == "tokens" and (tightest is None or budget.amount < tightest):
+                    tightest = budget.amount
         spends = with_budgets(windows)
         counted = tightest is not None or spends  # somebody's tokens are limited
         self._strip = bool(request.stream and not request.include_usage and self._target.may_ask_usage and counted)

@@ -27,6 +27,8 @@ from .merge import Family, Totals, merge_models, merge_overview, merge_pages, me
 
 #: Seconds that a worker gets for an answer; one that hangs must not make the others look so.
 PATIENCE: Final = 2.0
+#: The same where something is to be changed, which may wait for the store.
+LONG_PATIENCE: Final = 10.0
 #: Headers that are not handed on: those that belong to a connection (RFC 9110, section 7.6.1), and what each side
 #: writes anew.
 _OUR_OWN: Final = frozenset(
@@ -118,7 +120,8 @@ class Front:
         body = await request.read()
         for socket in self._running().values():
             answer = await _ask(socket, request, body)
-            if answer is not None:
+            # What changes something may have been done, though nobody said so: it is not asked for twice.
+            if answer is not None or request.method not in ("GET", "HEAD"):
                 return _response(answer)
         return _response(None)
 
@@ -148,7 +151,7 @@ async def _ask(socket: Path, request: web.Request, body: bytes) -> Answer | None
         async with (
             aiohttp.ClientSession(
                 connector=aiohttp.UnixConnector(str(socket), force_close=True),
-                timeout=aiohttp.ClientTimeout(total=PATIENCE),
+                timeout=aiohttp.ClientTimeout(total=PATIENCE if request.method in ("GET", "HEAD") else LONG_PATIENCE),
                 auto_decompress=False,
                 skip_auto_headers=("user-agent", "accept", "accept-encoding", "content-type"),
             ) as session,

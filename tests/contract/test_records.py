@@ -218,10 +218,39 @@ async def test_everything_is_looked_at_once_in_a_while(valkey: Valkey) -> None:
     await records.close()
 
 
+async def test_whoever_is_too_far_behind_looks_at_everything(valkey: Valkey, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adapter, "CHANGES", 3)
+    records = RedisRecords(valkey.url, prefix="behind:")
+    async with hearing(records) as heard:
+        for number in range(5):
+            await records.put("user", f"user-{number}", b"1", entry=b"x")
+        assert await heard() is None
+        await records.put("user", "a", b"1", entry=b"x")
+        assert await heard() == Change("user", "a")
+    await records.close()
+
+
+async def test_redis_that_lost_everything_makes_everything_be_looked_at(valkey: Valkey) -> None:
+    records = RedisRecords(valkey.url, prefix="lost:")
+    async with hearing(records) as heard:
+        await records.pepper()
+        await records.put("user", "a", b"1", entry=b"x")
+        assert await heard() == Change("user", "a")
+        waiting = asyncio.ensure_future(heard())
+        with valkey.client() as client:
+            looked = client.info("commandstats").get("cmdstat_exists", {"calls": 0})["calls"]
+            # Twice it has waited, and looked whether there is something.
+            while client.info("commandstats").get("cmdstat_exists", {"calls": 0})["calls"] < looked + 2:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+            client.flushall()
+        assert await waiting is None
+    await records.close()
+
+
 async def test_a_message_of_somebody_else_makes_everything_be_looked_at(valkey: Valkey) -> None:
     records = RedisRecords(valkey.url, prefix="strange:")
     async with hearing(records) as heard:
         with valkey.client() as client:
-            client.publish("strange:1:{directory}:changes", "no change")
+            client.xadd("strange:1:{directory}:changes", {"change": "no change"})
         assert await heard() is None
     await records.close()

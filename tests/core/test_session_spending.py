@@ -148,7 +148,8 @@ def test_the_cost_is_that_of_the_tokens_that_are_reserved() -> None:
 
 @given(st.integers(0, 10**12), st.integers(0, 10**12), st.integers(0, 10**12), st.integers(1, 300), st.integers(0, 100))
 def test_no_reservation_is_cheaper_than_its_tokens(fresh: int, cached: int, output: int, prompt: int, n: int) -> None:
-    world = spender(prices=Prices({"m": Price(fresh, cached, output)}))
+    budgets = (DOLLARS, Allowance(amount=1000, unit="tokens", period="day"))
+    world = make_world(users=[User(name="alice", budgets=budgets)], prices=Prices({"m": Price(fresh, cached, output)}))
     admission = asked(world, prompt=prompt, max_tokens=n).admission
     assert 0 <= admission.cost * PER - (prompt * fresh + n * output) < PER
 
