@@ -233,13 +233,13 @@ def test_whoever_may_have_nothing_running_is_told_not_to_come_again() -> None:
 @pytest.mark.parametrize(
     ("budget", "used", "wait", "message"),
     [
-        (1, 90, 3600.0, "100 tokens per day, used 90, requested 14. It renews in 3600s."),
-        (1, 90, 0.2, "100 tokens per day, used 90, requested 14. It renews in 1s."),
-        (1, 0, None, "100 tokens per day, used 0, requested 14."),
-        (0, 999_990_000, 86399.5, "$1.00 per month, used $0.99999, requested $0.00004. It renews in 86400s."),
-        (0, 2 * 10**9, 60.0, "$1.00 per month, used $2.00, requested $0.00004. It renews in 60s."),
-        (2, 250_000_000, 18.0, "$0.25 per 18000 s, used $0.25, requested $0.00004. It renews in 18s."),
-        (3, 7, 18.0, "7 tokens per week, used 7, requested 14. It renews in 18s."),
+        (1, 90, 3600.0, "100 tokens per day, used 90, requested 10. It renews in 3600s."),
+        (1, 90, 0.2, "100 tokens per day, used 90, requested 10. It renews in 1s."),
+        (1, 0, None, "100 tokens per day, used 0, requested 10."),
+        (0, 999_990_000, 86399.5, "$1.00 per month, used $0.99999, requested $0.00002. It renews in 86400s."),
+        (0, 2 * 10**9, 60.0, "$1.00 per month, used $2.00, requested $0.00002. It renews in 60s."),
+        (2, 250_000_000, 18.0, "$0.25 per 18000 s, used $0.25, requested $0.00002. It renews in 18s."),
+        (3, 7, 18.0, "7 tokens per week, used 7, requested 10. It renews in 18s."),
     ],
 )
 def test_a_budget_without_room_says_which_how_much_and_when_it_renews(
