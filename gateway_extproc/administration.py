@@ -35,6 +35,8 @@ PAUSE: Final = 1.0
 #: Most users in one list, most keys of one user, and most entries of one audit list.
 PAGE: Final = 1000
 KEYS: Final = 100
+#: How often a record is written that others write at the same time.
+TRIES: Final = 10
 #: Longest name of a key, in characters.
 KEY_NAME: Final = 256
 #: Most patterns of models that a key may be for.
@@ -43,6 +45,8 @@ KEY_MODELS: Final = 100
 AUDITED_BYTES: Final = 8192
 
 _STAY: Final = "Users and keys stay as they are until it is back."
+#: Statuses that say that a record is not as it was: gone, or another.
+_CONFLICTS: Final = (404, 412)
 _USER: Final = msgspec.json.Decoder(User)
 _KEY: Final = msgspec.json.Decoder(Key)
 
@@ -206,15 +210,17 @@ class Administration:
         """Write a whole record. Raises Refused."""
         self._may_change(name)
         user = self._record(name, fields)
-        while True:
+        for _ in range(TRIES):
             before = await self._asked_for("user", name)
-            # What was read is what the audit list says was there.
-            wanted = expected if expected is not None else NONE if before is None else version_of(before)
+            if expected is not None:
+                return await self._write(user, before, expected)
+            # What was read is what the audit list says was there; who expects nothing does not hear of others.
             try:
-                return await self._write(user, before, wanted)
-            except Refused:
-                if expected is not None or version_of(await self._asked_for("user", name) or b"") == wanted:
+                return await self._write(user, before, NONE if before is None else version_of(before))
+            except Refused as refused:
+                if refused.refusal.status not in _CONFLICTS:
                     raise
+        raise Refused(refusals.changed(name))
 
     async def patch(self, name: str, changes: object, expected: str | None = None) -> Shown:
         """Change some fields, by JSON merge patch (RFC 7396). Raises Refused."""
@@ -316,6 +322,11 @@ class Administration:
         shown = _key_shown(key)
         entry = Entry(now, "make key", found, after=_raw(msgspec.json.encode(shown)))
         await self._put("key", found, msgspec.json.encode(key), entry, NONE)
+        try:
+            await self.user(name)
+        except Refused:  # deleted meanwhile: the key must not be that of the next one of this name
+            await self.revoke(found)
+            raise
         return shown | {"key": text}
 
     async def revoke(self, found: str) -> None:
