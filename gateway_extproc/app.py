@@ -506,6 +506,7 @@ class Gateway:
             fleet=lambda: self.fleet,
             streams=lambda: self.extproc.streams,
             store_mode=lambda: self.store.mode if isinstance(self.store, GuardedStore) else "memory",
+            follows=lambda: self.administration.follows,
             settlements_dropped=lambda: self._redis.dropped if self._redis is not None else 0,
             xds_refused=lambda: self.xds.refused,
             envoys=lambda: len(self.xds.envoys),

@@ -55,6 +55,7 @@ class Sources:
     fleet: Callable[[], Fleet]
     streams: Callable[[], int]
     store_mode: Callable[[], str]
+    follows: Callable[[], bool]
     settlements_dropped: Callable[[], int]
     xds_refused: Callable[[], int]
     envoys: Callable[[], int]
@@ -254,6 +255,11 @@ class Metrics:
         for mode in dict.fromkeys((*STORE_MODES, in_force)):
             modes.add_metric([mode], mode == in_force)
         yield modes
+        yield GaugeMetricFamily(
+            "gateway_directory_stale",
+            "1 while changes of users and keys are not heard of.",
+            value=not sources.follows(),
+        )
         yield CounterMetricFamily(
             "gateway_settlements_dropped",
             "Corrections of charged tokens that could not be brought to the store.",

@@ -22,6 +22,7 @@ class World:
     def __init__(self) -> None:
         self.fleet = Fleet()
         self.streams = 0
+        self.follows = True
         self.mode = "ok"
         self.dropped = 0
         self.refused = 0
@@ -31,6 +32,7 @@ class World:
                 fleet=lambda: self.fleet,
                 streams=lambda: self.streams,
                 store_mode=lambda: self.mode,
+                follows=lambda: self.follows,
                 settlements_dropped=lambda: self.dropped,
                 xds_refused=lambda: self.refused,
                 envoys=lambda: self.envoys,
@@ -206,6 +208,12 @@ def test_exactly_the_store_mode_in_force_is_one(world: World, mode: str) -> None
     world.mode = mode
     shown = labelled(world.metrics, "gateway_store_mode", "mode")
     assert shown == {name: float(name == mode) for name in {*STORE_MODES, mode}}
+
+
+@pytest.mark.parametrize("follows", [True, False])
+def test_whether_users_and_keys_are_followed_is_told(world: World, follows: bool) -> None:
+    world.follows = follows
+    assert value(world.metrics, "gateway_directory_stale") == (not follows)
 
 
 def test_what_other_parts_know_is_read_when_somebody_looks(world: World) -> None:
