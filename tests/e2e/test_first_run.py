@@ -166,3 +166,15 @@ def test_the_soak_leaves_nothing(clone: Clone) -> None:
     assert [row[0] for row in rows] == ["gateway h2, body, limits", "gateway h2, access_log, limits"]
     assert all(int(row[1]) > 0 and int(row[2]) > 0 for row in rows)
     assert [(row[3], row[5]) for row in rows] == [("0", "0")] * 2
+
+
+def test_limits_let_through_what_they_say(clone: Clone) -> None:
+    command = "make bench ARGS=--accuracy"
+    assert clone.says("docs/limits.md", command)
+    told = clone.run(command)
+    rows = {
+        row[0]: row for row in ([cell.strip() for cell in line.split("|")[1:-1]] for line in told.splitlines()) if row
+    }
+    assert rows["rpm 20, a burst"][3] == "20"
+    assert rows["tpm 3,000, a burst, max_tokens 16"][3] == "13"
+    assert "missed" not in told
