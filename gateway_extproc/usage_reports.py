@@ -45,7 +45,10 @@ class UsageReports:
         """Deliver until cancelled."""
         while True:
             await asyncio.sleep(PERIOD)
-            await self.deliver()
+            try:
+                await self.deliver()
+            except Exception:  # of our own: what was to be delivered is lost, what comes is not
+                log.exception("usage could not be delivered")
 
     async def deliver(self) -> None:
         """Deliver what was counted; what can't be stays counted here."""

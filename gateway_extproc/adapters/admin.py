@@ -41,8 +41,8 @@ CONNECTIONS: Final = 256
 #: Seconds after which a connection is closed, whether it is idle or still sends its request. Longer than the 15 s
 #: between two scrapes (the usual period of Prometheus), so that several share one.
 CONNECTION_AGE: Final = 60.0
-#: Seconds that its last answer then gets to be read.
-LAST_BYTES: Final = 5.0
+#: Seconds that its last answer then gets to be made, which may take what the store may take, and to be read.
+LAST_BYTES: Final = 10.0
 #: Seconds for which an idle connection stays open.
 KEEP_ALIVE: Final = 30.0
 #: Largest request body in bytes: a user's record.
@@ -376,8 +376,11 @@ class _Connection(web.RequestHandler):
         )
 
     def _expire(self, transport: asyncio.Transport) -> None:
-        # No answer is being made now, since no handler waits for anything; what is written already is still sent.
-        self.force_close()
+        # An answer that is being made, or that is written already, still gets LAST_BYTES.
+        if self._current_request is None:
+            self.force_close()
+        else:
+            self.close()
         self._end = asyncio.get_running_loop().call_later(LAST_BYTES, transport.abort)
 
     def connection_lost(self, exc: BaseException | None) -> None:

@@ -28,6 +28,7 @@ from gateway_extproc.adapters.records import MemoryRecords
 from gateway_extproc.adapters.usage import MemoryUsage
 from gateway_extproc.administration import Administration
 from gateway_extproc.core.fleet import TLS, Fleet, PodSpec
+from gateway_extproc.core.records import Kind
 from gateway_extproc.core.session import ModelPolicy, Policy
 from gateway_extproc.core.tally import Tally
 from gateway_extproc.usage_reports import UsageReports
@@ -71,9 +72,9 @@ def a_state(token: str | None = None) -> AdminState:
     )
 
 
-def nobody() -> UserViews:
+def nobody(records: MemoryRecords | None = None) -> UserViews:
     """Administration of no user yet."""
-    administration = Administration(MemoryRecords(), now=lambda: 0.0, on_change=lambda: None)
+    administration = Administration(records or MemoryRecords(), now=lambda: 0.0, on_change=lambda: None)
     reports = UsageReports(Tally(), MemoryUsage(keep=3600), now=lambda: 0.0)
     return UserViews(administration, reports, admin.answer)
 
@@ -104,8 +105,8 @@ class Client:
 
 
 @asynccontextmanager
-async def serving(state: AdminState) -> AsyncIterator[Client]:
-    runner, port = await start(create_app(state, nobody()), "127.0.0.1:0")
+async def serving(state: AdminState, users: UserViews | None = None) -> AsyncIterator[Client]:
+    runner, port = await start(create_app(state, users or nobody()), "127.0.0.1:0")
     try:
         async with aiohttp.ClientSession() as session:
             yield Client(session, port)
@@ -465,6 +466,39 @@ async def test_a_connection_is_closed_at_its_age_whatever_was_sent(
     async with serving(a_state()) as client:
         answer = await client.raw(sent)  # fails by time-out if the server does not close
     assert answer.startswith(b"HTTP/1.1 200 " if sent.endswith(b"\r\n\r\n") else b"")
+
+
+class Slow(MemoryRecords):
+    """Answers when it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked, self.answers = asyncio.Event(), asyncio.Event()
+
+    async def get(self, kind: Kind, name: str) -> bytes | None:
+        self.asked.set()
+        await self.answers.wait()
+        return await super().get(kind, name)
+
+
+async def test_an_answer_that_is_being_made_outlives_its_connections_age(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(admin, "CONNECTION_AGE", 0.05)
+    expired = asyncio.Event()
+    expire = admin._Connection._expire
+
+    def noted(connection: Any, transport: Any) -> None:
+        expire(connection, transport)
+        expired.set()
+
+    monkeypatch.setattr(admin._Connection, "_expire", noted)
+    records = Slow()
+    async with serving(a_state(), nobody(records)) as client:
+        answer = asyncio.create_task(client.ask("/admin/users/x"))
+        async with asyncio.timeout(5):
+            await records.asked.wait()
+            await expired.wait()
+            records.answers.set()
+            assert (await answer)[0] == 404
 
 
 async def test_an_answer_that_nobody_reads_does_not_keep_its_connection(monkeypatch: pytest.MonkeyPatch) -> None:
