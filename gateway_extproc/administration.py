@@ -25,8 +25,9 @@ from .core import admin_refusal as refusals
 from .core import keys
 from .core.directory import Directory, User
 from .core.keys import Key
-from .core.records import ANY, NONE, Change, Conflict, Kind, Records, RecordsUnavailable, version_of
+from .core.records import ANY, NONE, Change, Conflict, Kind, Records, version_of
 from .core.refusal import Refused, invalid_json, invalid_value, quoted
+from .core.store import StoreUnavailable
 
 log = structlog.get_logger(__name__)
 
@@ -130,14 +131,14 @@ class Administration:
         """Runs until it is cancelled."""
         while True:
             try:
-                async with contextlib.aclosing(self._records.changes()) as changes:  # type: ignore[type-var]
+                async with contextlib.aclosing(self._records.changes()) as changes:
                     async for change in changes:
                         await (self._read_all() if change is None else self._read(change))
                         if not self.follows:
                             log.info("users and keys are followed", users=len(self._users), keys=len(self._keys))
                         self.follows = True
                         self.asked.set()
-            except RecordsUnavailable as error:
+            except StoreUnavailable as error:
                 self._lost(str(error))
             except Exception as error:  # of our own: a gateway that follows no more would not hear of a revoked key
                 self._lost(type(error).__name__)
@@ -341,7 +342,7 @@ class Administration:
     async def _revoke_all(self, name: str) -> None:
         try:
             found = await self._records.all("key")
-        except RecordsUnavailable as error:
+        except StoreUnavailable as error:
             raise Refused(refusals.store_unavailable(_STAY)) from error
         for each, document in found.items():
             key = _key(each, document)
@@ -357,19 +358,19 @@ class Administration:
         """What was changed, newest first. Raises Refused."""
         try:
             return [msgspec.json.decode(entry) for entry in await self._records.audit(min(limit, PAGE))]
-        except RecordsUnavailable as error:
+        except StoreUnavailable as error:
             raise Refused(refusals.store_unavailable(_STAY)) from error
 
     async def _asked_for(self, kind: Kind, name: str) -> bytes | None:
         try:
             return await self._records.get(kind, name)
-        except RecordsUnavailable as error:
+        except StoreUnavailable as error:
             raise Refused(refusals.store_unavailable(_STAY)) from error
 
     async def _pepper_asked_for(self) -> bytes:
         try:
             return await self._records.pepper()
-        except RecordsUnavailable as error:
+        except StoreUnavailable as error:
             raise Refused(refusals.store_unavailable(_STAY)) from error
 
     async def _put(self, kind: Kind, name: str, document: bytes | None, entry: Entry, expected: str | None) -> None:
@@ -377,7 +378,7 @@ class Administration:
             await self._records.put(kind, name, document, expected=expected, entry=msgspec.json.encode(entry))
         except Conflict as conflict:
             raise Refused(refusals.changed(name) if conflict.version else refusals.no_user(name)) from None
-        except RecordsUnavailable as error:
+        except StoreUnavailable as error:
             raise Refused(refusals.store_unavailable(_STAY)) from error
         self._take(kind, name, document)  # here at once: whoever wrote it may ask next
 

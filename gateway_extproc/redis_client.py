@@ -15,20 +15,19 @@ from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
+from .core.store import StoreUnavailable
+
 #: Seconds that an answer may take. A look at everything takes many answers.
 TIMEOUT: Final = 5.0
 
 
-class Unanswered(Exception):
-    """There is no answer; the message says why, in few words, without address or secret."""
-
-
 async def asked(answer: Awaitable[Any]) -> Any:
-    """The answer. Raises Unanswered, and CancelledError where it was cancelled, which redis-py may keep to itself."""
+    """The answer. Raises StoreUnavailable, and CancelledError where it was cancelled: redis-py may keep that to
+    itself."""
     try:
         found = await answer
     except (RedisError, OSError) as error:
-        raise Unanswered(type(error).__name__) from None
+        raise StoreUnavailable(type(error).__name__) from None
     task = asyncio.current_task()
     if task is not None and task.cancelling():
         raise asyncio.CancelledError

@@ -18,7 +18,8 @@ import structlog
 from .core.admin_refusal import store_unavailable
 from .core.price import dollars
 from .core.refusal import Refused, invalid_value
-from .core.tally import HOUR, OTHERS, Group, Tally, UsageLog, UsageUnavailable, Used
+from .core.store import StoreUnavailable
+from .core.tally import HOUR, OTHERS, Group, Tally, UsageLog, Used
 
 log = structlog.get_logger(__name__)
 
@@ -55,7 +56,7 @@ class UsageReports:
         for hour, sums in self._tally.take().items():
             try:
                 await self._keeps.add(hour, sums)
-            except UsageUnavailable as error:
+            except StoreUnavailable as error:
                 self._tally.put_back(hour, sums)
                 if not self._away:
                     log.warning("usage stays here until the store is back", reason=str(error))
@@ -90,7 +91,7 @@ class UsageReports:
                         raise Refused(invalid_value("by", f"more than {ROWS} rows: ask about less"))
                     rows.setdefault(row, Used()).add(used)
                     total.add(used)
-        except UsageUnavailable:
+        except StoreUnavailable:
             raise Refused(store_unavailable("Usage can't be read now.")) from None
         names = [name for name in BY if name in by]
         return {

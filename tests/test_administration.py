@@ -19,9 +19,9 @@ from gateway_extproc.administration import KEYS, Administration
 from gateway_extproc.config import Config, parse
 from gateway_extproc.core.identify import identify
 from gateway_extproc.core.keys import Key
-from gateway_extproc.core.records import ANY, NONE, Kind, Records, RecordsUnavailable
+from gateway_extproc.core.records import ANY, NONE, Kind, Records
 from gateway_extproc.core.refusal import Refusal, Refused
-from gateway_extproc.core.store import Budget
+from gateway_extproc.core.store import Budget, StoreUnavailable
 from tests.valkey import Valkey
 
 DEADLINE = 10.0
@@ -302,7 +302,7 @@ class Stubborn(MemoryRecords):
         self, kind: Kind, name: str, document: bytes | None, *, expected: str | None = None, entry: bytes
     ) -> None:
         if kind == "key" and document is None:
-            raise RecordsUnavailable("stubborn")
+            raise StoreUnavailable("stubborn")
         await super().put(kind, name, document, expected=expected, entry=entry)
 
 
@@ -484,7 +484,7 @@ async def test_a_record_that_cannot_be_read_hurts_nobody_else(one: Gateway) -> N
 
 class Broken(MemoryRecords):
     async def pepper(self) -> bytes:
-        raise RecordsUnavailable("broken")
+        raise StoreUnavailable("broken")
 
 
 async def test_no_key_is_made_without_the_secret() -> None:

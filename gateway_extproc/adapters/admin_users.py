@@ -8,7 +8,7 @@ send ``If-Match``. Leaves out who may ask (admin.py) and what is allowed (admini
 from __future__ import annotations
 
 import re
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Final, Protocol
 
 import msgspec
@@ -25,7 +25,6 @@ PAGE: Final = 1000
 _VERSION: Final = re.compile(r"[0-9a-f]{40}")
 _NO_VERSION: Final = "?"
 
-_Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 _Answer = Callable[..., web.Response]
 
 

@@ -12,14 +12,15 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncGenerator
 from importlib import resources
-from typing import Any, Final, cast
+from typing import Final, cast
 
 import msgspec
 
-from ..core.records import ANY, AUDITED, NONE, Change, Conflict, Kind, RecordsUnavailable, version_of
-from ..redis_client import Unanswered, asked, redis_client
+from ..core.records import ANY, AUDITED, NONE, Change, Conflict, Kind, version_of
+from ..core.store import StoreUnavailable
+from ..redis_client import asked, redis_client
 
 #: Version of the documents' form.
 SCHEMA: Final = 1
@@ -50,13 +51,13 @@ class RedisRecords:
         self._put = self._redis.register_script(resources.files(__package__).joinpath("record.lua").read_bytes())
 
     async def get(self, kind: Kind, name: str) -> bytes | None:
-        return cast("bytes | None", await self._asked(self._redis.hget(self._at + kind, _packed(name))))
+        return cast("bytes | None", await asked(self._redis.hget(self._at + kind, _packed(name))))
 
     async def all(self, kind: Kind) -> dict[str, bytes]:
         found: dict[str, bytes] = {}
         cursor = 0
         while True:
-            cursor, page = await self._asked(self._redis.hscan(self._at + kind, cursor, count=PAGE))
+            cursor, page = await asked(self._redis.hscan(self._at + kind, cursor, count=PAGE))
             found.update((_unpacked(name), document) for name, document in page.items())
             if not cursor:
                 return found
@@ -69,35 +70,35 @@ class RedisRecords:
             _packed(name), _NO_MATTER if expected is None else expected, document or b"", entry, AUDITED,
             msgspec.json.encode(Change(kind, name)), CHANGES,
         ]  # fmt: skip
-        answer = await self._asked(self._put(keys, arguments))
+        answer = await asked(self._put(keys, arguments))
         if answer != b"ok":
             raise Conflict(answer[1:].decode())
 
     async def audit(self, limit: int) -> list[bytes]:
-        return cast("list[bytes]", await self._asked(self._redis.lrange(self._at + "audit", 0, limit - 1)))
+        return cast("list[bytes]", await asked(self._redis.lrange(self._at + "audit", 0, limit - 1)))
 
     async def pepper(self) -> bytes:
         key = self._at + "pepper"
-        await self._asked(self._redis.set(key, secrets.token_bytes(_PEPPER_BYTES), nx=True))
-        found = await self._asked(self._redis.get(key))
+        await asked(self._redis.set(key, secrets.token_bytes(_PEPPER_BYTES), nx=True))
+        found = await asked(self._redis.get(key))
         if not found:
-            raise RecordsUnavailable("what was written is not there")
+            raise StoreUnavailable("what was written is not there")
         return cast(bytes, found)
 
-    async def changes(self) -> AsyncIterator[Change | None]:
+    async def changes(self) -> AsyncGenerator[Change | None, None]:
         loop, stream = asyncio.get_running_loop(), self._at + "changes"
         full, last, there = 0.0, b"", False
         while True:
             if loop.time() >= full:
                 # First where the stream ends, so that no change falls between that and the look at everything.
-                newest = await self._asked(self._redis.xrevrange(stream, count=1))
+                newest = await asked(self._redis.xrevrange(stream, count=1))
                 last = newest[0][0] if newest else b"0-0"
                 full = loop.time() + self._full
                 yield None
-            heard = await self._asked(self._redis.xread({stream: last}, count=CHANGES, block=BLOCK))
+            heard = await asked(self._redis.xread({stream: last}, count=CHANGES, block=BLOCK))
             entries = heard[0][1] if heard else []
             if not entries:
-                was, there = there, bool(await self._asked(self._redis.exists(self._at + "pepper")))
+                was, there = there, bool(await asked(self._redis.exists(self._at + "pepper")))
                 if was and not there:
                     full = 0.0  # Redis has lost everything
             elif len(entries) >= CHANGES:
@@ -109,12 +110,6 @@ class RedisRecords:
 
     async def close(self) -> None:
         await self._redis.aclose()
-
-    async def _asked(self, answer: Awaitable[Any]) -> Any:
-        try:
-            return await asked(answer)
-        except Unanswered as error:
-            raise RecordsUnavailable(str(error)) from None
 
 
 class MemoryRecords:
@@ -154,7 +149,7 @@ class MemoryRecords:
     async def pepper(self) -> bytes:
         return self._pepper
 
-    async def changes(self) -> AsyncIterator[Change | None]:
+    async def changes(self) -> AsyncGenerator[Change | None, None]:
         unread: asyncio.Queue[Change] = asyncio.Queue(UNREAD)
         self._followers.add(unread)
         try:

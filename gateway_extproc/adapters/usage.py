@@ -8,14 +8,14 @@ that gateways add to each other's sums, and that an hour's memory is bounded. Le
 from __future__ import annotations
 
 import struct
-from collections.abc import AsyncIterator, Awaitable, Iterable
+from collections.abc import AsyncIterator, Iterable
 from importlib import resources
-from typing import Any, Final
+from typing import Final
 
 import msgspec
 
-from ..core.tally import HOUR, OTHERS, STORED, Group, UsageUnavailable, Used
-from ..redis_client import Unanswered, asked, redis_client
+from ..core.tally import HOUR, OTHERS, STORED, Group, Used
+from ..redis_client import asked, redis_client
 
 #: Version of the sums' form.
 SCHEMA: Final = 1
@@ -44,12 +44,12 @@ class RedisUsage:
             packed += (msgspec.json.encode(group), _SUMS.pack(*msgspec.structs.astuple(used)))
         for at in range(0, len(packed), 2 * AT_ONCE):
             given: list[bytes | int] = [self._keep, STORED, _OTHERS, *packed[at : at + 2 * AT_ONCE]]
-            await self._asked(self._add([f"{self._at}{hour}"], given))
+            await asked(self._add([f"{self._at}{hour}"], given))
 
     async def read(self, hour: int) -> AsyncIterator[tuple[Group, Used]]:
         cursor = 0
         while True:
-            cursor, page = await self._asked(self._redis.hscan(f"{self._at}{hour}", cursor, count=AT_ONCE))
+            cursor, page = await asked(self._redis.hscan(f"{self._at}{hour}", cursor, count=AT_ONCE))
             for group, sums in page.items():
                 yield _GROUP.decode(group), Used(*_SUMS.unpack(sums))
             if not cursor:
@@ -57,12 +57,6 @@ class RedisUsage:
 
     async def close(self) -> None:
         await self._redis.aclose()
-
-    async def _asked(self, answer: Awaitable[Any]) -> Any:
-        try:
-            return await asked(answer)
-        except Unanswered as error:
-            raise UsageUnavailable(str(error)) from None
 
 
 class MemoryUsage:

@@ -23,9 +23,8 @@ from .store import Budget, Window
 REMEMBERED: Final = 8192
 
 
-#: Most that a budget's amount may be: in nano-dollars and in tokens exact in a double.
+#: Most dollars of a budget: in nano-dollars exact in a double.
 MOST_DOLLARS: Final = 9_000_000
-MOST_TOKENS: Final = 2**53 - 1
 
 
 class Allowance(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

@@ -8,7 +8,7 @@ out what is in a document (administration.py).
 from __future__ import annotations
 
 import hashlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Final, Literal, Protocol
 
 import msgspec
@@ -19,10 +19,6 @@ AUDITED: Final = 10_000
 #: What ``put`` may expect of a document that is there or not, whatever its version.
 ANY: Final = "*"
 NONE: Final = ""
-
-
-class RecordsUnavailable(Exception):
-    """What keeps the records did not answer; the message says why, without address or secret."""
 
 
 class Conflict(Exception):
@@ -47,7 +43,7 @@ def version_of(document: bytes) -> str:
 
 
 class Records(Protocol):
-    """What every adapter promises. Every method but ``close`` raises RecordsUnavailable."""
+    """What every adapter promises. Every method but ``close`` raises store.StoreUnavailable."""
 
     async def get(self, kind: Kind, name: str) -> bytes | None:
         """One document."""
@@ -72,7 +68,7 @@ class Records(Protocol):
         """The secret that keys are hashed with: made once, the same for all gateways."""
         ...
 
-    def changes(self) -> AsyncIterator[Change | None]:
+    def changes(self) -> AsyncGenerator[Change | None, None]:
         """Changes, as they happen, whoever made them. None says that some may have been missed: at the beginning, and
         once in a while."""
         ...

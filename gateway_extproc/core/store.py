@@ -33,7 +33,8 @@ RENEW: Final = 20
 
 
 class StoreUnavailable(Exception):
-    """The store did not answer in time, or answered that it cannot: the policy for that decides."""
+    """The store did not answer in time, or answered that it cannot: the policy for that decides. The message says why,
+    in few words, without address or secret."""
 
 
 class Budget(msgspec.Struct, frozen=True, gc=False, cache_hash=True):

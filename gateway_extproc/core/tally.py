@@ -51,12 +51,8 @@ class Used(msgspec.Struct, array_like=True):
         self.cost += other.cost
 
 
-class UsageUnavailable(Exception):
-    """What keeps the sums did not answer; the message says why, without address or secret."""
-
-
 class UsageLog(Protocol):
-    """What every adapter promises. Everything but ``close`` raises UsageUnavailable."""
+    """What every adapter promises. Everything but ``close`` raises store.StoreUnavailable."""
 
     async def add(self, hour: int, sums: Iterable[tuple[Group, Used]]) -> None:
         """Count more. ``hour`` is unix time in hours. All of it is counted, or none."""

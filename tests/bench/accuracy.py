@@ -65,6 +65,12 @@ def _ask(systems: list[System], user: str, at_once: int = AT_ONCE, max_tokens: i
     return asyncio.run(_admitted([system.port for system in systems], user, at_once, max_tokens))
 
 
+def _store(system: System) -> dict[str, Any]:
+    """What a gateway says of its store."""
+    found: dict[str, Any] = system.admin("/readyz")["parts"]["store"]
+    return found
+
+
 def main() -> int:
     users = [{"name": f"tpm-{number}", "tpm": TPM} for number in range(6)] + [{"name": "rpm", "rpm": 20}]
     with System(config={"users": users}) as one:
@@ -81,11 +87,9 @@ def main() -> int:
         shared = {"store": {"url": one.valkey.url}, "users": users, "pods": one.settings["pods"]}
         with System([], shared | {"listen": {"grpc": f"127.0.0.1:{free_port()}"}}, store=False) as two:
             _ask([two], "nobody in particular", max_tokens=16)  # it has a ratio to learn, too
-            until(lambda: one.admin("/readyz")["parts"]["store"]["gateways"] == 2, "they know of each other")
-            until(lambda: two.admin("/readyz")["parts"]["store"]["gateways"] == 2, "they know of each other")
+            until(lambda: _store(one)["gateways"] == _store(two)["gateways"] == 2, "they know of each other")
             one.valkey.kill()
-            for system in (one, two):
-                until(lambda system=system: system.admin("/readyz")["parts"]["store"]["mode"] == "local", "it is away")  # type: ignore[misc]
+            until(lambda: _store(one)["mode"] == _store(two)["mode"] == "local", "it is away")
             admitted = _ask([one, two], "tpm-5", max_tokens=16)
             found.append(Found("a burst, max_tokens 16, two gateways, the store dead", FITS, 0, FITS, admitted))
     rows = [

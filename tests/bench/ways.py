@@ -5,11 +5,9 @@ Owns their processes, which end with the context. Leaves out which there are (ro
 
 from __future__ import annotations
 
-import contextlib
 import ipaddress
 import json
 import os
-import socket
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -34,8 +32,6 @@ from tests.system import Process, System, request, until
 #: Far more than any load reaches.
 LIMITS = {"rpm": 10**9, "tpm": 10**12}
 LARGEST = 32 << 20
-#: Where rows of ports are looked for (ip_local_port_range begins at 32,768).
-ROWS_OF_PORTS = 20_000, 30_000
 
 
 class Running(NamedTuple):
@@ -98,7 +94,7 @@ class Ways:
         """Where the way's server listens."""
         if way.unix:
             return f"unix:{self._directory / f'socket-{len(self._running)}'}"
-        return f"127.0.0.1:{_ports(way.workers)}"
+        return f"127.0.0.1:{free_port(way.workers - 1)}"
 
     def _static(self, way: Way) -> Running:
         """Envoy with fixed routes, alone or before a bare responder."""
@@ -167,17 +163,6 @@ def fixed(bootstrap: dict[str, Any], backend: str, *, alone: bool) -> dict[str, 
 
 def _data(message: Any) -> dict[str, Any]:
     return MessageToDict(message, preserving_proto_field_name=True)
-
-
-def _ports(count: int) -> int:
-    """The first of so many free ports in a row, as workers need them: below those that the system hands out, which come
-    and go with every connection."""
-    for first in range(*ROWS_OF_PORTS, count):
-        with ExitStack() as stack, contextlib.suppress(OSError):
-            for port in range(first, first + count):
-                stack.enter_context(socket.socket()).bind(("127.0.0.1", port))
-            return first
-    raise RuntimeError("no free ports")
 
 
 def _answers(port: int) -> bool:

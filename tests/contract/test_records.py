@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from gateway_extproc.adapters import records as adapter
 from gateway_extproc.adapters.records import MemoryRecords, RedisRecords
-from gateway_extproc.core.records import ANY, NONE, Change, Conflict, Kind, Records, RecordsUnavailable, version_of
+from gateway_extproc.core.records import ANY, NONE, Change, Conflict, Kind, Records, version_of
+from gateway_extproc.core.store import StoreUnavailable
 from tests.valkey import Valkey
 
 DEADLINE = 10.0
@@ -47,7 +48,7 @@ def records(opens: Open) -> Records:
 @asynccontextmanager
 async def hearing(records: Records) -> AsyncIterator[Callable[[], Awaitable[Change | None]]]:
     """The next change, once the first look at everything was called for."""
-    async with contextlib.aclosing(records.changes()) as changes:  # type: ignore[type-var]
+    async with contextlib.aclosing(records.changes()) as changes:
 
         async def following() -> Change | None:
             async with asyncio.timeout(DEADLINE):
@@ -196,7 +197,7 @@ async def test_while_redis_is_away_everything_says_so(own_valkey: Valkey) -> Non
         records.get("user", "a"), records.all("user"), records.put("user", "a", b"2", entry=b"x"), records.audit(1),
         records.pepper(), anext(records.changes()),
     ):  # fmt: skip
-        with pytest.raises(RecordsUnavailable) as caught:
+        with pytest.raises(StoreUnavailable) as caught:
             await asked
         assert str(own_valkey.port) not in str(caught.value)
     await records.close()
@@ -206,7 +207,7 @@ async def test_whoever_listens_when_redis_goes_is_told(own_valkey: Valkey) -> No
     records = RedisRecords(own_valkey.url)
     async with hearing(records) as heard:
         own_valkey.kill()
-        with pytest.raises(RecordsUnavailable):
+        with pytest.raises(StoreUnavailable):
             await heard()
     await records.close()
 

@@ -15,7 +15,8 @@ from gateway_extproc.adapters.usage import MemoryUsage, RedisUsage
 from gateway_extproc.core import tally
 from gateway_extproc.core.events import Outcome
 from gateway_extproc.core.refusal import Refused
-from gateway_extproc.core.tally import HOUR, OTHERS, Group, Tally, UsageLog, UsageUnavailable, Used
+from gateway_extproc.core.store import StoreUnavailable
+from gateway_extproc.core.tally import HOUR, OTHERS, Group, Tally, UsageLog, Used
 from gateway_extproc.usage_reports import UsageReports
 from tests.valkey import Valkey
 
@@ -100,7 +101,7 @@ async def test_while_redis_is_away_nothing_is_lost(own_valkey: Valkey) -> None:
     for _ in range(3):
         made.add(outcome(), "research", NOW)
         await reports.deliver()
-    with pytest.raises(UsageUnavailable):
+    with pytest.raises(StoreUnavailable):
         await sums(log, NOW // HOUR)
     with pytest.raises(Refused) as caught:
         await reports.report({})
