@@ -95,18 +95,27 @@ def _guard(parent: int, command: Sequence[str]) -> int:
     """Run ``command`` as a child and kill it once ``parent`` is gone: for systems without the kernel's help."""
     if os.getppid() != parent:
         return 1
+    child: subprocess.Popen[bytes] | None = None
+    early: list[int] = []  # what came before there was a child to pass it on to
+
+    def pass_on(number: int, _frame: object = None) -> None:
+        if child is None:
+            early.append(number)
+            return
+        with contextlib.suppress(OSError):
+            child.send_signal(number)
+
+    # First: the child may be heard of, and told to end, before Popen has returned.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, pass_on)
     child = subprocess.Popen(command)
+    for missed in early:
+        pass_on(missed)
 
     def kill() -> None:
         with contextlib.suppress(OSError):
             child.kill()
 
-    def pass_on(number: int, _frame: object) -> None:
-        with contextlib.suppress(OSError):
-            child.send_signal(number)
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, pass_on)
     threading.Thread(target=_watch, args=(parent, kill), name="die-with-parent", daemon=True).start()
     code = child.wait()
     return code if code >= 0 else 128 - code
