@@ -56,11 +56,14 @@ def add_commands(commands: Any) -> None:
     put = users.add_parser("set", parents=[common], help="make a user, or change what is given")
     put.add_argument("name")
     for limit in _LIMITS:
-        put.add_argument(f"--{limit}", type=_limit, metavar="N", help="a whole number, or 'none'")
+        put.add_argument(f"--{limit.replace('_', '-')}", type=_limit, metavar="N", help="a whole number, or 'none'")
     put.add_argument(
         "--budget", type=_budget, action="append", dest="budgets", metavar="BUDGET",
         help="such as 5usd/month, 2000000tokens/day or 1usd/5h, or 'none'; may be repeated",
     )  # fmt: skip
+    put.add_argument(
+        "--reserve", choices=("expected", "max", "none"), help="the output set aside; none: as the configuration says"
+    )
     put.add_argument("--team", help="a team of the configuration file, or 'none'")
     put.add_argument("--models", type=_list, metavar="PATTERN,…", help="models that may be used, or 'all'")
     able = put.add_mutually_exclusive_group()
@@ -135,7 +138,7 @@ def _get_user(args: argparse.Namespace) -> None:
 
 
 def _set_user(args: argparse.Namespace) -> None:
-    given = {name: getattr(args, name) for name in (*_LIMITS, "budgets", "team", "models", "disabled")}
+    given = {name: getattr(args, name) for name in (*_LIMITS, "budgets", "reserve", "team", "models", "disabled")}
     if given["budgets"] is not None:
         given["budgets"] = [budget for budget in given["budgets"] if budget != _NONE]
     changes = {name: None if value == _NONE else value for name, value in given.items() if value is not None}
@@ -206,7 +209,7 @@ _ACTIONS: Final = {
 
 #: What takes a field away.
 _NONE: Final = "none"
-_LIMITS: Final = ("rpm", "tpm", "concurrency")
+_LIMITS: Final = ("rpm", "tpm", "input_tpm", "output_tpm", "concurrency")
 _BUDGET: Final = re.compile(r"([0-9]+(?:\.[0-9]+)?)(usd|tokens)/(\w+)")
 _UNITS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 

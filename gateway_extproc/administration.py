@@ -387,7 +387,7 @@ def _user(name: str, document: bytes) -> User | None:
     try:
         user = _USER.decode(document)
         for limits in (user, *user.per_model.values()):
-            limits.window("", "")  # what a later version writes may not be countable here
+            tuple(limits.windows("", "", ""))  # what a later version writes may not be countable here
     except (msgspec.DecodeError, ValueError, ArithmeticError):
         log.error("a user's record could not be read", user=quoted(name))
         return None

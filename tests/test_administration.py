@@ -111,7 +111,10 @@ async def test_a_user_is_made_read_changed_and_deleted(one: Gateway) -> None:
     its = one.its
     made = await its.put("alice", {"rpm": 5, "team": "research", "models": ["m*"], "per_model": {"m": {"tpm": 3}}})
     assert made.made
-    none: dict[str, Any] = {"rpm": None, "tpm": None, "concurrency": None, "budgets": []}
+    none: dict[str, Any] = {
+        "rpm": None, "tpm": None, "input_tpm": None, "output_tpm": None, "concurrency": None, "budgets": [],
+        "reserve": None,
+    }  # fmt: skip
     assert made.user == none | {
         "name": "alice", "rpm": 5, "team": "research", "models": ["m*"], "per_model": {"m": none | {"tpm": 3}},
         "disabled": False, "source": "store",

@@ -1,22 +1,21 @@
 -- Check one request against all its windows, then take it from all of them; a refusal writes nothing.
 --
--- KEYS[1]: the admission's mark, KEYS[2..]: its windows. ARGV[1], doubles, little endian: tokens, then for each window
--- rpm and tpm (negative: no limit). Returns bytes: outcome (1 admitted, 0 denied, 2 void), index of the window that
+-- KEYS[1]: the admission's mark, KEYS[2..]: its windows. ARGV[1], doubles, little endian: the tokens for each window,
+-- then for each rpm and tpm (negative: no limit). Returns bytes: outcome (1 admitted, 0 denied, 2 void), index of the window that
 -- lacks, what it lacks (0 rpm, 1 tpm, 2 concurrency, 3 budget), then doubles: the second of the admission or the
 -- microseconds to wait (negative: never), and for each window requests, tokens and the microseconds until each is zero.
 --
 -- Where any window limits more than that: KEYS end with, for each window in turn, its leases if it limits concurrency
--- and its counters if it has budgets. ARGV[2], doubles: cost, seconds for which a lease lasts, then for each window
--- concurrency (negative: no limit) and the number of its budgets, then unit, period and amount of each. ARGV[3]: the
--- admission's id. Where it lacks one of these, the answer ends with the index of the budget (1 byte) and what is used
+-- and its counters if it has budgets. ARGV[2], doubles: the cost for each window, seconds for which a lease lasts, then
+-- for each window concurrency (negative: no limit) and the number of its budgets, then unit, period and amount of each.
+-- ARGV[3]: the admission's id. Where it lacks one of these, the answer ends with the index of the budget (1 byte) and what is used
 -- of it, or runs (double).
 --
 -- The mark says that this admission was taken and when, so undo.lua can tell; where undo.lua came first, the mark
 -- says so, and this question, whose caller is gone, takes nothing.
 
-local tokens, place = struct.unpack('<d', ARGV[1])
-tokens = within(tokens, 0, MOST)
-local windows, last, mark_ttl = {}, #KEYS, TTL
+local count = #ARGV[1] / 24
+local windows, tokens, last, place, mark_ttl = {}, {}, 1 + count, 1 + 8 * count, TTL
 local lacking, kind, impossible, wait_us = nil, 0, false, 0
 local spend, check, take, budget, used
 
@@ -36,9 +35,8 @@ end
 
 if ARGV[2] then
   spend = spending()
-  last = 1 + (#ARGV[1] - 8) / 16
-  local cost, lease, at = struct.unpack('<dd', ARGV[2])
-  local amounts, more, key = {[0] = tokens, [1] = within(cost, 0, spend.EXACT)}, {}, last
+  local lease, at = struct.unpack('<d', ARGV[2], 1 + 8 * count)
+  local more, key = {}, last
 
   local function lacks(i, what, never, us, index, spent)
     if not lacking or (never and not impossible) then lacking, kind, budget, used = i - 2, what, index, spent end
@@ -47,22 +45,24 @@ if ARGV[2] then
 
   -- What the window lacks beside requests and tokens of a minute.
   function check(i)
-    local concurrency, count
-    local own = {budgets = {}}
+    local concurrency, budgets
+    local cost = within(struct.unpack('<d', ARGV[2], 8 * i - 15), 0, spend.EXACT)
+    local amounts = {[0] = tokens[i], [1] = cost}
+    local own = {budgets = {}, amounts = amounts}
     more[#more + 1] = own
-    concurrency, count, at = struct.unpack('<dd', ARGV[2], at)
+    concurrency, budgets, at = struct.unpack('<dd', ARGV[2], at)
     if concurrency >= 0 then
       key = key + 1
       own.leases = KEYS[key]
       local held = spend.held(own.leases)
       if held + 1 > concurrency then lacks(i, 2, concurrency < 1, 1000000, 0, held) end
     end
-    if count > 0 then
+    if budgets > 0 then
       key = key + 1
       own.key, own.counters = KEYS[key], spend.read(KEYS[key])
       mark_ttl = spend.MEMORY -- what a counter took is worth giving back for longer than a window lasts
     end
-    for index = 0, count - 1 do
+    for index = 0, budgets - 1 do
       local unit, period, amount
       unit, period, amount, at = struct.unpack('<ddd', ARGV[2], at)
       own.budgets[index + 1] = {unit = unit, period = period}
@@ -76,20 +76,22 @@ if ARGV[2] then
   function take()
     for _, own in ipairs(more) do
       if own.leases then spend.lend(own.leases, ARGV[3], lease) end
-      if own.key then spend.write(own.key, spend.take(own.counters, own.budgets, amounts)) end
+      if own.key then spend.write(own.key, spend.take(own.counters, own.budgets, own.amounts)) end
     end
   end
 end
 
 for i = 2, last do
   local window = read(KEYS[i])
+  local asked = within(struct.unpack('<d', ARGV[1], 8 * i - 15), 0, MOST)
   local rpm, tpm
   rpm, tpm, place = struct.unpack('<dd', ARGV[1], place)
+  tokens[i] = asked
   local requests_over, tokens_over = 0, 0
   if rpm >= 0 then requests_over = window.requests + 1 - rpm end
-  if tpm >= 0 then tokens_over = window.tokens + tokens - tpm end
+  if tpm >= 0 then tokens_over = window.tokens + asked - tpm end
   if requests_over > 0 or tokens_over > 0 then
-    local never = (rpm >= 0 and rpm < 1) or (tpm >= 0 and tokens > tpm)
+    local never = (rpm >= 0 and rpm < 1) or (tpm >= 0 and asked > tpm)
     if not lacking or (never and not impossible) then
       lacking = i - 2
       kind = 1
@@ -118,7 +120,7 @@ local reply = {struct.pack('<BBBd', outcome, lacking or 0, kind, value)}
 for i = 2, last do
   local window = windows[i]
   if outcome == 1 then
-    add(window, window.second, 1, tokens)
+    add(window, window.second, 1, tokens[i])
     write(KEYS[i], window)
   end
   local requests_reset, tokens_reset = 0, 0

@@ -44,7 +44,6 @@ from gateway_extproc.core.store import (
     Settlement,
     StoreUnavailable,
     Window,
-    chosen,
     with_leases,
 )
 from gateway_extproc.core.window import SlidingWindow
@@ -107,27 +106,28 @@ class _Owed:
             or len(spending) + sum(window.key not in spending for window in spends) > MAX_OWED
         ):
             return False
-        for window in asked:
-            windows.setdefault(window.key, SlidingWindow()).take(now, admission.tokens)
+        for window, (tokens, cost) in zip(asked, admission.amounts, strict=True):
+            windows.setdefault(window.key, SlidingWindow()).take(now, tokens)
             windows.move_to_end(window.key)
-        for window in spends:
-            _, counted = spending.setdefault(window.key, (int(now), Spending()))
-            counted.take(now, window.budgets, admission.tokens, admission.cost)
+            if window.budgets:
+                _, counted = spending.setdefault(window.key, (int(now), Spending()))
+                counted.take(now, window.budgets, tokens, cost)
         return True
 
     def settle(self, now: float, settlement: Settlement) -> Settlement | None:
         """Correct what is noted; what must be told of what is not (any more), which is the primary's to correct."""
-        second, keys = settlement.second, chosen(settlement.keys, settlement.budgets)
-        counted = [self._spending[key] for key in keys if key in self._spending]
-        if len(counted) == len(keys) and all(since <= second for since, _ in counted):
-            for _, spending in counted:
-                spending.settle(now, second, settlement.tokens, settlement.cost)
+        second, amounts = settlement.second, settlement.amounts
+        spends = [index for index in range(len(settlement.keys)) if settlement.budgets >> index & 1]
+        counted = [self._spending.get(settlement.keys[index], _NOT_NOTED) for index in spends]
+        if all(since <= second for since, _ in counted):
+            for index, (_, spending) in zip(spends, counted, strict=True):
+                spending.settle(now, second, *amounts[index])
             settlement = msgspec.structs.replace(settlement, budgets=0)
         counts = [self._windows[key] for key in settlement.keys if key in self._windows]
         if len(counts) < len(settlement.keys) or not all(_holds(count, second) for count in counts):
             return settlement
-        for count in counts:
-            count.settle(now, second, settlement.requests, settlement.tokens)
+        for count, (tokens, _) in zip(counts, amounts, strict=True):
+            count.settle(now, second, settlement.requests, tokens)
         return None
 
     def drain(self) -> list[tuple[str, SlidingWindow, Spending]]:
@@ -139,6 +139,10 @@ class _Owed:
             (key, windows.get(key) or SlidingWindow(), spending[key][1] if key in spending else Spending())
             for key in windows | spending
         ]
+
+
+#: Stands for spending that is not noted (any more).
+_NOT_NOTED: Final = math.inf, Spending()
 
 
 def _holds(count: SlidingWindow, second: int) -> bool:
@@ -401,8 +405,8 @@ def _fits_alone(admission: Admission) -> bool:
     """Whether the limits themselves, undivided, could ever hold the request."""
     return all(
         (window.rpm is None or window.rpm >= 1)
-        and (window.tpm is None or window.tpm >= admission.tokens)
+        and (window.tpm is None or window.tpm >= tokens)
         and (window.concurrency is None or window.concurrency >= 1)
-        and all(holds(budget, admission.tokens, admission.cost) for budget in window.budgets)
-        for window in admission.windows
+        and all(holds(budget, tokens, cost) for budget in window.budgets)
+        for window, (tokens, cost) in zip(admission.windows, admission.amounts, strict=True)
     )

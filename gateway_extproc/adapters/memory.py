@@ -20,6 +20,7 @@ from gateway_extproc.core.store import (
     SLOTS,
     Admission,
     Admitted,
+    Amount,
     Answer,
     Denied,
     Level,
@@ -27,7 +28,6 @@ from gateway_extproc.core.store import (
     Settlement,
     StoreUnavailable,
     Window,
-    chosen,
 )
 from gateway_extproc.core.window import SlidingWindow
 
@@ -85,23 +85,22 @@ class MemoryStore:
         counts = [self._windows.get(window.key) or SlidingWindow() for window in asked]
         for count in counts:
             count.advance(now)
+        amounts = admission.amounts
         lacking = [
             lack for index, (window, count) in enumerate(zip(asked, counts, strict=True))
-            for lack in self._lacking(now, admission, index, window, count)
+            for lack in self._lacking(now, amounts[index], index, window, count)
         ]  # fmt: skip
         if lacking:
             return _denied(lacking, _levels(now, counts))
-        for window, count in zip(asked, counts, strict=True):
-            count.take(now, admission.tokens)
+        for window, count, amount in zip(asked, counts, amounts, strict=True):
+            count.take(now, amount[0])
             self._keep(window.key, count)
-            self._take(now, admission, window)
+            self._take(now, admission.id, window, amount)
         return Admitted(int(now) if asked else 0, _levels(now, counts))
 
-    def _lacking(
-        self, now: float, admission: Admission, index: int, window: Window, count: SlidingWindow
-    ) -> Iterator[_Lack]:
+    def _lacking(self, now: float, amount: Amount, index: int, window: Window, count: SlidingWindow) -> Iterator[_Lack]:
         """What the request has no room for in one window, in order, and how long it must wait for that."""
-        tokens, cost = admission.tokens, admission.cost
+        tokens, cost = amount
         kind = count.lacks(tokens, window.rpm, window.tpm)
         if kind is not None:
             wait = count.retry_after(now, tokens, window.rpm, window.tpm)
@@ -118,13 +117,13 @@ class MemoryStore:
                     wait = spending.renews(now, budget) if holds(budget, tokens, cost) else None
                     yield _Lack(index, "budget", wait, number, spending.used(now, budget))
 
-    def _take(self, now: float, admission: Admission, window: Window) -> None:
+    def _take(self, now: float, id: str, window: Window, amount: Amount) -> None:
         """What a window holds beside requests and tokens of a minute."""
         if window.concurrency is not None:
-            self._leases.setdefault(window.key, Leases()).take(now, admission.id)
+            self._leases.setdefault(window.key, Leases()).take(now, id)
         if window.budgets:
             spending = self._spending.setdefault(window.key, Spending())
-            spending.take(now, window.budgets, admission.tokens, admission.cost)
+            spending.take(now, window.budgets, *amount)
 
     def settle(self, settlement: Settlement) -> None:
         self.settle_now(settlement)
@@ -134,15 +133,14 @@ class MemoryStore:
         now = self._clock()
         if not self._first_time(settlement.id, now):
             return False
-        second, requests, tokens = settlement.second, settlement.requests, settlement.tokens
-        for key in settlement.keys:
+        second, requests = settlement.second, settlement.requests
+        for index, (key, (tokens, cost)) in enumerate(zip(settlement.keys, settlement.amounts, strict=True)):
             count = self._open(key, now) if requests > 0 or tokens > 0 else self._windows.get(key)
             if count is not None:
                 count.settle(now, second, requests, tokens)
-        for key in chosen(settlement.keys, settlement.budgets):
-            spending = self._spending.get(key)
+            spending = self._spending.get(key) if settlement.budgets >> index & 1 else None
             if spending is not None and spending.ends + KEPT > now:
-                spending.settle(now, second, tokens, settlement.cost)
+                spending.settle(now, second, tokens, cost)
         return True
 
     def release(self, id: str, keys: tuple[str, ...]) -> None:
@@ -165,13 +163,13 @@ class MemoryStore:
         now = self._clock()
         self._drop_idle(now)
         at = int(now) if second is None else second
-        for window in admission.windows:
+        for window, amount in zip(admission.windows, admission.amounts, strict=True):
             count = self._open(window.key, now)
             if count is not None:
-                count.charge(now, at, 1, admission.tokens)
+                count.charge(now, at, 1, amount[0])
             if window.budgets or window.concurrency is not None:
                 if self._has_room(now, (window,)):
-                    self._take(now, admission, window)
+                    self._take(now, admission.id, window, amount)
                 else:
                     self.dropped += 1
         return at

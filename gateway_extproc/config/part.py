@@ -54,8 +54,11 @@ _FIELDS: Final[Mapping[tuple[type, str], msgspec.Meta]] = {
         for name, meta in {
             "rpm": about("Requests in any 60 seconds. Absent: no limit. 0: none at all.", COUNT),
             "tpm": about("Tokens, prompt and completion, in any 60 seconds. Absent: no limit.", COUNT),
+            "input_tpm": about("Tokens of prompts alone, in any 60 seconds. Absent: no limit.", COUNT),
+            "output_tpm": about("Tokens of completions alone, in any 60 seconds. Absent: no limit.", COUNT),
             "concurrency": about("Requests at once. Absent: no limit.", COUNT),
             "budgets": about("What may be spent in longer periods. All of them hold."),
+            "reserve": about("What these limits set aside for an answer. Absent: `limits.reserve`."),
         }.items()
     },
 }

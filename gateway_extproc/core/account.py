@@ -31,7 +31,7 @@ from .estimate import Estimates
 from .events import Outcome, Settle, Suspect
 from .fleet import Fleet
 from .price import Prices
-from .store import Settlement
+from .store import Amount, Settlement
 from .usage import Usage, told
 
 #: Envoy's response code details for requests that it sent nowhere, which says nothing about the pods; and for those
@@ -62,7 +62,8 @@ class Note(msgspec.Struct, frozen=True, array_like=True, gc=False):
     its tokens, ``answers`` the number of answers that share the output (0: none is generated). ``stream``: events were
     asked for. ``seen``: a session sees the answer's headers, and reports which pods did not answer. ``cost`` is what
     was reserved, in nano-dollars, ``budgets`` says which keys' windows have budgets (store.with_budgets). ``key`` is
-    the id of the user's key."""
+    the id of the user's key. ``shares`` are what was reserved in each window, where that differs, and ``parts`` the
+    first letter of the part that each counts."""
 
     id: str
     keys: tuple[str, ...]
@@ -82,6 +83,15 @@ class Note(msgspec.Struct, frozen=True, array_like=True, gc=False):
     cost: int = 0
     budgets: int = 0
     key: str = ""
+    shares: tuple[Amount, ...] = ()
+    parts: str = ""
+
+    @property
+    def sound(self) -> bool:
+        """Whether its parts go together."""
+        return (
+            abs(self.second) < NEVER and len(self.shares) == len(self.parts) and len(self.parts) in (0, len(self.keys))
+        )
 
     def written(self) -> str:
         """As it travels."""
@@ -144,7 +154,7 @@ def settle(note: Note, end: End, estimates: Estimates, prices: Prices) -> Settle
     if usage is not None:
         if end.whole and good:
             output = round(usage.completion / note.answers) if note.answers else None
-            estimates.learn(note.model, note.prompt_bytes, usage.prompt, output)
+            estimates.learn(note.model, note.prompt_bytes, usage.prompt, output, note.user)
         return closed(note, end, usage, whole, prices)
     if not end.taken:
         return _given_back(note, end)
@@ -168,20 +178,64 @@ def closed(
         usage = Usage(note.prompt, note.tokens - note.prompt)  # less than was expected where a limit is less
     cost = note.cost if reserved and note.budgets else prices.cost(note.model, usage)
     if note.keys and not reserved:
-        difference = usage.prompt + usage.completion - note.tokens
-        # Without budgets nothing was reserved, and nothing is counted.
+        # Without budgets no money was reserved, and none is counted.
         # A price that is gone since is no reason to give back: the reservation is the charge.
-        dearer = cost - note.cost if note.budgets and prices.of(note.model) is not None else 0
-        if difference or dearer:
-            settlement = Settlement(note.id, note.keys, note.second, 0, difference, dearer, note.budgets)
+        priced = note.budgets != 0 and prices.of(note.model) is not None
+        difference = usage.prompt + usage.completion - note.tokens
+        dearer = cost - note.cost if priced else 0
+        shares = tuple(
+            [
+                (tokens - taken, money - set_aside if priced else 0)
+                for (tokens, money), (taken, set_aside) in zip(_shares(note, usage, cost), note.shares, strict=True)
+            ]
+        )
+        if difference or dearer or any(map(any, shares)):
+            settlement = Settlement(note.id, note.keys, note.second, 0, difference, dearer, note.budgets, shares)
     return Settle(settlement, _outcome(note, end, usage, reason, estimated, cost))
 
 
 def _given_back(note: Note, end: End) -> Settle:
-    settlement = None
-    if note.keys:
-        settlement = Settlement(note.id, note.keys, note.second, -1, -note.tokens, -note.cost, note.budgets)
+    settlement = given_back(note.id, note.keys, note.second, note.tokens, note.cost, note.budgets, note.shares)
     return Settle(settlement, _outcome(note, end, Usage(0, 0), "no_pod", False))
+
+
+def given_back(
+    id: str, keys: tuple[str, ...], second: int, tokens: int, cost: int, budgets: int, shares: tuple[Amount, ...]
+) -> Settlement | None:
+    """All that an admission took of the windows ``keys``; None where it took nothing."""
+    if not keys:
+        return None
+    back = tuple([(-tokens, -cost) for tokens, cost in shares])
+    return Settlement(id, keys, second, -1, -tokens, -cost, budgets, back)
+
+
+def _shares(note: Note, usage: Usage, cost: int) -> tuple[Amount, ...]:
+    """What a usage is in each window, where those count apart."""
+    counted = {"a": usage.prompt + usage.completion, "i": usage.prompt, "o": usage.completion}
+    return tuple(
+        [(counted.get(part, 0), cost if note.budgets >> index & 1 else 0) for index, part in enumerate(note.parts)]
+    )
+
+
+def topped_up(note: Note, sent: int, times: int, prices: Prices) -> tuple[Note, Settlement]:
+    """Charge output as it is sent, where it is more than was reserved: the note as it stands then, and what follows for
+    the store. ``sent`` are tokens of output, ``times`` says how often this was done before."""
+    usage = Usage(note.prompt, sent)
+    cost = prices.cost(note.model, usage) if note.budgets else 0
+    tokens, dear = max(note.tokens, usage.prompt + sent), max(note.cost, cost)
+    shares = tuple(
+        [
+            (max(tokens, taken), max(money, set_aside))
+            for (tokens, money), (taken, set_aside) in zip(_shares(note, usage, cost), note.shares, strict=True)
+        ]
+    )
+    more = tuple(
+        [(now[0] - before[0], now[1] - before[1]) for now, before in zip(shares, note.shares, strict=True)]
+    )  # fmt: skip
+    settlement = Settlement(
+        f"{note.id}+{times}", note.keys, note.second, 0, tokens - note.tokens, dear - note.cost, note.budgets, more
+    )
+    return msgspec.structs.replace(note, tokens=tokens, cost=dear, shares=shares), settlement
 
 
 def _outcome(note: Note, end: End, usage: Usage, reason: str, estimated: bool, cost: int = 0) -> Outcome:
@@ -245,7 +299,7 @@ class Ledger:
         except msgspec.DecodeError:
             return None
         seen = self._seen
-        if note.id in seen or not note.pods or abs(note.second) >= NEVER:
+        if note.id in seen or not note.pods or not note.sound:
             return None
         seen[note.id] = None
         if len(seen) > REMEMBERED:

@@ -16,7 +16,7 @@ import msgspec
 
 from .keys import Key, id_of, is_key
 from .price import nano
-from .store import Budget, Window
+from .store import Budget, Reserve, Window
 
 #: Users and models whose windows are remembered, so that a request's are not made anew. Names without a record come
 #: from clients and have no end.
@@ -53,20 +53,31 @@ class Allowance(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
 
 
 class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Requests and tokens (prompt + completion) in any 60 seconds, requests at once, and what may be spent in longer
-    periods; None is no limit."""
+    """Requests and tokens (prompt + completion, and either of them alone) in any 60 seconds, requests at once, and what
+    may be spent in longer periods; None is no limit. ``reserve`` says what output these set aside on admission; None:
+    as everywhere."""
 
     rpm: int | None = None
     tpm: int | None = None
+    input_tpm: int | None = None
+    output_tpm: int | None = None
     concurrency: int | None = None
     budgets: tuple[Allowance, ...] = ()
+    reserve: Reserve | None = None
 
-    def window(self, key: str, scope: str) -> Window | None:
-        """The window that holds requests to these; None where nothing is limited."""
-        if self.rpm is None and self.tpm is None and self.concurrency is None and not self.budgets:
-            return None
+    def windows(self, tag: str, name: str, scope: str) -> Iterator[Window]:
+        """The windows that hold requests to these: one for what counts all tokens, and one for each part of them that
+        is limited by itself. ``tag`` is the hash tag of their keys, ``name`` what tells these limits from others of the
+        tag."""
         budgets = tuple([budget.counted() for budget in self.budgets])
-        return Window(key, scope, self.rpm, self.tpm, self.concurrency, budgets)
+        if self.rpm is not None or self.tpm is not None or self.concurrency is not None or budgets:
+            yield Window(
+                f"{tag}:{name}", scope, self.rpm, self.tpm, self.concurrency, budgets, reserve=self.reserve
+            )  # fmt: skip
+        if self.input_tpm is not None:
+            yield Window(f"{tag}:i:{name}", scope, tpm=self.input_tpm, part="input")
+        if self.output_tpm is not None:
+            yield Window(f"{tag}:o:{name}", scope, tpm=self.output_tpm, part="output", reserve=self.reserve)
 
 
 class User(Limits, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -139,23 +150,23 @@ class Directory(msgspec.Struct, frozen=True):
         found = [*self._windows_of(user, model)] if user is not None else []
         everybody = self.models.get(model)
         if everybody is not None:
-            found.append(everybody.window(f"{{model:{_tagged(model)}}}:*", f"model '{model}'"))
-        return tuple([window for window in found if window is not None])
+            found += everybody.windows(f"{{model:{_tagged(model)}}}", "*", f"model '{model}'")
+        return tuple(found)
 
-    def _windows_of(self, user: str, model: str) -> Iterator[Window | None]:
+    def _windows_of(self, user: str, model: str) -> Iterator[Window]:
         record: Limits | None = self.users.get(user, self.default)
         if record is None:
             return
         tag = f"{{user:{_tagged(user)}}}"
-        yield record.window(f"{tag}:*", f"user '{user}'")
+        yield from record.windows(tag, "*", f"user '{user}'")
         if not isinstance(record, User):
             return
         own = record.per_model.get(model)
         if own is not None:
-            yield own.window(f"{tag}:m:{model}", f"user '{user}' and model '{model}'")
+            yield from own.windows(tag, f"m:{model}", f"user '{user}' and model '{model}'")
         team = self.teams.get(record.team) if record.team is not None else None
         if team is not None:
-            yield team.window(f"{{team:{_tagged(team.name)}}}:*", f"team '{team.name}'")
+            yield from team.windows(f"{{team:{_tagged(team.name)}}}", "*", f"team '{team.name}'")
 
 
 def _matches(model: str, patterns: Sequence[str]) -> bool:

@@ -206,6 +206,12 @@ class Settle(msgspec.Struct, frozen=True):
     outcome: Outcome
 
 
+class TopUp(msgspec.Struct, frozen=True):
+    """The answer goes on, and has taken more than was reserved."""
+
+    settlement: Settlement
+
+
 class Await(msgspec.Struct, frozen=True):
     """The request is over here; the note in its log entry settles it, at whichever gateway."""
 
@@ -228,4 +234,6 @@ class Leave(msgspec.Struct, frozen=True):
     """End the stream with OK: Envoy goes on without us."""
 
 
-Action = Continue | Ask | Route | Refuse | Answer | Respond | Replace | Settle | Await | Release | Suspect | Leave
+Action = (
+    Continue | Ask | Route | Refuse | Answer | Respond | Replace | TopUp | Settle | Await | Release | Suspect | Leave
+)

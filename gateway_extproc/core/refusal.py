@@ -142,6 +142,8 @@ def unsupported_encoding(encoding: str) -> Refusal:
 UNITS: Final[Mapping[str, str]] = {
     "rpm": "requests per minute (rpm)",
     "tpm": "tokens per minute (tpm)",
+    "input_tpm": "tokens of prompts per minute (input_tpm)",
+    "output_tpm": "tokens of answers per minute (output_tpm)",
     "concurrency": "requests at once (concurrency)",
 }
 

@@ -17,10 +17,10 @@ from typing import Any, Final
 import msgspec
 
 from . import refusal as refusals
-from .account import CLIENT_GONE, End, Note, closed, settle, tried
+from .account import CLIENT_GONE, End, Note, closed, given_back, settle, topped_up, tried
 from .choose import STRATEGIES, Lease, choose
 from .directory import Directory
-from .estimate import Estimates, Reserve
+from .estimate import Estimates
 from .events import (
     Action,
     Answer,
@@ -49,6 +49,7 @@ from .events import (
     ResponseTrailers,
     Route,
     Settle,
+    TopUp,
     Truncated,
     Unavailable,
 )
@@ -60,7 +61,19 @@ from .parse import Body, Kind, Request, ask_for_usage, parse_request, route_of
 from .parse import Route as Target
 from .price import Prices, dollars
 from .refusal import Refusal, Refused
-from .store import Admission, Admitted, Denied, Level, Settlement, Window, chosen, with_budgets, with_leases
+from .store import (
+    Admission,
+    Admitted,
+    Amount,
+    Denied,
+    Level,
+    Reserve,
+    Settlement,
+    Window,
+    chosen,
+    with_budgets,
+    with_leases,
+)
 from .usage import JsonUsage, SseUsage, Usage
 
 
@@ -130,6 +143,11 @@ _SINGLE: Final = frozenset({"user", "authorization", "x-api-key", "routing-strat
 #: What request headers begin with that only the gateway sets, beside those that it always sets itself.
 _INTERNAL_PREFIX: Final = "x-gateway-"
 _GATEWAY_KEY: Final = KEY_PREFIX.encode()
+#: Tokens of output beyond what was reserved after which they are charged while the answer streams: one message to the
+#: store for so many events.
+TOP_UP: Final = 256
+#: More tokens than any answer has.
+NEVER: Final = 2**53
 #: Longest x-request-id that logs repeat, in characters.
 _REQUEST_ID: Final = 128
 
@@ -143,9 +161,9 @@ class Session:
 
     __slots__ = (
         "_admission", "_admitted", "_carry", "_ended", "_headers", "_key", "_lease", "_leaving", "_model", "_node",
-        "_note", "_output", "_parts", "_prompt", "_reader", "_refused", "_request", "_shown", "_size", "_state",
-        "_status", "_strategy", "_strip", "_target", "_took", "_user", "_windows", "_world", "declared_length",
-        "running",
+        "_note", "_output", "_parts", "_prompt", "_reader", "_refused", "_request", "_reserved_output", "_shown",
+        "_size", "_state", "_status", "_strategy", "_strip", "_target", "_took", "_topped_up", "_user", "_windows",
+        "_world", "declared_length", "running",
     )  # fmt: skip
 
     def __init__(self, world: World, node: str = "") -> None:
@@ -175,6 +193,8 @@ class Session:
         self._ended = False
         self._leaving = False
         self._reader: JsonUsage | SseUsage | None = None
+        self._reserved_output = NEVER  # tokens that may be sent before more is charged
+        self._topped_up = 0
         self._refused: Refusal | None = None
         #: Bytes of the body still to come, as the client declared them; None where it did not.
         self.declared_length: int | None = None
@@ -288,15 +308,16 @@ class Session:
         if not pods:
             return self._refuse(refusals.no_ready_pods(model))
         windows = self._windows = directory.windows(self._user, model)
-        tightest = None
+        tightest, apart, counted = None, False, False
         for window in windows:
-            if window.tpm is not None and (tightest is None or window.tpm < tightest):
-                tightest = window.tpm
-            for budget in window.budgets:
-                if budget.unit == "tokens" and (tightest is None or budget.amount < tightest):
-                    tightest = budget.amount
+            most = _most_tokens(window)
+            if most is not None:
+                counted = True
+                if window.part == "all" and (tightest is None or most < tightest):
+                    tightest = most
+            apart = apart or window.part != "all" or (window.reserve or policy.reserve) != policy.reserve
         spends = with_budgets(windows)
-        counted = tightest is not None or spends  # somebody's tokens are limited
+        counted = counted or spends != 0  # somebody's tokens are limited
         self._strip = bool(request.stream and not request.include_usage and self._target.may_ask_usage and counted)
         if self._strip or self._carry:  # it is needed again once the question is answered
             self._parts.append(body)
@@ -307,7 +328,8 @@ class Session:
                 cost = policy.prices.cost(model, Usage(self._prompt, tokens - self._prompt))
             elif any(budget.unit == "usd" for window in windows for budget in window.budgets):
                 return self._refuse(refusals.price_unknown(model))
-        admission = self._admission = Admission(world.new_id(), windows, tokens, cost)
+        shares = tuple([self._share(request, window) for window in windows]) if apart else ()
+        admission = self._admission = Admission(world.new_id(), windows, tokens, cost, shares)
         if windows:
             self._state = _State.ASKING
             return [Ask(admission)]
@@ -316,15 +338,32 @@ class Session:
     def _estimate(self, request: Request, tightest: int | None) -> int:
         """Tokens to reserve. A guess of the output never makes a request larger than the ``tightest`` limit that it is
         under: only the prompt, and what ``reserve: max`` declares, can do that."""
-        estimates, reserve = self._world.estimates, self._world.policy.reserve
-        prompt = self._prompt = estimates.prompt(self._model, request.prompt_bytes)
-        output = 0
-        if self._target.generates:
-            output = estimates.output(self._model, request.max_tokens, request.n * request.prompts, reserve)
-        self._output = output
+        reserve = self._world.policy.reserve
+        prompt = self._prompt = self._world.estimates.prompt(self._model, request.prompt_bytes)
+        output = self._output = self._expected(request, reserve)
         if tightest is not None and reserve == "expected":
             output = min(output, max(0, tightest - prompt))
         return prompt + output
+
+    def _expected(self, request: Request, reserve: Reserve) -> int:
+        """Tokens of output to set aside."""
+        if not self._target.generates:
+            return 0
+        answers = request.n * request.prompts
+        return self._world.estimates.output(self._model, request.max_tokens, answers, reserve, self._user or "")
+
+    def _share(self, request: Request, window: Window) -> Amount:
+        """What one window is to set aside, where it counts a part of the tokens or reserves by a rule of its own."""
+        policy, prompt = self._world.policy, self._prompt
+        if window.part == "input":
+            return prompt, 0
+        reserve, most = window.reserve or policy.reserve, _most_tokens(window)
+        output = self._expected(request, reserve)
+        counted = prompt if window.part == "all" else 0
+        if most is not None and reserve == "expected":
+            output = min(output, max(0, most - counted))
+        cost = policy.prices.cost(self._model, Usage(prompt, output)) if window.budgets else 0
+        return counted + output, cost
 
     def _on_admitted(self, event: Admitted) -> list[Action]:
         self._admitted = event
@@ -347,11 +386,12 @@ class Session:
         elif event.kind == "concurrency":
             limit, used, asked = window.concurrency or 0, event.used, 1
         else:
-            limit, used, asked = window.tpm or 0, level.tokens, admission.tokens
+            limit, used, asked = window.tpm or 0, level.tokens, admission.amounts[event.window][0]
+        kind = event.kind if window.part == "all" else f"{window.part}_{event.kind}"
         if event.retry_after is None:
-            refused = refusals.request_exceeds_limit(event.kind, window.scope, limit, asked)
+            refused = refusals.request_exceeds_limit(kind, window.scope, limit, asked)
         else:
-            refused = refusals.rate_limit_exceeded(event.kind, window.scope, limit, used, asked, event.retry_after)
+            refused = refusals.rate_limit_exceeded(kind, window.scope, limit, used, asked, event.retry_after)
         return self._refuse(refused, limit_headers(self._windows, event.levels))
 
     def _on_unavailable(self, _: Unavailable) -> list[Action]:
@@ -423,6 +463,8 @@ class Session:
             admission.cost,
             with_budgets(admission.windows),
             self._key.id if self._key is not None else "",
+            admission.shares,
+            "".join([window.part[0] for window in admission.windows]) if admission.shares else "",
         )
 
     def _header_changes(self, lease: Lease, note: Note) -> tuple[dict[str, bytes], tuple[str, ...]]:
@@ -449,7 +491,9 @@ class Session:
         self._state = _State.ANSWERING
         actions = self._follow(event)
         if not event.end and self._took:
-            self._reader = self._reader_of(headers)
+            reader = self._reader = self._reader_of(headers)
+            if isinstance(reader, SseUsage) and 200 <= self._status < 300:
+                self._look_again()
         actions.append(Respond(self._answer_headers(), self._reader is not None))
         return actions
 
@@ -493,10 +537,27 @@ class Session:
             shown = reader.feed(event.data, event.end)
             if self._leaving and reader.holding:
                 shown = (shown or b"") + reader.release()
+            if reader.chunks >= self._reserved_output and not self._ended:
+                return [Replace(shown), self._top_up(reader.chunks)]
             return [Replace(shown)]
         if reader is not None:
             reader.feed(event.data)
         return [Replace(None)]
+
+    def _top_up(self, sent: int) -> TopUp:
+        """Far more output was sent than was reserved: charge it now, so that later requests see it."""
+        assert self._note is not None
+        self._topped_up += 1
+        self._note, settlement = topped_up(self._note, sent, self._topped_up, self._world.policy.prices)
+        self._look_again()
+        return TopUp(settlement)
+
+    def _look_again(self) -> None:
+        """Say how much output may be sent before more is charged."""
+        note = self._note
+        if note is not None and note.keys:
+            reserved = [tokens for part, (tokens, _) in zip(note.parts, note.shares, strict=True) if part == "o"]
+            self._reserved_output = min([note.tokens - note.prompt, *reserved]) + TOP_UP
 
     def _on_answer_trailers(self, _: ResponseTrailers) -> list[Action]:
         self._ended = True
@@ -641,9 +702,10 @@ class Session:
         admission, admitted = self._admission, self._admitted
         if admission is None or admitted is None:
             return None
-        keys = tuple([window.key for window in admission.windows])
-        budgets = with_budgets(admission.windows)
-        return Settlement(admission.id, keys, admitted.second, -1, -admission.tokens, -admission.cost, budgets)
+        keys, budgets = tuple([window.key for window in admission.windows]), with_budgets(admission.windows)
+        return given_back(
+            admission.id, keys, admitted.second, admission.tokens, admission.cost, budgets, admission.shares
+        )  # fmt: skip
 
     def _outcome(self, reason: str) -> Outcome:
         """How a request ends that is not routed."""
@@ -668,17 +730,27 @@ class Session:
             return {}
         levels = admitted.levels
         if not self._took:
-            levels = tuple(_relieved(level, admission.tokens) for level in levels)
+            pairs = zip(levels, admission.amounts, strict=False)  # no levels where limits were not applied
+            levels = tuple([_relieved(level, tokens) for level, (tokens, _) in pairs])
         return limit_headers(self._windows, levels)
 
 
+def _most_tokens(window: Window) -> int | None:
+    """The most tokens that one request may have, None where the window does not limit them."""
+    most = window.tpm
+    for budget in window.budgets:
+        if budget.unit == "tokens" and (most is None or budget.amount < most):
+            most = budget.amount
+    return most
+
+
 def _over_budget(window: Window, event: Denied, admission: Admission) -> Refusal:
-    budget = window.budgets[event.budget]
+    budget, (tokens, cost) = window.budgets[event.budget], admission.amounts[event.window]
     period = f"{budget.period} s" if isinstance(budget.period, int) else budget.period
     if budget.unit == "tokens":
-        amount, used, asked = f"{budget.amount} tokens", str(event.used), str(admission.tokens)
+        amount, used, asked = f"{budget.amount} tokens", str(event.used), str(tokens)
     else:
-        amount, used, asked = (f"${dollars(nano)}" for nano in (budget.amount, event.used, admission.cost))
+        amount, used, asked = (f"${dollars(nano)}" for nano in (budget.amount, event.used, cost))
     return refusals.insufficient_quota(window.scope, f"{amount} per {period}", used, asked, event.retry_after)
 
 

@@ -32,6 +32,14 @@ LEASE: Final = 60
 RENEW: Final = 20
 
 
+#: Which of a request's tokens a limit counts.
+Part: TypeAlias = Literal["all", "input", "output"]
+#: What is set aside for an answer: the output that is expected, or the maximum that the request declares.
+Reserve: TypeAlias = Literal["expected", "max"]
+#: Tokens and nano-dollars.
+Amount: TypeAlias = tuple[int, int]
+
+
 class StoreUnavailable(Exception):
     """The store did not answer in time, or answered that it cannot: the policy for that decides. The message says why,
     in few words, without address or secret."""
@@ -51,7 +59,10 @@ class Budget(msgspec.Struct, frozen=True, gc=False, cache_hash=True):
 class Window(msgspec.Struct, frozen=True, gc=False, cache_hash=True):
     """One scope's limits as they apply to a request. ``key`` names its counter and ends up in a store key; all keys
     of one user share the hash tag ``{user}``. ``scope`` is for messages (``user 'alice'``). A limit of None is none;
-    usage of a minute is counted all the same. ``concurrency`` is the most requests that run at once."""
+    usage of a minute is counted all the same. ``concurrency`` is the most requests that run at once.
+
+    What the store does not look at: ``part`` says which of a request's tokens are counted, ``reserve`` which output is
+    set aside (None: as everywhere)."""
 
     key: str
     scope: str
@@ -59,6 +70,8 @@ class Window(msgspec.Struct, frozen=True, gc=False, cache_hash=True):
     tpm: int | None = None
     concurrency: int | None = None
     budgets: tuple[Budget, ...] = ()
+    part: Part = "all"
+    reserve: Reserve | None = None
 
 
 def with_budgets(windows: Iterable[Window]) -> int:
@@ -78,12 +91,18 @@ def chosen(keys: tuple[str, ...], bits: int) -> tuple[str, ...]:
 
 class Admission(msgspec.Struct, frozen=True):
     """May this request spend 1 request, ``tokens`` tokens and ``cost`` nano-dollars in all of ``windows``, and run?
-    ``id`` is the gateway's own."""
+    ``shares``, where there are any, say what it is to spend in each instead. ``id`` is the gateway's own."""
 
     id: str
     windows: tuple[Window, ...]
     tokens: int
     cost: int = 0
+    shares: tuple[Amount, ...] = ()
+
+    @property
+    def amounts(self) -> tuple[Amount, ...]:
+        """What is to be spent in each window."""
+        return self.shares or ((self.tokens, self.cost),) * len(self.windows)
 
 
 class Level(msgspec.Struct, frozen=True, gc=False):
@@ -128,7 +147,8 @@ class Settlement(msgspec.Struct, frozen=True):
     ``requests``, ``tokens`` and ``cost`` (nano-dollars) are differences. What is negative goes back to ``second``, the
     second of the admission, and only while that second is still in the window, or in the budget's running period
     (neither falls below zero); what is positive is charged to the running second and period. ``keys`` are the windows'
-    keys, ``budgets`` says which of them have budgets (``with_budgets``): tokens and cost go to those, too."""
+    keys, ``budgets`` says which of them have budgets (``with_budgets``): tokens and cost go to those, too. ``shares``,
+    where there are any, are the differences of each window instead of ``tokens`` and ``cost``."""
 
     id: str
     keys: tuple[str, ...]
@@ -137,6 +157,12 @@ class Settlement(msgspec.Struct, frozen=True):
     tokens: int
     cost: int = 0
     budgets: int = 0
+    shares: tuple[Amount, ...] = ()
+
+    @property
+    def amounts(self) -> tuple[Amount, ...]:
+        """The differences of each window."""
+        return self.shares or ((self.tokens, self.cost),) * len(self.keys)
 
 
 class Merge(msgspec.Struct, frozen=True):

@@ -37,6 +37,7 @@ from ..core.events import (
     ResponseBody,
     Settle,
     Suspect,
+    TopUp,
     Unavailable,
 )
 from ..core.refusal import internal_error
@@ -314,6 +315,9 @@ class _Stream:
             self._service.store.settle(action.settlement)
         self._service.sink.settled(action.outcome, action.settlement)
 
+    def _top_up(self, action: TopUp) -> None:
+        self._service.store.settle(action.settlement)
+
     def _await(self, _: Await) -> None:
         self._service.sink.awaited()
 
@@ -388,6 +392,7 @@ class _Stream:
 #: What is done with an action. What is not here is a reply.
 _ACTIONS: Final[Mapping[type, Callable[[_Stream, Any], None]]] = {
     Ask: _Stream._ask,
+    TopUp: _Stream._top_up,
     Settle: _Stream._settle,
     Await: _Stream._await,
     Release: _Stream._release,

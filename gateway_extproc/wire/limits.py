@@ -56,7 +56,7 @@ _HEAD: Final = struct.Struct("<BBBd")
 _LEVEL: Final = struct.Struct("<dddd")
 _DOUBLE: Final = struct.Struct("<d")
 _CHANGE: Final = struct.Struct("<ddd")
-_COUNT: Final = struct.Struct("<dddd")
+_PAIR: Final = struct.Struct("<dd")
 _TAIL: Final = struct.Struct("<Bd")
 _KINDS: Final = ("rpm", "tpm", "concurrency", "budget")
 #: What a denial tells of beside the windows' levels, from this kind on.
@@ -87,14 +87,15 @@ class Scripts:
         """May this be taken? ``decision`` reads the answer."""
         head, mark, windows, limits, more = self._limits(admission.windows)
         name = admission.id.encode()
-        tokens = _DOUBLE.pack(_tokens(admission))
+        amounts = admission.amounts
+        tokens = b"".join([_DOUBLE.pack(_within(tokens, MOST)) for tokens, _ in amounts])
         asked = b"%b$%d\r\n%ba:%b\r\n%b%b%b\r\n" % (
             head, len(mark) + 2 + len(name), mark, name, windows, tokens, limits,
         )  # fmt: skip
         if more is None:
             return asked
-        cost = _DOUBLE.pack(_cost(admission))
-        return b"%b$%d\r\n%b%b\r\n%b" % (asked, len(cost) + len(more), cost, more, bulk(name))
+        costs = b"".join([_DOUBLE.pack(_within(cost, EXACT)) for _, cost in amounts])
+        return b"%b$%d\r\n%b%b\r\n%b" % (asked, len(costs) + len(more), costs, more, bulk(name))
 
     def undo(self, admission: Admission) -> bytes:
         """Give back what was or will be taken for it, if anything."""
@@ -102,35 +103,31 @@ class Scripts:
         keys = tuple([window.key for window in asked])
         mark, windows = self._places(keys)
         leases, counters = chosen(keys, with_leases(asked)), chosen(keys, with_budgets(asked))
+        amounts = admission.amounts
+        spent = [amount for amount, window in zip(amounts, asked, strict=True) if window.budgets]
         name = admission.id.encode()
         words = [bulk(b"%ba:%b" % (mark, name)), windows]
         words += [bulk(self._leases(key)) for key in leases]
         words += [bulk(self._counters(key)) for key in counters]
-        words += [bulk(b"%d" % _tokens(admission)), bulk(_MEMORY)]
+        words += [bulk(b"".join([_DOUBLE.pack(_within(tokens, MOST)) for tokens, _ in amounts])), bulk(_MEMORY)]
         arguments = 2
         if leases or counters:
-            words += [bulk(_CHANGE.pack(len(keys), len(leases), _cost(admission))), bulk(name)]
+            changes = [_PAIR.pack(_within(tokens, MOST), _within(cost, EXACT)) for tokens, cost in spent]
+            words += [bulk(_PAIR.pack(len(keys), len(leases)) + b"".join(changes)), bulk(name)]
             arguments = 4
         return evalsha(self._undo, 1 + len(keys) + len(leases) + len(counters), arguments) + b"".join(words)
 
     def settle(self, settlement: Settlement) -> bytes | None:
         """None where there is nothing to correct."""
-        requests, tokens = clamped(settlement.requests), clamped(settlement.tokens)
-        changes = b""
-        if requests < 0 or tokens < 0:
-            changes = _CHANGE.pack(settlement.second, min(requests, 0), min(tokens, 0))
-        if requests > 0 or tokens > 0:
-            changes += _CHANGE.pack(0, max(requests, 0), max(tokens, 0))
-        if settlement.budgets and (tokens or settlement.cost):
-            counts = b"".join(
-                [
-                    _COUNT.pack(_EVERY, _UNITS[unit], settlement.second if amount < 0 else 0, amount)
-                    for unit, amount in (("tokens", tokens), ("usd", min(max(settlement.cost, -EXACT), EXACT)))
-                    if amount
-                ]
-            )
-            return self._correct_all(settlement.id, settlement.keys, changes, settlement.budgets, counts)
-        return self._correct(settlement.id, settlement.keys, changes)
+        requests, second, budgets = clamped(settlement.requests), settlement.second, settlement.budgets
+        amounts = settlement.amounts
+        tokens = [clamped(tokens) for tokens, _ in amounts]
+        changes = _changed(second, requests, tokens)
+        if not budgets:
+            return self._correct(settlement.id, settlement.keys, changes)
+        costs = [min(max(cost, -EXACT), EXACT) for _, cost in amounts]
+        counts = _counted(second, "tokens", tokens, budgets) + _counted(second, "usd", costs, budgets)
+        return self._correct_all(settlement.id, settlement.keys, changes, budgets, counts)
 
     def merge(self, merge: Merge) -> bytes | None:
         """None where nothing was spent."""
@@ -140,7 +137,7 @@ class Scripts:
         if not merge.budgets:
             return self._correct(merge.id, (merge.key,), changes)
         counts = [
-            _COUNT.pack(period, _UNITS[unit], second, min(max(amount, 0), EXACT))
+            _CHANGE.pack(period, _UNITS[unit], second) + _DOUBLE.pack(_within(amount, EXACT))
             for unit, period, second, amount in merge.budgets
         ]
         return self._correct_all(merge.id, (merge.key,), changes, 1, b"".join(counts))
@@ -205,7 +202,7 @@ class Scripts:
         with, what goes between and after the tokens, and after the cost (None where no window limits more)."""
         mark, keys = self._places(tuple([window.key for window in windows]))
         limits = b"".join([_DOUBLE.pack(_limit(limit)) for window in windows for limit in (window.rpm, window.tpm)])
-        numbers = b"$%d\r\n" % (_DOUBLE.size + len(limits))
+        numbers = b"$%d\r\n" % (_DOUBLE.size * len(windows) + len(limits))
         others, more = [], [_DOUBLE.pack(LEASE)]
         for window in windows:
             if window.concurrency is not None:
@@ -259,12 +256,29 @@ def pulse(reply: Reply) -> Pulse:
     raise StoreUnavailable(UNEXPECTED)
 
 
-def _tokens(admission: Admission) -> int:
-    return min(max(admission.tokens, 0), MOST)
+def _within(amount: int, most: int) -> int:
+    return min(max(amount, 0), most)
 
 
-def _cost(admission: Admission) -> int:
-    return min(max(admission.cost, 0), EXACT)
+def _changed(second: int, requests: int, tokens: Sequence[int]) -> bytes:
+    """What changes in windows, for settle.lua: what goes back to its second, and what is charged to the running one."""
+    changes = b""
+    if requests < 0 or min(tokens, default=0) < 0:
+        changes = _PAIR.pack(second, min(requests, 0)) + b"".join([_DOUBLE.pack(min(each, 0)) for each in tokens])
+    if requests > 0 or max(tokens, default=0) > 0:
+        changes += _PAIR.pack(0, max(requests, 0)) + b"".join([_DOUBLE.pack(max(each, 0)) for each in tokens])
+    return changes
+
+
+def _counted(second: int, unit: str, amounts: Sequence[int], budgets: int) -> bytes:
+    """The same of counters: those of the windows that ``budgets`` speaks of."""
+    spent = [amount for index, amount in enumerate(amounts) if budgets >> index & 1]
+    counts = b""
+    if min(spent, default=0) < 0:
+        counts = _CHANGE.pack(_EVERY, _UNITS[unit], second) + b"".join([_DOUBLE.pack(min(each, 0)) for each in spent])
+    if max(spent, default=0) > 0:
+        counts += _CHANGE.pack(_EVERY, _UNITS[unit], 0) + b"".join([_DOUBLE.pack(max(each, 0)) for each in spent])
+    return counts
 
 
 def _limit(limit: int | None) -> float:

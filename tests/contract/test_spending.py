@@ -602,6 +602,42 @@ async def test_any_name_has_budgets_and_leases_of_its_own(harness: Harness, name
     assert (await running(harness, one), await running(harness, other)) == (1, 1)
 
 
+# --- windows that take different amounts ------------------------------------------------------------------------------
+
+
+async def test_each_window_takes_and_is_settled_by_its_own_amounts(harness: Harness) -> None:
+    whole, part = window(tokens_of(99), usd_of(99), tpm=99), window(key="{alice}:i:*", tpm=20)
+    asked = Admission(f"id-{next(_ids)}", (whole, part), 50, 9, ((50, 9), (20, 0)))
+    answer = await admitted(harness, asked)
+    assert [level.tokens for level in answer.levels] == [50, 20]
+    full = await denied(harness, Admission(f"id-{next(_ids)}", (whole, part), 2, 0, ((2, 0), (1, 0))))
+    assert (full.window, full.kind) == (1, "tpm")
+    keys = whole.key, part.key
+    harness.store.settle(Settlement(asked.id, keys, answer.second, 0, -1, -1, 1, ((30, -4), (-5, 0))))
+    await harness.store.flush()
+    assert (await used(harness, tokens_of(99)), await used(harness, usd_of(99))) == (80, 5)
+    after = await denied(harness, Admission(f"id-{next(_ids)}", (whole, part), 0, 0, ((20, 0), (6, 0))))
+    assert [level.tokens for level in after.levels] == [80, 15]
+
+
+async def test_a_share_larger_than_its_own_limit_never_fits(harness: Harness) -> None:
+    whole, part = window(tpm=99), window(key="{alice}:o:*", tpm=5)
+    answer = await denied(harness, Admission(f"id-{next(_ids)}", (whole, part), 50, 0, ((50, 0), (6, 0))))
+    assert (answer.window, answer.kind, answer.retry_after) == (1, "tpm", None)
+
+
+async def test_undoing_gives_each_window_its_own_amount_back(on_valkey: ValkeyHarness) -> None:
+    whole, part = window(tokens_of(99), usd_of(99), tpm=99), window(usd_of(99), key="{alice}:i:*", tpm=99)
+    kept = Admission(f"id-{next(_ids)}", (whole, part), 0, 0, ((9, 8), (7, 6)))
+    gone = Admission(f"id-{next(_ids)}", (whole, part), 0, 0, ((50, 40), (30, 20)))
+    await admitted(on_valkey, kept)
+    before = everything(on_valkey)
+    await admitted(on_valkey, gone)
+    on_valkey.redis._undo(gone)
+    await on_valkey.redis.flush()
+    assert everything(on_valkey) == before
+
+
 # --- in Redis --------------------------------------------------------------------------------------------------------
 
 
@@ -826,7 +862,8 @@ async def _follow(there: ValkeyHarness, made: list[tuple[str, Any, int, int]]) -
         if call == "advance":
             there.advance(what)
         elif call == "admit":
-            admission = Admission(f"id-{next(_ids)}", what, tokens, cost)
+            shares = tuple((max(0, tokens - 3 * at), cost + at) for at in range(len(what))) if tokens % 2 else ()
+            admission = Admission(f"id-{next(_ids)}", what, tokens, cost, shares)
             theirs, ours = await admit(there.store, admission), here.admit_now(admission)
             assert type(theirs) is type(ours), (theirs, ours)
             assert not isinstance(ours, StoreUnavailable)
@@ -843,7 +880,8 @@ async def _follow(there: ValkeyHarness, made: list[tuple[str, Any, int, int]]) -
             keys = tuple(each.key for each in admission.windows)
             lent, budgets = chosen(keys, with_leases(admission.windows)), with_budgets(admission.windows)
             if call == "settle":
-                settlement = Settlement(f"id-{next(_ids)}", keys, second, -1, tokens, cost, budgets)
+                shares = tuple((tokens * (-1) ** at, cost - at) for at in range(len(keys))) if cost % 2 else ()
+                settlement = Settlement(f"id-{next(_ids)}", keys, second, -1, tokens, cost, budgets, shares)
                 there.store.settle(settlement)
                 here.settle(settlement)
             elif call == "release":
@@ -856,8 +894,8 @@ async def _follow(there: ValkeyHarness, made: list[tuple[str, Any, int, int]]) -
             elif there.clock.now - second < 60 and admission.id not in undone:
                 undone.add(admission.id)
                 there.redis._undo(admission)
-                spent = max(0, admission.tokens), max(0, admission.cost)
-                here.settle(Settlement(f"id-{next(_ids)}", keys, second, -1, -spent[0], -spent[1], budgets))
+                back = tuple((-max(0, tokens), -max(0, cost)) for tokens, cost in admission.amounts)
+                here.settle(Settlement(f"id-{next(_ids)}", keys, second, -1, 0, 0, budgets, back))
                 here.release(admission.id, lent)
             await there.store.flush()
     for key in (KEY, "{team}:*"):

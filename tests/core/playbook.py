@@ -30,6 +30,7 @@ from gateway_extproc.core.events import (
     ResponseHeaders,
     Route,
     Settle,
+    TopUp,
 )
 from gateway_extproc.core.fleet import Fleet, Pod, PodSpec
 from gateway_extproc.core.session import Policy, Session, World
@@ -244,6 +245,9 @@ class Playbook:
         self.settles: list[Settle] = []
         #: Every release so far.
         self.releases: list[Release] = []
+        #: What was charged while the answer went on.
+        self.top_ups: list[Settlement] = []
+        self._asked: list[Admission] = []
         self._event: Event | None = None
         self._expected: list[object] = []
 
@@ -252,6 +256,8 @@ class Playbook:
         self.actions = self.session.feed(event)
         self.settles += [action for action in self.actions if isinstance(action, Settle)]
         self.releases += [action for action in self.actions if isinstance(action, Release)]
+        self.top_ups += [action.settlement for action in self.actions if isinstance(action, TopUp)]
+        self._asked += [action.admission for action in self.actions if isinstance(action, Ask)]
         return self
 
     def __lshift__(self, expected: object) -> Playbook:
@@ -284,8 +290,9 @@ class Playbook:
 
     @property
     def admission(self) -> Admission:
-        """The question that the last event called for."""
-        return next(action.admission for action in self.actions if isinstance(action, Ask))
+        """The one question."""
+        (admission,) = self._asked
+        return admission
 
     @property
     def settlement(self) -> Settlement | None:

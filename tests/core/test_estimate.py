@@ -110,3 +110,45 @@ def test_whatever_was_learned_an_estimate_is_no_less_than_nothing_and_no_more_th
     if declared is not None:
         assert output <= declared * answers
         assert estimates.output("m", declared, answers, "max") == declared * answers
+
+
+def test_what_is_expected_of_an_answer_is_learned_for_each_user_of_a_model() -> None:
+    estimates = Estimates()
+    for _ in range(30):
+        estimates.learn("m", 100, 25, 1000, "ann")
+        estimates.learn("m", 100, 25, 10, "bob")
+    assert estimates.output("m", None, 1, "expected", "ann") == pytest.approx(1000, rel=0.1)
+    assert estimates.output("m", None, 1, "expected", "bob") == pytest.approx(10, abs=30)
+    of_model = estimates.output("m", None, 1, "expected")
+    assert 100 < of_model < 900
+    assert estimates.output("m", None, 1, "expected", "new") == of_model
+    assert estimates.output("other", None, 1, "expected", "ann") == PRIOR_OUTPUT
+
+
+def test_a_users_first_answers_weigh_as_much_as_all_that_was_known_of_the_model() -> None:
+    estimates = Estimates()
+    estimates.learn("m", 100, 25, 20, "ann")
+    assert estimates.output("m", None, 1, "expected", "ann") == (PRIOR_OUTPUT + 20) / 2
+    estimates.learn("m", 100, 25, 20, "ann")
+    assert estimates.output("m", None, 1, "expected", "ann") == round((PRIOR_OUTPUT + 2 * 20) / 3)
+    for _ in range(100):
+        estimates.learn("m", 100, 25, 20, "ann")
+    estimates.learn("m", 100, 25, 1020, "ann")
+    assert estimates.output("m", None, 1, "expected", "ann") == pytest.approx(120, abs=1)
+
+
+def test_a_users_declared_maximum_caps_what_was_learned_of_them() -> None:
+    estimates = Estimates()
+    estimates.learn("m", 100, 25, 872, "ann")
+    assert estimates.output("m", 40, 2, "expected", "ann") == 80
+    assert estimates.output("m", 4000, 2, "max", "ann") == 8000
+
+
+def test_no_more_users_are_remembered_than_their_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gateway_extproc.core.estimate.USERS", 2)
+    estimates = Estimates()
+    for user in ("a", "b", "a", "c"):
+        estimates.learn("m", 0, 0, 1000, user)
+    of_model = estimates.output("m", None, 1, "expected")
+    assert estimates.output("m", None, 1, "expected", "b") == of_model
+    assert estimates.output("m", None, 1, "expected", "a") > of_model

@@ -44,8 +44,10 @@ def test_an_admission_names_its_mark_its_windows_and_their_limits() -> None:
     windows = Window("{alice}:*", "", 20, None), Window("{alice}:m:big", "", None, 0)
     assert words(SCRIPTS.admit(Admission("7", windows, 30))) == [
         b"EVALSHA", digest(b"admit"), b"3", b"gw:1:{alice}:a:7", b"gw:1:{alice}:*", b"gw:1:{alice}:m:big",
-        struct.pack("<5d", 30, 20, -1, -1, 0),
+        struct.pack("<6d", 30, 30, 20, -1, -1, 0),
     ]  # fmt: skip
+    shared = SCRIPTS.admit(Admission("7", windows, 30, shares=((30, 0), (12, 0))))
+    assert words(shared)[-1] == struct.pack("<6d", 30, 12, 20, -1, -1, 0)
 
 
 def test_a_window_that_limits_more_names_its_leases_and_counters() -> None:
@@ -55,15 +57,15 @@ def test_a_window_that_limits_more_names_its_leases_and_counters() -> None:
         b"EVALSHA", digest(b"admit"), b"7", b"gw:1:{alice}:a:7",
         b"gw:1:{alice}:*", b"gw:1:{other}:*", b"gw:1:{team}:*",
         b"gw:1:c:{alice}:*", b"gw:1:b:{alice}:*", b"gw:1:c:{team}:*",
-        struct.pack("<7d", 30, -1, 9, -1, -1, 1, -1),
-        struct.pack("<14d", 99, 60, 4, 2, 1, -2, 5, 0, 3600, 7, -1, 0, 8, 0),
+        struct.pack("<9d", 30, 30, 30, -1, 9, -1, -1, 1, -1),
+        struct.pack("<16d", 99, 99, 99, 60, 4, 2, 1, -2, 5, 0, 3600, 7, -1, 0, 8, 0),
         b"7",
     ]  # fmt: skip
     assert words(SCRIPTS.undo(Admission("7", (both, plain, lends), 30, 99))) == [
         b"EVALSHA", digest(b"undo"), b"7", b"gw:1:{alice}:a:7",
         b"gw:1:{alice}:*", b"gw:1:{other}:*", b"gw:1:{team}:*",
         b"gw:1:c:{alice}:*", b"gw:1:c:{team}:*", b"gw:1:b:{alice}:*",
-        b"30", b"300", struct.pack("<3d", 3, 2, 99), b"7",
+        struct.pack("<3d", 30, 30, 30), b"300", struct.pack("<4d", 3, 2, 30, 99), b"7",
     ]  # fmt: skip
 
 
@@ -78,7 +80,8 @@ def test_what_a_request_costs_is_not_asked_of_windows_without_budgets() -> None:
 def test_undoing_names_the_same_mark() -> None:
     admission = Admission("7", (Window("{alice}:*", "", 20, None),), 30)
     assert words(SCRIPTS.undo(admission)) == [
-        b"EVALSHA", digest(b"undo"), b"2", b"gw:1:{alice}:a:7", b"gw:1:{alice}:*", b"30", b"300",
+        b"EVALSHA", digest(b"undo"), b"2", b"gw:1:{alice}:a:7", b"gw:1:{alice}:*",
+        struct.pack("<d", 30), b"300",
     ]  # fmt: skip
 
 
@@ -96,7 +99,7 @@ def test_a_settlement_of_budgets_names_the_counters_behind_the_windows() -> None
     assert words(packed) == [
         b"EVALSHA", digest(b"settle"), b"6", b"gw:1:{alice}:s:7",
         b"gw:1:{alice}:*", b"gw:1:{alice}:m:big", b"gw:1:{team}:*", b"gw:1:b:{alice}:*", b"gw:1:b:{team}:*",
-        b"300", struct.pack("<3d", 0, 0, 40), struct.pack("<9d", 3, 0, 0, 0, 40, 0, 1, 1000, -9),
+        b"300", struct.pack("<5d", 0, 0, 40, 40, 40), struct.pack("<11d", 3, 0, 0, 0, 40, 40, 0, 1, 1000, -9, -9),
     ]  # fmt: skip
     packed = SCRIPTS.settle(Settlement("7", keys, 1000, 0, 0, -9, 0b100))
     assert words(packed) == [
@@ -106,8 +109,17 @@ def test_a_settlement_of_budgets_names_the_counters_behind_the_windows() -> None
     packed = SCRIPTS.settle(Settlement("7", keys, 1000, -1, 0, 0, 0b100))
     assert words(packed)[2:] == [
         b"4", b"gw:1:{alice}:s:7", b"gw:1:{alice}:*", b"gw:1:{alice}:m:big", b"gw:1:{team}:*",
-        b"300", struct.pack("<3d", 1000, -1, 0),
+        b"300", struct.pack("<5d", 1000, -1, 0, 0, 0),
     ]  # fmt: skip
+
+
+def test_a_settlement_tells_each_windows_own_difference() -> None:
+    keys = "{alice}:*", "{alice}:i:*", "{team}:*"
+    packed = SCRIPTS.settle(Settlement("7", keys, 1000, 0, 9, 9, 0b101, ((-40, -7), (0, 0), (5, 3))))
+    assert words(packed)[-2:] == [
+        struct.pack("<10d", 1000, 0, -40, 0, 0, 0, 0, 0, 0, 5),
+        struct.pack("<21d", 3, 0, 0, 1000, -40, 0, 0, 0, 0, 0, 5, 0, 1, 1000, -7, 0, 0, 1, 0, 0, 3),
+    ]
 
 
 def test_bits_beyond_the_keys_mean_nothing() -> None:
