@@ -94,6 +94,7 @@ class Metrics:
         self._requests: dict[_Key, int] = {}
         self._tokens: dict[tuple[str, bool], list[int]] = {}
         self._token_models: set[str] = set()
+        self._doubts: dict[tuple[str, str], int] = {}
         self._deciding = Histogram()
         self._asking = Histogram()
         self._reloads = {"ok": 0, "failed": 0}
@@ -122,6 +123,9 @@ class Metrics:
                 tokens = self._new_tokens(model, outcome.estimated)
             tokens[0] += prompt
             tokens[1] += output
+        if outcome.doubt:
+            doubt = self._token_model(model), outcome.doubt
+            self._doubts[doubt] = self._doubts.get(doubt, 0) + 1
 
     def decided(self, seconds: float) -> None:
         """A request was answered by us, the store's part of the time left out."""
@@ -154,13 +158,16 @@ class Metrics:
         return (OTHER, OTHER, 0, OTHER)
 
     def _new_tokens(self, model: str, estimated: bool) -> list[int]:
+        return self._tokens.setdefault((self._token_model(model), estimated), [0, 0])
+
+    def _token_model(self, model: str) -> str:
+        """The model under which tokens are counted."""
         models = self._token_models
         if model not in models:
-            if len(models) < TOKEN_MODELS:
-                models.add(model)
-            else:
-                model = OTHER
-        return self._tokens.setdefault((model, estimated), [0, 0])
+            if len(models) >= TOKEN_MODELS:
+                return OTHER
+            models.add(model)
+        return model
 
     # --- what is shown -----------------------------------------------------------------------------------------------
 
@@ -201,6 +208,14 @@ class Metrics:
             tokens.add_metric([model, "prompt", source], prompt)
             tokens.add_metric([model, "output", source], output)
         yield tokens
+        doubts = CounterMetricFamily(
+            "gateway_usage_doubtful",
+            "Answers whose pod told no usage, or some that makes no sense.",
+            labels=("model", "why"),
+        )
+        for (model, why), count in self._doubts.items():
+            doubts.add_metric([model, why], count)
+        yield doubts
         yield self._deciding.family("gateway_decision_seconds", "Time to decide a request, without the store's.")
         yield self._asking.family("gateway_store_seconds", "Time until the store answered or was given up.")
         reloads = CounterMetricFamily(

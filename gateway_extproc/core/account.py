@@ -28,7 +28,7 @@ from typing import Final
 import msgspec
 
 from .estimate import Estimates
-from .events import Outcome, Settle, Suspect
+from .events import Doubt, Outcome, Settle, Suspect
 from .fleet import Fleet
 from .price import Prices
 from .store import Amount, Settlement
@@ -63,7 +63,7 @@ class Note(msgspec.Struct, frozen=True, array_like=True, gc=False):
     asked for. ``seen``: a session sees the answer's headers, and reports which pods did not answer. ``cost`` is what
     was reserved, in nano-dollars, ``budgets`` says which keys' windows have budgets (store.with_budgets). ``key`` is
     the id of the user's key. ``shares`` are what was reserved in each window, where that differs, and ``parts`` the
-    first letter of the part that each counts."""
+    first letter of the part that each counts. ``tells``: the answer is to tell its usage."""
 
     id: str
     keys: tuple[str, ...]
@@ -85,6 +85,7 @@ class Note(msgspec.Struct, frozen=True, array_like=True, gc=False):
     key: str = ""
     shares: tuple[Amount, ...] = ()
     parts: str = ""
+    tells: bool = True
 
     @property
     def sound(self) -> bool:
@@ -104,7 +105,8 @@ _NOTE: Final = msgspec.json.Decoder(Note)
 class End(msgspec.Struct, frozen=True, gc=False):
     """How a routed request ended. ``status`` None: no answer began. ``taken``: by some pod; ``pod`` names it.
     ``whole``: the answer was sent to its end. ``sent`` are the tokens of output that the client was sent, None where
-    that can't be said (an answer that is no stream)."""
+    that can't be said (an answer that is no stream). ``odd``: the pod told something of its usage that makes no sense,
+    which was left out or cut."""
 
     status: int | None
     pod: str = ""
@@ -112,6 +114,7 @@ class End(msgspec.Struct, frozen=True, gc=False):
     whole: bool = False
     usage: Usage | None = None
     sent: int | None = None
+    odd: bool = False
 
 
 class Tried(msgspec.Struct, frozen=True, gc=False):
@@ -152,7 +155,7 @@ def settle(note: Note, end: End, estimates: Estimates, prices: Prices) -> Settle
     usage, whole = end.usage, "ok" if end.whole else "cut"
     good = 200 <= (end.status or 0) < 300
     if usage is not None:
-        if end.whole and good:
+        if end.whole and good and not end.odd:
             output = round(usage.completion / note.answers) if note.answers else None
             estimates.learn(note.model, note.prompt_bytes, usage.prompt, output, note.user)
         return closed(note, end, usage, whole, prices)
@@ -254,7 +257,16 @@ def _outcome(note: Note, end: End, usage: Usage, reason: str, estimated: bool, c
         cost=cost,
         routed=True,
         key=note.key,
+        doubt=_doubt(note, end),
     )
+
+
+def _doubt(note: Note, end: End) -> Doubt:
+    """Why what a pod told of its usage is not to be relied on."""
+    if end.odd:
+        return "invalid"
+    absent = end.whole and end.usage is None and note.tells and 200 <= (end.status or 0) < 300
+    return "absent" if absent else ""
 
 
 # --- entries of Envoy's access log -----------------------------------------------------------------------------------
@@ -307,13 +319,13 @@ class Ledger:
         good = 200 <= entry.status < 300
         whole = entry.details == VIA_UPSTREAM
         sent = self._estimates.streamed(note.model, entry.sent) if note.stream and good else None
-        usage = told(entry.usage, sent or 0) if entry.usage else None
+        usage, odd = told(entry.usage, sent) if entry.usage else (None, False)
         found = tried(note.pods, entry.upstream, entry.details)
         member = self._fleet.member(note.pods[found.served or 0])
         pod = member.spec.name if member is not None else ""
-        end = End(entry.status or None, pod, found.taken, whole, usage, sent)
+        end = End(entry.status or None, pod, found.taken, whole, usage, sent, odd)
         settled = settle(note, end, self._estimates, self._prices())
-        if whole and sent is not None and usage is not None:
+        if whole and sent is not None and usage is not None and not odd:
             self._estimates.learn_stream(note.model, entry.sent, usage.completion)
         if note.id.startswith(self._gateway):
             if member is not None and found.taken:

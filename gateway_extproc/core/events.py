@@ -7,7 +7,7 @@ A listener turns its messages into events, feeds them, and carries out the actio
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import msgspec
 
@@ -175,11 +175,15 @@ class Replace(msgspec.Struct, frozen=True):
     data: bytes | None
 
 
+#: What is wrong with the usage that a pod told.
+Doubt: TypeAlias = Literal["", "absent", "invalid"]
+
+
 class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     """How a request ended, for counters and logs. ``model`` is "" unless it exists, ``reason`` comes from a bounded
     set. Tokens are what was charged to nobody or somebody alike: the real usage, or the best estimate of it, and
     ``cost`` what they cost in nano-dollars. ``routed``: a pod was chosen. ``key`` is the id of the key that named the
-    user."""
+    user. ``doubt``: the pod told no usage where it should have, or some that makes no sense."""
 
     model: str = ""
     strategy: str = ""
@@ -196,6 +200,7 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     cost: int = 0
     routed: bool = False
     key: str = ""
+    doubt: Doubt = ""
 
 
 class Settle(msgspec.Struct, frozen=True):

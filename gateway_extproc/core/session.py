@@ -465,6 +465,7 @@ class Session:
             self._key.id if self._key is not None else "",
             admission.shares,
             "".join([window.part[0] for window in admission.windows]) if admission.shares else "",
+            self._target.generates and (not request.stream or request.include_usage or self._strip),
         )
 
     def _header_changes(self, lease: Lease, note: Note) -> tuple[dict[str, bytes], tuple[str, ...]]:
@@ -636,7 +637,7 @@ class Session:
             return self._settle(self._end(whole=whole))
         left = isinstance(event, Closed) and event.how == "failed" and not whole  # and the answer goes on
         sent = reader.chunks if isinstance(reader, SseUsage) and not left else None
-        return self._settle(self._end(whole=whole, usage=reader.usage(), sent=sent))
+        return self._settle(self._end(whole=whole, usage=reader.usage(), sent=sent, odd=reader.odd))
 
     def _on_drain(self, event: Drain) -> list[Action]:
         if self.holding:
@@ -669,11 +670,11 @@ class Session:
         self._state = _State.CLOSED
         return []
 
-    def _end(self, *, whole: bool, usage: Usage | None = None, sent: int | None = None) -> End:
+    def _end(self, *, whole: bool, usage: Usage | None = None, sent: int | None = None, odd: bool = False) -> End:
         """How a routed request ends here."""
         lease = self._lease
         status = self._status if self._state is not _State.ROUTED else None
-        return End(status, lease.pod.name if lease is not None else "", self._took, whole, usage, sent)
+        return End(status, lease.pod.name if lease is not None else "", self._took, whole, usage, sent, odd)
 
     def _settle(self, end: End) -> list[Action]:
         """A routed request ends, and pays by the rules."""

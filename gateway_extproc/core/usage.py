@@ -18,7 +18,7 @@ from typing import Final
 
 import msgspec
 
-from .parse import MAX_TOKENS, UNREADABLE, members, where
+from .parse import UNREADABLE, members, where
 from .sse import Events, data_of, without
 
 #: Longest JSON answer that is read as a whole, in bytes: chat and rerank answers are some KiB, the exceptions are
@@ -26,6 +26,9 @@ from .sse import Events, data_of, without
 MAX_WHOLE: Final = 1 << 20
 #: Bytes kept of the beginning and of the end of a longer one: vLLM writes usage after the data, llama.cpp before.
 KEPT: Final = 1 << 16
+#: Most tokens of one kind that an answer is taken to have: beyond any model's context, of which the longest have ten
+#: million. A pod that tells of more is wrong.
+MOST: Final = 2**24
 #: Most places in those bytes at which a usage object is looked for.
 MAX_PLACES: Final = 16
 
@@ -40,49 +43,57 @@ class Usage(msgspec.Struct, frozen=True):
 
 
 class _Counts(msgspec.Struct):
-    """What was told so far; None where nothing (or nonsense) was. Counts within an answer only grow."""
+    """What was told so far; None where nothing (or nonsense) was. Counts within an answer only grow. ``odd``: something
+    was told that no answer has; counts that are too large are cut to MOST."""
 
     prompt: int | None = None
     completion: int | None = None
     cached: int | None = None
+    odd: bool = False
 
     def add(self, told: object, *, beginning: bool = False) -> None:
         """Take in a usage object. At the ``beginning`` of an answer its completion is not counted yet."""
         if not isinstance(told, dict):
             return
-        prompt, completion = _tokens(told, "prompt_tokens"), _tokens(told, "completion_tokens")
+        tokens = self._tokens
+        prompt, completion = tokens(told, "prompt_tokens"), tokens(told, "completion_tokens")
         details = told.get("prompt_tokens_details")
-        if prompt is None and (prompt := _tokens(told, "input_tokens")) is not None:
+        if prompt is None and (prompt := tokens(told, "input_tokens")) is not None:
             # Anthropic leaves the cached part out of input_tokens, OpenAI's responses count it in.
             details = told.get("input_tokens_details")
             if details is None:
-                prompt += (_tokens(told, "cache_read_input_tokens") or 0) + (
-                    _tokens(told, "cache_creation_input_tokens") or 0
+                prompt += (tokens(told, "cache_read_input_tokens") or 0) + (
+                    tokens(told, "cache_creation_input_tokens") or 0
                 )
         if completion is None:
-            completion = _tokens(told, "output_tokens")
-        total = _tokens(told, "total_tokens")
+            completion = tokens(told, "output_tokens")
+        total = tokens(told, "total_tokens")
         if total is not None and prompt is None:
             prompt = max(0, total - (completion or 0))
-        cached = _tokens(details, "cached_tokens") if isinstance(details, dict) else None
+        cached = tokens(details, "cached_tokens") if isinstance(details, dict) else None
         if cached is None:
-            cached = _tokens(told, "cache_read_input_tokens")
+            cached = tokens(told, "cache_read_input_tokens")
         self.prompt = _larger(self.prompt, prompt)
         self.cached = _larger(self.cached, cached)
         if not beginning:
             self.completion = _larger(self.completion, completion)
 
-    def usage(self, generated: int = 0) -> Usage | None:
-        """The sum of it, None without a count of the prompt; ``generated`` stands for a completion not told."""
-        if self.prompt is None:
+    def usage(self, generated: int | None = None) -> Usage | None:
+        """The sum of it, None without a count of the prompt; ``generated`` stands for a completion not told. Without
+        one, a completion that is nonsense leaves nothing to go by."""
+        if self.prompt is None or (self.odd and self.completion is None and generated is None):
             return None
-        completion = generated if self.completion is None else self.completion
+        completion = (generated or 0) if self.completion is None else self.completion
         return Usage(self.prompt, completion, min(self.cached or 0, self.prompt))
 
-
-def _tokens(told: Mapping[str, object], name: str) -> int | None:
-    count = told.get(name)
-    return count if type(count) is int and 0 <= count <= MAX_TOKENS else None
+    def _tokens(self, told: Mapping[str, object], name: str) -> int | None:
+        count = told.get(name)
+        if type(count) is int and 0 <= count <= MOST:
+            return count
+        if count is None:
+            return None
+        self.odd = True
+        return MOST if isinstance(count, int | float) and count > MOST else None
 
 
 def _larger(one: int | None, other: int | None) -> int | None:
@@ -105,11 +116,12 @@ _AFTER_KEY: Final = re.compile(r"\s*:\s*(?=\{)")
 
 
 class JsonUsage:
-    """The usage in a JSON answer, fed in chunks."""
+    """The usage in a JSON answer, fed in chunks. ``odd``: what ``usage`` found of it makes no sense."""
 
-    __slots__ = ("_beginning", "_kept")
+    __slots__ = ("_beginning", "_kept", "odd")
 
     def __init__(self) -> None:
+        self.odd = False
         self._kept = bytearray()  # the whole answer, or the end of a long one
         self._beginning = b""  # the beginning of a long one
 
@@ -128,7 +140,7 @@ class JsonUsage:
     def usage(self) -> Usage | None:
         """What was told so far, None if nothing."""
         if self._beginning:
-            return _find_usage(self._kept[-KEPT:]) or _find_usage(self._beginning)
+            return self._found(self._kept[-KEPT:]) or self._found(self._beginning)
         try:
             answer = _ANSWER.decode(self._kept)
         except UNREADABLE:
@@ -139,11 +151,17 @@ class JsonUsage:
             counts.add(answer.meta.get("tokens"))
             if counts.prompt is None:
                 counts.add(answer.meta.get("billed_units"))
+        self.odd = counts.odd
+        return counts.usage()
+
+    def _found(self, part: bytes | bytearray) -> Usage | None:
+        counts = _find_usage(part)
+        self.odd = self.odd or counts.odd
         return counts.usage()
 
 
-def _find_usage(part: bytes | bytearray) -> Usage | None:
-    """The last usage object in a piece of JSON.
+def _find_usage(part: bytes | bytearray) -> _Counts:
+    """What the last usage object in a piece of JSON tells.
 
     Inside a string a quote is always escaped, so ``"usage"`` is a string of its own there unless a backslash stands
     before it, and a key if a colon follows: no answer's text can pass for it."""
@@ -152,7 +170,7 @@ def _find_usage(part: bytes | bytearray) -> Usage | None:
     for _ in range(MAX_PLACES):
         at = text.rfind('"usage"', 0, at)
         if at < 0:
-            return None
+            break
         after = _AFTER_KEY.match(text, at + len('"usage"'))
         if after is None or text[at - 1 : at] == "\\":
             continue
@@ -162,9 +180,9 @@ def _find_usage(part: bytes | bytearray) -> Usage | None:
             continue
         counts = _Counts()
         counts.add(told)
-        if (usage := counts.usage()) is not None:
-            return usage
-    return None
+        if counts.prompt is not None or counts.odd:
+            return counts
+    return _Counts()
 
 
 # --- event streams ------------------------------------------------------------------------------------------------
@@ -203,6 +221,11 @@ class SseUsage:
         self._events = Events()
         self._counts = _Counts()
         self.chunks = 0
+
+    @property
+    def odd(self) -> bool:
+        """Whether something was told that makes no sense."""
+        return self._counts.odd
 
     @property
     def holding(self) -> bool:
@@ -306,20 +329,20 @@ _KEYS: Final = {key_of(place): place[1:] for place in IN_ANSWERS}
 _BEGINNING: Final = key_of(("message", "usage"))
 
 
-def told(found: Mapping[str, float | str], generated: int) -> Usage | None:
-    """The usage in what Envoy's filters found in an answer; ``generated`` stands for a completion not told, as in
-    SseUsage. None without a count of the prompt."""
+def told(found: Mapping[str, float | str], generated: int | None) -> tuple[Usage | None, bool]:
+    """The usage in what Envoy's filters found in an answer, and whether some of it makes no sense; ``generated`` stands
+    for a completion not told, as in SseUsage. None without a count of the prompt."""
     counts = _Counts()
     numbers: dict[str, object] = {}
     for key, value in found.items():
         if isinstance(value, str):
             with contextlib.suppress(*UNREADABLE):
                 counts.add(_USAGE.decode(value), beginning=key == _BEGINNING)
-        elif key in _KEYS and value == value // 1:  # numbers of Envoy's metadata are doubles
+        elif key in _KEYS:
             *outer, name = _KEYS[key]
             inner = numbers.setdefault(outer[0], {}) if outer else numbers
             assert isinstance(inner, dict)
-            inner[name] = int(value)
+            inner[name] = int(value) if value == value // 1 else value  # numbers of Envoy's metadata are doubles
     if numbers:
         counts.add(numbers)
-    return counts.usage(generated)
+    return counts.usage(generated), counts.odd

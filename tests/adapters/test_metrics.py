@@ -12,7 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from gateway_extproc import __version__
 from gateway_extproc.adapters import metrics as under_test
 from gateway_extproc.adapters.metrics import BUCKETS, OTHER_SERIES, SERIES, STORE_MODES, TOKEN_MODELS, Metrics, Sources
-from gateway_extproc.core.events import Outcome
+from gateway_extproc.core.events import Doubt, Outcome
 from gateway_extproc.core.fleet import Fleet, PodSpec
 
 
@@ -101,6 +101,17 @@ def test_tokens_are_counted_by_kind_and_by_who_counted_them(world: World) -> Non
     assert value(world.metrics, name, model="m", kind="prompt", source="reported") == 11
     assert value(world.metrics, name, model="m", kind="output", source="reported") == 5
     assert value(world.metrics, name, model="m", kind="prompt", source="estimated") == 7
+
+
+def test_usage_that_is_not_to_be_relied_on_is_counted_by_model_and_why(world: World) -> None:
+    doubts: tuple[Doubt, ...] = ("absent", "invalid", "invalid", "")
+    for doubt in doubts:
+        world.metrics.settled(Outcome(model="m", status=200, reason="ok", doubt=doubt))
+    name = "gateway_usage_doubtful_total"
+    assert (
+        value(world.metrics, name, model="m", why="absent"),
+        value(world.metrics, name, model="m", why="invalid"),
+    ) == (1, 2)
 
 
 def test_a_refusal_makes_no_series_of_tokens(world: World) -> None:

@@ -433,3 +433,26 @@ def test_what_another_gateway_admitted_while_the_store_was_away_stays_as_reserve
     away = entry(note(second=-SECOND, **SPENDING), usage=TOLD)
     assert Office("other-").settle(away) == ("ok", 0, 0)
     assert Office("mine-").settle(away) == ("ok", 0, -97)
+
+
+@pytest.mark.parametrize(
+    ("end", "doubt"),
+    [
+        (End(200, "a", whole=True, usage=Usage(9, 4)), ""),
+        (End(200, "a", whole=True), "absent"),
+        (End(200, "a", whole=False), ""),
+        (End(500, "a", whole=True), ""),
+        (End(200, "a", whole=True, usage=Usage(9, 4), odd=True), "invalid"),
+        (End(200, "a", whole=True, odd=True), "invalid"),
+    ],
+)
+def test_usage_that_a_pod_did_not_tell_or_that_makes_no_sense_is_doubted(end: End, doubt: str) -> None:
+    assert settle(note(), end, Estimates(), Prices()).outcome.doubt == doubt
+    if doubt == "absent":
+        assert settle(note(tells=False), end, Estimates(), Prices()).outcome.doubt == ""
+
+
+def test_nothing_is_learned_of_usage_that_makes_no_sense() -> None:
+    estimates = Estimates()
+    settle(note(), End(200, "a", whole=True, usage=Usage(9999, 9999), odd=True), estimates, Prices())
+    assert (estimates.prompt("m", 40), estimates.output("m", None, 1, "expected")) == (10, round(PRIOR_OUTPUT))

@@ -18,6 +18,7 @@ from gateway_extproc.core.usage import (
     KEPT,
     MAX_PLACES,
     MAX_WHOLE,
+    MOST,
     JsonUsage,
     SseUsage,
     Usage,
@@ -90,11 +91,47 @@ def test_an_answer_without_usage_tells_none(answer: Any) -> None:
     assert told(answer) is None
 
 
-@pytest.mark.parametrize("nonsense", [-1, 1.5, "7", True, None, [], {}, 2**31 + 1, 10**30])
-def test_a_count_that_makes_no_sense_is_taken_for_absent(nonsense: Any) -> None:
-    assert told({"usage": {"prompt_tokens": nonsense, "completion_tokens": 5}}) is None
-    assert told({"usage": {"prompt_tokens": 5, "completion_tokens": nonsense}}) == Usage(5, 0)
-    assert told({"usage": {"prompt_tokens": 5, "prompt_tokens_details": {"cached_tokens": nonsense}}}) == Usage(5, 0)
+def reader(answer: dict[str, Any]) -> JsonUsage:
+    usage = JsonUsage()
+    usage.feed(json.dumps(answer).encode())
+    return usage
+
+
+@pytest.mark.parametrize("nonsense", [-1, -(10**30), 1.5, "7", True, [], {}])
+def test_a_count_that_makes_no_sense_is_left_out_and_told_of(nonsense: Any) -> None:
+    prompt = reader({"usage": {"prompt_tokens": nonsense, "completion_tokens": 5}})
+    assert (prompt.usage(), prompt.odd) == (None, True)
+    completion = reader({"usage": {"prompt_tokens": 5, "completion_tokens": nonsense}})
+    assert (completion.usage(), completion.odd) == (None, True)  # an answer is not free because its pod is wrong
+    cached = reader(
+        {"usage": {"prompt_tokens": 5, "completion_tokens": 1, "prompt_tokens_details": {"cached_tokens": nonsense}}}
+    )
+    assert (cached.usage(), cached.odd) == (Usage(5, 1), True)
+
+
+@pytest.mark.parametrize("huge", [MOST + 1, 2**31 + 1, 10**30, 1e30])
+def test_a_count_beyond_any_answer_is_cut_and_told_of(huge: float) -> None:
+    both = reader({"usage": {"prompt_tokens": huge, "completion_tokens": huge}})
+    assert (both.usage(), both.odd) == (Usage(MOST, MOST), True)
+
+
+def test_a_count_that_is_null_is_absent_and_nothing_odd() -> None:
+    nothing = reader({"usage": {"prompt_tokens": None, "completion_tokens": 5}})
+    assert (nothing.usage(), nothing.odd) == (None, False)
+    prompt = reader({"usage": {"prompt_tokens": 5, "completion_tokens": None}})
+    assert (prompt.usage(), prompt.odd) == (Usage(5, 0), False)
+    most = reader({"usage": {"prompt_tokens": MOST, "completion_tokens": 0}})
+    assert (most.usage(), most.odd) == (Usage(MOST, 0), False)
+
+
+def test_an_odd_count_of_a_long_answer_or_a_stream_is_told_of_too() -> None:
+    usage = JsonUsage()
+    usage.feed(long_answer(after=b',"usage":{"prompt_tokens":-3,"completion_tokens":1}'))
+    assert (usage.usage(), usage.odd) == (None, True)
+    events = SseUsage(strip=False)
+    events.feed(b'data: {"choices":[{"delta":{"content":"a"}}]}\n\n')
+    events.feed(b'data: {"choices":[],"usage":{"prompt_tokens":3,"completion_tokens":-1}}\n\n', True)
+    assert (events.usage(), events.odd) == (Usage(3, 1), True)  # the events that were counted stand for it
 
 
 def long_answer(before: bytes = b"", after: bytes = b"", size: int = 3 * MAX_WHOLE) -> bytes:
@@ -486,18 +523,18 @@ def kept(answer: Any, places: tuple[tuple[str, ...], ...]) -> dict[str, float | 
 )
 def test_what_envoys_filters_found_is_what_the_answer_told(usage: dict[str, Any]) -> None:
     answer = {"usage": usage}
-    assert under_test.told(kept(answer, IN_ANSWERS), 0) == told(answer)
-    assert under_test.told(kept(answer, IN_EVENTS), 0) == told(answer)
+    assert under_test.told(kept(answer, IN_ANSWERS), None) == (told(answer), False)
+    assert under_test.told(kept(answer, IN_EVENTS), None) == (told(answer), False)
 
 
 def test_the_events_of_a_stream_that_tell_its_usage_in_parts_are_put_together() -> None:
     start = {"message": {"usage": {"input_tokens": 10, "cache_read_input_tokens": 3, "output_tokens": 1}}}
     found = kept(start, IN_EVENTS)
-    assert under_test.told(found, 5) == Usage(13, 5, 3)
+    assert under_test.told(found, 5) == (Usage(13, 5, 3), False)
     found |= kept({"usage": {"output_tokens": 7}}, IN_EVENTS)
-    assert under_test.told(found, 5) == Usage(13, 7, 3)
+    assert under_test.told(found, 5) == (Usage(13, 7, 3), False)
     last = {"response": {"usage": {"input_tokens": 10, "output_tokens": 3, "input_tokens_details": {}}}}
-    assert under_test.told(kept(last, IN_EVENTS), 0) == Usage(10, 3)
+    assert under_test.told(kept(last, IN_EVENTS), 0) == (Usage(10, 3), False)
 
 
 @given(
@@ -507,5 +544,14 @@ def test_the_events_of_a_stream_that_tell_its_usage_in_parts_are_put_together() 
     )
 )
 def test_whatever_envoys_filters_found_is_read_without_an_error(found: dict[str, float | str]) -> None:
-    usage = under_test.told(found, 1)
-    assert usage is None or (usage.prompt >= 0 and usage.completion >= 0)
+    usage, odd = under_test.told(found, 1)
+    assert usage is None or (0 <= usage.prompt <= 3 * MOST and 0 <= usage.completion <= MOST)
+    assert odd in (True, False)
+
+
+def test_numbers_that_envoys_filters_found_and_no_answer_has_are_told_of() -> None:
+    prompt, completion = "usage.prompt_tokens", "usage.completion_tokens"
+    assert under_test.told({prompt: 5.0, completion: -1.0}, None) == (None, True)
+    assert under_test.told({prompt: 5.0, completion: float("nan")}, 7) == (Usage(5, 7), True)
+    assert under_test.told({prompt: float("inf"), completion: 1.0}, None) == (Usage(MOST, 1), True)
+    assert under_test.told({prompt: 1.5, completion: 1.0}, None) == (None, True)
