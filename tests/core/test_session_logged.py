@@ -126,7 +126,7 @@ def test_the_note_says_all_that_a_settlement_takes() -> None:
     assert note(play) == Note(
         id="id-1", keys=("{user:alice}:*",), second=SECOND, tokens=reserved, model="m", strategy="random",
         user="alice", request_id="r-1", pods=choices, prompt_bytes=28, prompt=7, output=2 * EXPECTED, answers=2,
-        stream=True, seen=True,
+        stream=True, seen=True, tells=False,
     )  # fmt: skip
 
 
