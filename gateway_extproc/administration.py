@@ -33,6 +33,8 @@ log = structlog.get_logger(__name__)
 
 #: Seconds before records that could not be read are asked for again, spread by half either way.
 PAUSE: Final = 1.0
+#: Records that are decoded before requests get their turn: some milliseconds.
+READ_AT_ONCE: Final = 500
 #: Most users in one list, most keys of one user, and most entries of one audit list.
 PAGE: Final = 1000
 KEYS: Final = 100
@@ -155,8 +157,19 @@ class Administration:
         self._pepper = await self._records.pepper()
         kept = await self._records.all("user")
         found = await self._records.all("key")
-        self._kept = {name: self._user_of(name, document) for name, document in kept.items()}
-        self._keys = {name: key for name, document in found.items() if (key := _key(name, document)) is not None}
+        # A part at a time: requests are judged in between, by what was known before.
+        users: dict[str, User] = {}
+        for at, (name, document) in enumerate(kept.items(), 1):
+            users[name] = self._user_of(name, document)
+            if at % READ_AT_ONCE == 0:
+                await asyncio.sleep(0)
+        its_keys: dict[str, Key] = {}
+        for at, (name, document) in enumerate(found.items(), 1):
+            if (key := _key(name, document)) is not None:
+                its_keys[name] = key
+            if at % READ_AT_ONCE == 0:
+                await asyncio.sleep(0)
+        self._kept, self._keys = users, its_keys
         self._users = self._kept | self._fixed
         self._known = True
         self._renew()

@@ -36,7 +36,7 @@ from gateway_extproc.core.window import SlidingWindow
 MAX_WINDOWS: Final = 100_000
 #: Settled ids remembered at once: 300 s of 666 requests a second. Past it the oldest are forgotten early.
 MAX_SETTLED: Final = 200_000
-#: Counters and leases that are looked at for each admission that has any, so that those that are over go.
+#: Counters and leases that are looked at where another one is to be kept, so that those that are over go.
 SWEPT: Final = 2
 
 
@@ -211,11 +211,11 @@ class MemoryStore:
             del windows[key]
 
     def _has_room(self, now: float, windows: Sequence[Window]) -> bool:
-        """Whether what the windows hold beside requests and tokens of a minute finds a place. Looks for what is over:
-        constant work, and each in its turn."""
+        """Whether what the windows hold beside requests and tokens of a minute finds a place. What makes a place looks
+        for what is over: constant work, and each in its turn."""
         spending, leases, most = self._spending, self._leases, self._max_windows
-        spends = [window.key for window in windows if window.budgets]
-        lends = [window.key for window in windows if window.concurrency is not None]
+        spends = [window.key for window in windows if window.budgets and window.key not in spending]
+        lends = [window.key for window in windows if window.concurrency is not None and window.key not in leases]
         if not spends and not lends:
             return True
         for _ in range(min(SWEPT, len(spending))):
@@ -226,10 +226,7 @@ class MemoryStore:
             key, held = leases.popitem(last=False)
             if held.held(now):
                 leases[key] = held
-        return (
-            len(spending) + sum(key not in spending for key in spends) <= most
-            and len(leases) + sum(key not in leases for key in lends) <= most
-        )  # fmt: skip
+        return len(spending) + len(spends) <= most and len(leases) + len(lends) <= most
 
     def _first_time(self, settled: str, now: float) -> bool:
         ids = self._settled

@@ -87,12 +87,22 @@ def holds(budget: Budget, tokens: int, cost: int) -> bool:
 
 
 class _Counter:
-    __slots__ = ("since", "used")
+    __slots__ = ("period", "since", "start", "stop", "used")
 
-    def __init__(self, since: int) -> None:
-        #: The first second that it counts; its period is the one that counts.
+    def __init__(self, period: int, since: int) -> None:
+        self.period = period
+        self.begin(since)
+
+    def begin(self, since: int) -> None:
+        """Count from ``since`` on, in the period in which that lies."""
         self.since = since
+        #: The first second of the period, and the first one that is too late.
+        self.start, self.stop = bounds(self.period, since)
         self.used = 0
+
+    def runs(self, second: int) -> bool:
+        """Whether its period is the running one."""
+        return second < self.stop
 
 
 class Spending:
@@ -107,7 +117,7 @@ class Spending:
         """What was spent of it in the running period."""
         period = coded(budget.period)
         counter = self._counters.get((budget.unit, period))
-        return counter.used if counter is not None and _runs(counter, period, int(now)) else 0
+        return counter.used if counter is not None and counter.runs(int(now)) else 0
 
     def lacks(self, now: float, budget: Budget, tokens: int, cost: int) -> bool:
         """Whether the request has no room in it now."""
@@ -130,9 +140,9 @@ class Spending:
             name: tuple[str, int] = budget.unit, coded(budget.period)
             counter = self._counters.pop(name, None)
             if name not in kept:
-                kept[name] = _running(counter, name[1], second)
+                kept[name] = counter if counter is not None and counter.runs(second) else _Counter(name[1], second)
         for name, counter in self._counters.items():
-            if len(kept) < COUNTERS and _runs(counter, name[1], second):
+            if len(kept) < COUNTERS and counter.runs(second):
                 kept[name] = counter
         for (unit, _), counter in kept.items():
             counter.used = min(counter.used + share(unit, tokens, cost), EXACT)
@@ -141,9 +151,10 @@ class Spending:
     def settle(self, now: float, second: int, tokens: int, cost: int) -> None:
         """Give back what is negative to the counters that counted ``second``; charge what is positive now."""
         for unit, amount in (("tokens", min(max(tokens, -MOST), MOST)), ("usd", min(max(cost, -EXACT), EXACT))):
-            for (counted, period), counter in self._counters.items():
-                if counted == unit:
-                    _change(counter, period, int(now), second if amount < 0 else None, amount)
+            if amount:
+                for (counted, _), counter in self._counters.items():
+                    if counted == unit:
+                        _change(counter, int(now), second if amount < 0 else None, amount)
 
     def charge(self, now: float, unit: str, period: int, second: int, amount: int) -> None:
         """Count what was spent in ``second`` elsewhere: one in the future counts now, one of a period that is gone does
@@ -153,8 +164,8 @@ class Spending:
         if counter is None:
             if amount == 0 or second < bounds(period, int(now))[0] or len(self._counters) >= COUNTERS:
                 return
-            counter = self._counters[unit, period] = _Counter(int(now))
-        _change(counter, period, int(now), second, amount)
+            counter = self._counters[unit, period] = _Counter(period, int(now))
+        _change(counter, int(now), second, amount)
 
     def spent(self) -> Iterator[tuple[str, int, int, int]]:
         """``(unit, period, the first second that is counted, used)`` of each counter."""
@@ -163,23 +174,13 @@ class Spending:
     @property
     def ends(self) -> int:
         """The second in which the last of the periods has ended; 0 when nothing is counted."""
-        return max((bounds(period, each.since)[1] for (_, period), each in self._counters.items()), default=0)
+        return max([each.stop for each in self._counters.values()], default=0)
 
 
-def _runs(counter: _Counter, period: int, second: int) -> bool:
-    """Whether its period is the running one."""
-    return counter.since >= bounds(period, second)[0]
-
-
-def _running(counter: _Counter | None, period: int, second: int) -> _Counter:
-    """The counter, or a new one where its period has ended."""
-    return counter if counter is not None and _runs(counter, period, second) else _Counter(second)
-
-
-def _change(counter: _Counter, period: int, now: int, second: int | None, amount: int) -> None:
+def _change(counter: _Counter, now: int, second: int | None, amount: int) -> None:
     """Add to what was spent in ``second`` (None, or one to come: the running one), or take from it."""
     running = max(now, counter.since)
-    start = bounds(period, running)[0]
+    start = counter.start if running < counter.stop else bounds(counter.period, running)[0]
     if amount < 0:
         if second is not None and max(start, counter.since) <= second <= running:
             counter.used = max(counter.used + amount, 0)
@@ -188,6 +189,6 @@ def _change(counter: _Counter, period: int, now: int, second: int | None, amount
     if amount == 0 or at < start:
         return
     if counter.since < start:
-        counter.since, counter.used = at, 0
+        counter.begin(at)
     counter.since = min(counter.since, at)
     counter.used = min(counter.used + amount, EXACT)

@@ -262,22 +262,22 @@ def _within(amount: int, most: int) -> int:
 
 def _changed(second: int, requests: int, tokens: Sequence[int]) -> bytes:
     """What changes in windows, for settle.lua: what goes back to its second, and what is charged to the running one."""
-    changes = b""
+    changes, form = b"", f"<{2 + len(tokens)}d"
     if requests < 0 or min(tokens, default=0) < 0:
-        changes = _PAIR.pack(second, min(requests, 0)) + b"".join([_DOUBLE.pack(min(each, 0)) for each in tokens])
+        changes = struct.pack(form, second, min(requests, 0), *[min(each, 0) for each in tokens])
     if requests > 0 or max(tokens, default=0) > 0:
-        changes += _PAIR.pack(0, max(requests, 0)) + b"".join([_DOUBLE.pack(max(each, 0)) for each in tokens])
+        changes += struct.pack(form, 0, max(requests, 0), *[max(each, 0) for each in tokens])
     return changes
 
 
 def _counted(second: int, unit: str, amounts: Sequence[int], budgets: int) -> bytes:
     """The same of counters: those of the windows that ``budgets`` speaks of."""
     spent = [amount for index, amount in enumerate(amounts) if budgets >> index & 1]
-    counts = b""
+    counts, form = b"", f"<{3 + len(spent)}d"
     if min(spent, default=0) < 0:
-        counts = _CHANGE.pack(_EVERY, _UNITS[unit], second) + b"".join([_DOUBLE.pack(min(each, 0)) for each in spent])
+        counts = struct.pack(form, _EVERY, _UNITS[unit], second, *[min(each, 0) for each in spent])
     if max(spent, default=0) > 0:
-        counts += _CHANGE.pack(_EVERY, _UNITS[unit], 0) + b"".join([_DOUBLE.pack(max(each, 0)) for each in spent])
+        counts += struct.pack(form, _EVERY, _UNITS[unit], 0, *[max(each, 0) for each in spent])
     return counts
 
 

@@ -14,6 +14,7 @@ from tests.bench import measure
 from tests.bench.figures import Figures, Results
 from tests.bench.rows import (
     ALONE,
+    BUDGETS,
     GRPC,
     H2,
     HELD,
@@ -32,6 +33,7 @@ from tests.bench.rows import (
     STREAM_1000,
     TWO_WORKERS,
     USERS,
+    WIDE,
     Row,
     Way,
     Work,
@@ -127,6 +129,11 @@ GOALS = (
     ),
     Goal("the same, server and Envoy (0.55 of AIBrix with its limits)", 0.55 * AIBRIX, _both),
     Goal("the same, store", 60, lambda found: row(found, ON_H2, SMALL).store, "µs"),
+    Goal("64 connections, limits and a budget: store", 60, lambda found: row(found, BUDGETS, WIDE).store, "µs"),
+    Goal(
+        "the same: server, beyond what it takes without limits", 60,
+        lambda found: row(found, BUDGETS, WIDE).server - row(found, ON_H2._replace(limits=False), WIDE).server, "µs",
+    ),
     Goal("100 KB: server, to the bare h2 responder", 1.3, _server((ON_H2, MIDDLE), (H2, MIDDLE))),
     Goal("20 MB: time, to Envoy alone", 1.5, lambda f: row(f, ON_H2, LARGE).p50 / row(f, ALONE, LARGE).p50),
     Goal("20 MB: memory kept, to what 100 KB left", KEPT / (1 << 20), _kept, "MiB"),

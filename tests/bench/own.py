@@ -69,7 +69,7 @@ async def measure(at_once: int, requests: int) -> float:
     )  # fmt: skip
     sent = messages()
     valkey = Valkey().start()
-    store = guarded(valkey)
+    store = guarded(valkey.url)
 
     async def request() -> None:
         session, codec = Session(world), extproc.Codec()
@@ -133,7 +133,7 @@ class Asker:
 async def measure_asking(at_once: int, times: int) -> tuple[float, float]:
     """µs of CPU per request, here and in Valkey."""
     valkey = Valkey().start()
-    store = guarded(valkey)
+    store = guarded(valkey.url)
     names = count()
 
     async def ask(many: int) -> None:
@@ -155,10 +155,8 @@ def cpu(pid: int) -> float:
     return int(Path(f"/proc/{pid}/schedstat").read_text().split()[0]) / 1e9
 
 
-def guarded(valkey: Valkey) -> GuardedStore:
-    store = GuardedStore(
-        RedisStore(valkey.url), MemoryStore(time.time), policy="local", gateway="bench", clock=time.time
-    )
+def guarded(url: str) -> GuardedStore:
+    store = GuardedStore(RedisStore(url), MemoryStore(time.time), policy="local", gateway="bench", clock=time.time)
     store.start()
     return store
 

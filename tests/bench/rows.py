@@ -24,8 +24,9 @@ HOLD = 600
 
 class Way(NamedTuple):
     """One way through Envoy. ``messages``: of a request with a JSON answer, to a bare responder. ``users``: with a
-    record each. ``pods``: addresses of the one backend, with their model stated; ``scraped``: polled as by default,
-    otherwise once a minute, so that the polls are in no request's figure. ``unix``: Envoy comes over a Unix socket."""
+    record each; ``budgets``: and a budget. ``pods``: addresses of the one backend, with their model stated;
+    ``scraped``: polled as by default, otherwise once a minute, so that the polls are in no request's figure. ``unix``:
+    Envoy comes over a Unix socket."""
 
     kind: Literal["alone", "bare", "gateway"]
     transport: str = ""
@@ -36,6 +37,7 @@ class Way(NamedTuple):
     pods: int = 1
     strategy: str = ""
     users: int = 1
+    budgets: bool = False
     scraped: bool = False
     unix: bool = False
 
@@ -49,7 +51,8 @@ class Way(NamedTuple):
         parts = [f"gateway {self.transport}", self.source, "limits" if self.limits else "no limits"]
         parts += [f"{self.workers} workers"] * (self.workers > 1)
         parts += [f"{self.pods:,} pods"] * (self.pods > 1) + [self.strategy] * bool(self.strategy)
-        return ", ".join(parts + [f"{self.users:,} users"] * (self.users > 1)) + self._socket
+        parts += [f"{self.users:,} users"] * (self.users > 1) + ["budgets"] * self.budgets
+        return ", ".join(parts) + self._socket
 
     @property
     def _socket(self) -> str:
@@ -126,6 +129,7 @@ TWO_WORKERS = ON_H2._replace(workers=2)
 ON_UNIX = [way._replace(unix=True) for way in (GRPC, H2, ON_H2)]
 
 SMALL = Work("1 KB, 16 connections", KB, connections=16)
+WIDE = Work("1 KB, 64 connections", KB, connections=64)
 SINGLE = Work("1 KB, 1 connection", KB)
 MIDDLE = Work("100 KB", 100 * KB, connections=16)
 LARGE = Work("20 MB", 20 * MIB, doing="long")
@@ -137,6 +141,7 @@ STREAMING = [way for way in WAYS if way.limits and way.messages != 2]
 
 PODS = {n: ON_H2._replace(pods=n) for n in (10, 100, 1000)}
 STRATEGIES = ("random", "least-request")
+BUDGETS = ON_H2._replace(budgets=True)
 USERS = {n: ON_H2._replace(users=n) for n in (10, 100_000)}
 OPEN = {n: Work(f"{n:,} open streams, each", 100, 1, n, "hold") for n in (10, 1000, 10_000)}
 REST = Work("at rest, per second", doing="rest")
@@ -156,6 +161,7 @@ STAGES = (
         ],
     ),
     Stage("pods", [Row(way._replace(strategy=name), SMALL) for name in STRATEGIES for way in PODS.values()]),
+    Stage("limits", [Row(way, WIDE) for way in (ON_H2._replace(limits=False), ON_H2, BUDGETS)]),
     Stage("users", [Row(way, SMALL) for way in USERS.values()]),
     Stage("open streams", [Row(HELD, work) for work in OPEN.values()], rounds=1),
     Stage("at rest", [Row(RESTING, REST)], rounds=1),

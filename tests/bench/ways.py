@@ -31,6 +31,7 @@ from tests.system import Process, System, request, until
 
 #: Far more than any load reaches.
 LIMITS = {"rpm": 10**9, "tpm": 10**12}
+BUDGET = {"budgets": [{"amount": 9_000_000, "unit": "usd", "period": "month"}]}
 LARGEST = 32 << 20
 
 
@@ -133,7 +134,8 @@ class Ways:
         return {
             "listen": {"transport": way.transport, "grpc": self._address(way)},
             "usage": {"source": way.source},
-            "users": [{"name": name, **LIMITS} for name in names],
+            "users": [{"name": name, **LIMITS, **(BUDGET if way.budgets else {})} for name in names],
+            "prices": {"*": {"input": 0.15, "cached_input": 0.05, "output": 0.6}},
             "pods": [{"address": a, "name": f"pod-{n}", "models": [MODEL]} for n, a in enumerate(addresses)],
             **({} if way.scraped else {"discovery": {"poll": "60s"}}),
         }
