@@ -102,6 +102,7 @@ def policy_of(config: Config, directory: Directory) -> Policy:
         default_strategy=config.routing.default,
         expose=config.routing.expose,
         reserve=config.limits.reserve,
+        unknown_price=config.limits.unknown_price,
         auth=config.auth.mode,
         directory=directory,
         prices=Prices({pattern: price_of(price) for pattern, price in config.prices.items()}),

@@ -215,6 +215,13 @@ class LimitsConfig(Part, frozen=True, kw_only=True):
             "learned. `max`: the maximum that the request declares."
         ),
     ] = "expected"
+    unknown_price: Annotated[
+        Literal["refuse", "free"],
+        about(
+            "What a budget in dollars makes of a model without a price. `refuse`: 403 `price_unknown`. `free`: its "
+            "tokens cost nothing."
+        ),
+    ] = "refuse"
     default: Annotated[
         Limits | None, about("Limits of a named user without a record in `users`. Absent: no limits.")
     ] = None

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from enum import IntEnum, auto
 from random import Random
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import msgspec
 
@@ -93,6 +93,7 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True):
     default_strategy: str = "least-request"
     expose: bool = False
     reserve: Reserve = "expected"
+    unknown_price: Literal["refuse", "free"] = "refuse"
     auth: Mode = "optional"
     directory: Directory = Directory()
     prices: Prices = Prices()
@@ -326,7 +327,9 @@ class Session:
         if spends:
             if policy.prices.of(model) is not None:
                 cost = policy.prices.cost(model, Usage(self._prompt, tokens - self._prompt))
-            elif any(budget.unit == "usd" for window in windows for budget in window.budgets):
+            elif policy.unknown_price == "refuse" and any(
+                budget.unit == "usd" for window in windows for budget in window.budgets
+            ):
                 return self._refuse(refusals.price_unknown(model))
         shares = tuple([self._share(request, window) for window in windows]) if apart else ()
         admission = self._admission = Admission(world.new_id(), windows, tokens, cost, shares)

@@ -191,6 +191,13 @@ def test_a_price_is_not_missed_where_no_dollars_are_limited() -> None:
     assert Playbook(spender(prices=Prices())).through(headers()) >> body() << routed("a")  # nobody in particular
 
 
+def test_where_a_model_without_a_price_is_free_it_takes_no_money_of_a_budget() -> None:
+    world = spender(prices=Prices())
+    world.policy = msgspec.structs.replace(world.policy, unknown_price="free")
+    play = asked(world)
+    assert (play.admission.tokens, play.admission.cost) == (RESERVED, 0)
+
+
 def test_what_must_not_be_used_or_is_not_ready_is_told_before_its_price() -> None:
     assert asked(spender(prices=Prices(), models=())) << refused(403, "model_not_allowed") << Like(Settle)
     world = spender(prices=Prices())

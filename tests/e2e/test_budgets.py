@@ -47,6 +47,9 @@ def system(source: str) -> Iterator[System]:
             {"name": "a", "team": "research"},
             {"name": "b", "team": "research"},
             {"name": "few", "concurrency": 2},
+            {"name": "reader", "input_tpm": 12},
+            {"name": "writer", "tpm": 5000, "output_tpm": 9},
+            {"name": "long", "tpm": 5000},
             {"name": "none", "concurrency": 0},
             {"name": "doomed", "concurrency": 1, **with_budget(1000, "tokens", "day")},
         ],
@@ -181,6 +184,35 @@ def test_what_no_pod_took_costs_nothing_and_runs_no_more(system: System) -> None
     system.pods[1].start()
     until(lambda: system.chat("dying", user="doomed").status == 200, "it is back")
     until(lambda: int(used(system, "doomed")) % TOKENS == 0, "settled", deadline=5.0)
+
+
+def test_prompts_and_answers_are_limited_apart(system: System) -> None:
+    reply = system.chat("priced", user="reader", max_tokens=900)
+    assert (reply.status, reply.headers["x-ratelimit-limit-tokens"]) == (200, "12")
+    statuses = [system.chat("priced", user="reader").status for _ in range(4)]
+    assert statuses == sorted(statuses)
+    last = system.chat("priced", user="reader", max_tokens=1)
+    refused(last, "rate_limit_exceeded", "tokens of prompts per minute (input_tpm): limit 12")
+    replies = [system.chat("priced", user="writer") for _ in range(3)]  # each has an answer of four
+    assert [reply.status for reply in replies] == [200, 200, 429]
+    refused(replies[-1], "rate_limit_exceeded", "tokens of answers per minute (output_tpm): limit 9, used 8")
+
+
+def test_output_far_beyond_its_reservation_is_seen_by_the_next_request_while_it_streams(
+    system: System, source: str
+) -> None:
+    def charged() -> int:
+        return 5000 - int(system.chat("cheap", user="long").headers["x-ratelimit-remaining-tokens"])
+
+    for _ in range(8):  # long is known for short answers
+        assert system.chat("cheap", user="long").status == 200
+    stream = Stream(system.port, user="long", model="cheap", max_tokens=900, fault="hang-after=800")
+    for _ in range(800):
+        stream.event()
+    if source == "body":  # with the access log nobody counts the output before the end
+        assert charged() > 700
+    stream.close()
+    until(lambda: charged() > 700, "settled", deadline=5.0)
 
 
 def test_limits_of_a_model_hold_whoever_asks(system: System) -> None:
