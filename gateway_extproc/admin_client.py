@@ -8,6 +8,7 @@ stderr with exit code 1, and that an admin side that is not to be had is exit co
 from __future__ import annotations
 
 import argparse
+import getpass
 import json
 import os
 import re
@@ -264,6 +265,8 @@ def _ask(args: argparse.Namespace, method: str, path: str, body: object = None) 
     import urllib.request
 
     headers = {"content-type": "application/json"}
+    if (operator := _operator()) is not None:
+        headers["x-admin-actor"] = operator
     token = _token(args)
     if token:
         headers["authorization"] = f"Bearer {token}"
@@ -292,6 +295,15 @@ def _token(args: argparse.Namespace) -> str:
         return str(args.token_file.read_text().strip())
     except (OSError, UnicodeDecodeError) as error:
         raise Failed(USERS_ERROR, f"cannot read {args.token_file}: {error}") from None
+
+
+def _operator() -> str | None:
+    """Whose login this is, for the audit list; None where that can't be told, or not in a header."""
+    try:
+        name = getpass.getuser()
+    except (OSError, KeyError, ImportError):  # before Python 3.13 it is any of these
+        return None
+    return name if re.fullmatch(r"[\x21-\x7e]{1,128}", name) else None
 
 
 def _message(body: bytes, status: int) -> str:

@@ -14,18 +14,19 @@ import contextlib
 import random
 import secrets
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Final, Literal, cast
+from typing import Annotated, Any, Final, Literal, TypedDict, TypeVar
 
 import msgspec
 import structlog
 
-from .config import Config, ConfigError, user_of
-from .config.forms import PATTERN
+from .config import Config, ConfigError, part_of, user_of
+from .config.forms import MAX_COUNT, PATTERN, Form, whole
+from .config.part import Part, about, settings
 from .core import admin_refusal as refusals
 from .core import keys
-from .core.directory import Directory, User
+from .core.directory import Directory, Limits, User
 from .core.keys import Key
-from .core.records import ANY, NONE, Change, Conflict, Kind, Records, version_of
+from .core.records import ANY, NOBODY, NONE, By, Change, Conflict, Kind, Records, version_of
 from .core.refusal import Refused, invalid_json, invalid_value, quoted
 from .core.store import StoreUnavailable
 
@@ -50,6 +51,7 @@ AUDITED_BYTES: Final = 8192
 _STAY: Final = "Users and keys stay as they are until it is back."
 #: Statuses that say that a record is not as it was: gone, or another.
 _CONFLICTS: Final = (404, 412)
+_Read = TypeVar("_Read")
 _USER: Final = msgspec.json.Decoder(User)
 _KEY: Final = msgspec.json.Decoder(Key)
 
@@ -62,21 +64,59 @@ class Shown(msgspec.Struct, frozen=True):
     made: bool = False
 
 
-class _NewKey(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What is asked of a new key. ``expires`` in unix seconds, ``expires_in`` in seconds from now."""
-
-    name: str = ""
-    expires: int | None = None
-    expires_in: int | None = None
-    models: tuple[str, ...] | None = None
+def _key_name(value: object) -> str:
+    if not isinstance(value, str) or len(value) > KEY_NAME or not value.isprintable():
+        raise ValueError(f"expected at most {KEY_NAME} printable characters")
+    return value
 
 
-class Entry(msgspec.Struct, frozen=True):
-    """A line of the audit list: what was changed, and how it was and is. ``at`` in unix seconds."""
+_KEY_NAMED: Final = Form("text", _key_name, schema={"type": "string", "maxLength": KEY_NAME})
+_NAMED: Final = about("What lists call it.", _KEY_NAMED)
+_EXPIRES: Final = about("When it ends, in unix seconds. Absent: never.", whole(0, MAX_COUNT))
+_MODELS: Final = about("Models that it may be used for, of those that its user may use. Absent: all of them.", PATTERN)
+
+
+class NewKey(Part, frozen=True, kw_only=True):
+    """What is asked of a new key."""
+
+    name: Annotated[str, _NAMED] = ""
+    expires: Annotated[int | None, _EXPIRES] = None
+    expires_in: Annotated[
+        int | None, about("The same, in seconds from now. Only one of them may be given.", whole(1, MAX_COUNT))
+    ] = None
+    models: Annotated[tuple[str, ...] | None, _MODELS] = None
+
+
+class KeyShown(TypedDict):
+    """A key as administrators see it: without what could be used. ``created`` and ``expires`` are unix seconds, null:
+    never. ``models`` are patterns of the models it may be used for, null: all that its user may use."""
+
+    id: str
+    user: str
+    name: str
+    created: int
+    expires: int | None
+    models: tuple[str, ...] | None
+
+
+class MadeKey(KeyShown):
+    """A new key. ``key`` is its text."""
+
+    key: str
+
+
+_Did = Literal["put user", "delete user", "make key", "revoke key"]
+
+
+class Entry(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A line of the audit list: what was changed, and how it was and is (where that is not too long to repeat). ``at``
+    in unix seconds. ``by`` is who asked, as they said, ``address`` from where: neither proves anything."""
 
     at: int
-    did: Literal["put user", "delete user", "make key", "revoke key"]
+    did: _Did
     name: str
+    by: str = ""
+    address: str = ""
     before: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
     after: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
 
@@ -220,23 +260,23 @@ class Administration:
             raise Refused(refusals.no_user(name))
         return Shown(self._shown(user), version_of(document))
 
-    async def put(self, name: str, fields: object, expected: str | None = None) -> Shown:
+    async def put(self, name: str, fields: object, expected: str | None = None, by: By = NOBODY) -> Shown:
         """Write a whole record. Raises Refused."""
         self._may_change(name)
         user = self._record(name, fields)
         for _ in range(TRIES):
             before = await self._asked_for("user", name)
             if expected is not None:
-                return await self._write(user, before, expected)
+                return await self._write(user, before, expected, by)
             # What was read is what the audit list says was there; who expects nothing does not hear of others.
             try:
-                return await self._write(user, before, NONE if before is None else version_of(before))
+                return await self._write(user, before, NONE if before is None else version_of(before), by)
             except Refused as refused:
                 if refused.refusal.status not in _CONFLICTS:
                     raise
         raise Refused(refusals.changed(name))
 
-    async def patch(self, name: str, changes: object, expected: str | None = None) -> Shown:
+    async def patch(self, name: str, changes: object, expected: str | None = None, by: By = NOBODY) -> Shown:
         """Change some fields, by JSON merge patch (RFC 7396). Raises Refused."""
         self._may_change(name)
         before = await self._asked_for("user", name)
@@ -248,9 +288,9 @@ class Administration:
         # A team that is gone from the file is no reason to refuse another change.
         user = self._record(name, fields, () if "team" in given else (there.get("team"),))
         # What was read is what is changed: somebody else's change between is a conflict, which the caller sees.
-        return await self._write(user, before, version_of(before) if expected in (None, ANY) else expected)
+        return await self._write(user, before, version_of(before) if expected in (None, ANY) else expected, by)
 
-    async def delete(self, name: str, expected: str | None = None) -> None:
+    async def delete(self, name: str, expected: str | None = None, by: By = NOBODY) -> None:
         """Delete a user, and all keys. Raises Refused."""
         self._may_change(name)
         before = await self._asked_for("user", name)
@@ -259,10 +299,9 @@ class Administration:
         if expected not in (None, ANY, version_of(before)):
             raise Refused(refusals.changed(name))
         # First, so that none is left for the next one of this name; and again, for what was made meanwhile.
-        await self._revoke_all(name)
-        entry = Entry(int(self._now()), "delete user", name, _raw(before))
-        await self._put("user", name, None, entry, version_of(before))
-        await self._revoke_all(name)
+        await self._revoke_all(name, by)
+        await self._put("user", name, None, self._entry("delete user", name, by, before), version_of(before))
+        await self._revoke_all(name, by)
 
     def _may_change(self, name: str) -> None:
         if name in self._fixed:
@@ -272,17 +311,12 @@ class Administration:
         given = {key: value for key, value in _object(fields).items() if key not in ("source", "keys")}
         if given.get("name", name) != name:
             raise Refused(invalid_value("name", "another than in the path"))
-        try:
-            known = {team.name for team in self._config.teams} | {*teams}
-            return cast(User, _limited(user_of, name, given, known, bool(self._config.prices)))
-        except ConfigError as error:
-            first = error.errors[0]
-            said = "; ".join(f"{problem.path}: {problem.message}" for problem in error.errors)
-            raise Refused(refusals.invalid_record(said, first.path)) from None
+        known = {team.name for team in self._config.teams} | {*teams}
+        return _right(user_of, name, given, known, bool(self._config.prices))
 
-    async def _write(self, user: User, before: bytes | None, expected: str | None) -> Shown:
+    async def _write(self, user: User, before: bytes | None, expected: str | None, by: By) -> Shown:
         document = msgspec.json.encode(user)
-        entry = Entry(int(self._now()), "put user", user.name, _raw(before), _raw(document))
+        entry = self._entry("put user", user.name, by, before, document)
         await self._put("user", user.name, document, entry, expected)
         return Shown(self._shown(user), version_of(document), made=before is None)
 
@@ -293,66 +327,55 @@ class Administration:
 
     # --- keys ---------------------------------------------------------------------------------------------------------
 
-    def keys(self, name: str) -> list[dict[str, Any]]:
+    def keys(self, name: str) -> list[KeyShown]:
         """A user's keys, oldest first, without what could be used. Raises Refused."""
         if name not in self._users:
             raise Refused(refusals.no_user(name))
         found = sorted(self._keys_of(name), key=lambda key: (key.created, key.id))
         return [_key_shown(key) for key in found]
 
-    async def make_key(self, name: str, asked: object) -> dict[str, Any]:
+    async def make_key(self, name: str, asked: object, by: By = NOBODY) -> MadeKey:
         """A new key; ``key`` is its text, which nobody can tell again. Raises Refused."""
         await self.user(name)
-        try:
-            wanted = msgspec.convert(_object(asked), _NewKey)
-        except msgspec.ValidationError as error:
-            raise Refused(refusals.invalid_record(str(error), None)) from None
+        wanted = _right(part_of, NewKey, _object(asked))
         now = int(self._now())
         expires = wanted.expires
         if wanted.expires_in is not None:
-            if expires is not None:
+            if expires is not None:  # which of them counts is not ours to say
                 raise Refused(invalid_value("expires_in", "given beside 'expires'"))
             expires = now + wanted.expires_in
         if expires is not None and not now < expires < 2**53:
             raise Refused(invalid_value("expires", "not in the future"))
-        try:
-            models = (
-                None if wanted.models is None else tuple([PATTERN.read(model) for model in wanted.models[:KEY_MODELS]])
-            )
-        except ValueError as error:
-            raise Refused(invalid_value("models", str(error))) from None
         if len(wanted.models or ()) > KEY_MODELS:
             raise Refused(invalid_value("models", f"more than {KEY_MODELS}"))
-        if len(wanted.name) > KEY_NAME or not (wanted.name.isprintable()):
-            raise Refused(invalid_value("name", f"more than {KEY_NAME} characters, or not printable"))
         if sum(1 for _ in self._keys_of(name)) >= KEYS:
             raise Refused(refusals.too_many_keys(name, KEYS))
         found, text = keys.text_of(secrets.token_bytes(keys.ID_BYTES + keys.SECRET_BYTES))
         self._pepper = await self._pepper_asked_for()  # Redis may have lost the one that is known here
         key = Key(
             id=found, user=name, hash=keys.hashed(self._pepper, text), created=now, name=wanted.name, expires=expires,
-            models=models,
+            models=wanted.models,
         )  # fmt: skip
         shown = _key_shown(key)
-        entry = Entry(now, "make key", found, after=_raw(msgspec.json.encode(shown)))
+        entry = self._entry("make key", found, by, after=msgspec.json.encode(shown))
         await self._put("key", found, msgspec.json.encode(key), entry, NONE)
         try:
             await self.user(name)
         except Refused:  # deleted meanwhile: the key must not be that of the next one of this name
-            await self.revoke(found)
+            await self.revoke(found, by)
             raise
-        return shown | {"key": text}
+        return {**shown, "key": text}
 
-    async def revoke(self, found: str) -> None:
+    async def revoke(self, found: str, by: By = NOBODY) -> None:
         """Raises Refused."""
         document = await self._asked_for("key", found)
         key = _key(found, document) if document is not None else None
         if key is None:
             raise Refused(refusals.no_key(found))
-        entry = Entry(int(self._now()), "revoke key", found, _raw(msgspec.json.encode(_key_shown(key))))
+        entry = self._entry("revoke key", found, by, msgspec.json.encode(_key_shown(key)))
         await self._put("key", found, None, entry, None)
 
-    async def _revoke_all(self, name: str) -> None:
+    async def _revoke_all(self, name: str, by: By) -> None:
         try:
             found = await self._records.all("key")
         except StoreUnavailable as error:
@@ -360,7 +383,7 @@ class Administration:
         for each, document in found.items():
             key = _key(each, document)
             if key is not None and key.user == name:
-                await self.revoke(each)
+                await self.revoke(each, by)
 
     def _keys_of(self, name: str) -> Iterable[Key]:
         return (key for key in self._keys.values() if key.user == name)
@@ -373,6 +396,9 @@ class Administration:
             return [msgspec.json.decode(entry) for entry in await self._records.audit(min(limit, PAGE))]
         except StoreUnavailable as error:
             raise Refused(refusals.store_unavailable(_STAY)) from error
+
+    def _entry(self, did: _Did, name: str, by: By, before: bytes | None = None, after: bytes | None = None) -> Entry:
+        return Entry(int(self._now()), did, name, by.actor, by.address, _raw(before), _raw(after))
 
     async def _asked_for(self, kind: Kind, name: str) -> bytes | None:
         try:
@@ -416,7 +442,7 @@ def _key(name: str, document: bytes) -> Key | None:
     return key if key.id == name else None
 
 
-def _key_shown(key: Key) -> dict[str, Any]:
+def _key_shown(key: Key) -> KeyShown:
     return {
         "id": key.id,
         "user": key.user,
@@ -432,7 +458,16 @@ def _raw(document: bytes | None) -> msgspec.Raw | msgspec.UnsetType:
     return msgspec.UNSET if document is None or len(document) > AUDITED_BYTES else msgspec.Raw(document)
 
 
-def _limited(work: Callable[..., Any], *given: Any) -> Any:
+def _right(read: Callable[..., _Read], *given: Any) -> _Read:
+    """What ``read`` reads by the forms of the configuration; Refused with all that is wrong."""
+    try:
+        return _limited(read, *given)
+    except ConfigError as error:
+        said = "; ".join(f"{problem.field}: {problem.message}" for problem in error.errors)
+        raise Refused(refusals.invalid_record(said, error.errors[0].field)) from None
+
+
+def _limited(work: Callable[..., _Read], *given: Any) -> _Read:
     """``work``; what is nested too deeply for it is refused."""
     try:
         return work(*given)
@@ -446,14 +481,19 @@ def _object(value: object) -> Mapping[str, Any]:
     return value
 
 
-def _merged(old: Any, new: Any) -> Any:
-    """RFC 7396: null removes, an object is merged, anything else replaces."""
+#: The fields of a user's record, and of the limits in it.
+_FIELDS: Final = frozenset(setting.name for part in (User, Limits) for setting in settings(part))
+
+
+def _merged(old: Any, new: Any, names: bool = False) -> Any:
+    """RFC 7396: null removes, an object is merged, anything else replaces. Null of a field that there is not stays, to
+    be refused: whoever misspells a limit must not believe that it is gone. ``names``: the keys are models' names."""
     if not isinstance(new, dict):
         return new
     merged = dict(old) if isinstance(old, dict) else {}
     for key, value in new.items():
-        if value is None:
+        if value is None and (names or key in _FIELDS):
             merged.pop(key, None)
         else:
-            merged[key] = _merged(merged.get(key), value)
+            merged[key] = _merged(merged.get(key), value, key == "per_model" and not names)
     return merged

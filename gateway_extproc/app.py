@@ -24,7 +24,7 @@ from typing import Any, Final
 import msgspec
 import structlog
 
-from . import __version__, logs
+from . import __version__, admin_schemas, logs
 from .adapters import admin, h2_server
 from .adapters.admin_users import UserViews
 from .adapters.dns import Resolver, Watcher
@@ -478,8 +478,9 @@ class Gateway:
                 config=lambda: masked(self.config),
                 clock=time.monotonic,
                 requests=self.metrics.by_code,
+                schemas=admin_schemas.components,
             ),
-            UserViews(self.administration, self._reports, admin.answer),
+            UserViews(self.administration, self._reports, admin.answer, admin.BODY),
         )
 
     def readiness(self) -> tuple[bool, dict[str, Any]]:

@@ -9,9 +9,9 @@ missing from reports, never from limits. Leaves out what is counted (core/tally.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
-from typing import Any, Final
+from typing import Any, Final, NotRequired, TypedDict
 
 import structlog
 
@@ -31,6 +31,33 @@ BY: Final = (*FILTERS, "hour", "day")
 #: Longest report: its hours, and its rows.
 HOURS: Final = 24 * 366
 ROWS: Final = 10_000
+
+
+class Sums(TypedDict):
+    """What was used. ``cached_tokens`` are among the prompt's; ``cost_nano_usd`` is exact."""
+
+    requests: int
+    refused: int
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+    cost_usd: str
+    cost_nano_usd: int
+
+
+class Row(Sums):
+    """The same of one group: it has what the report is by."""
+
+    user: NotRequired[str]
+    team: NotRequired[str]
+    model: NotRequired[str]
+    key: NotRequired[str]
+    hour: NotRequired[str]
+    day: NotRequired[str]
+
+
+#: Whole hours, in UTC. ``by`` is what the rows of ``usage`` are about.
+Report = TypedDict("Report", {"from": str, "to": str, "by": list[str], "usage": list[Row], "total": Sums})
 
 
 class UsageReports:
@@ -64,7 +91,7 @@ class UsageReports:
             else:
                 self._away = False
 
-    async def report(self, asked: Mapping[str, str]) -> dict[str, Any]:
+    async def report(self, asked: Mapping[str, str]) -> Report:
         """Sums of what was used. ``asked``: a value for any of FILTERS, ``from`` and ``to`` (unix seconds, or ISO 8601;
         the last 24 hours), ``by`` (some of BY, comma-separated; user and model). Raises Refused."""
         for name in asked:
@@ -97,8 +124,8 @@ class UsageReports:
         return {
             "from": _shown(hours.start * HOUR),
             "to": _shown(max(hours.stop, hours.start) * HOUR),
-            "by": names,
-            "usage": [dict(zip(names, row, strict=True)) | _sums(rows[row]) for row in sorted(rows)],
+            "by": [*names],
+            "usage": [_row(names, row, rows[row]) for row in sorted(rows)],
             "total": _sums(total),
         }
 
@@ -116,7 +143,13 @@ def _cell(name: str, group: Group, hour: int) -> str:
     return "(others)" if found == OTHERS else found
 
 
-def _sums(used: Used) -> dict[str, Any]:
+def _row(names: Sequence[str], cells: Sequence[str], used: Used) -> Row:
+    row: Any = dict(zip(names, cells, strict=True)) | _sums(used)
+    found: Row = row
+    return found
+
+
+def _sums(used: Used) -> Sums:
     return {
         "requests": used.requests,
         "refused": used.refused,

@@ -19,7 +19,7 @@ from gateway_extproc.administration import KEYS, Administration
 from gateway_extproc.config import Config, parse
 from gateway_extproc.core.identify import identify
 from gateway_extproc.core.keys import Key
-from gateway_extproc.core.records import ANY, NONE, Kind, Records
+from gateway_extproc.core.records import ANY, NONE, By, Kind, Records
 from gateway_extproc.core.refusal import Refusal, Refused
 from gateway_extproc.core.store import Budget, StoreUnavailable
 from tests.valkey import Valkey
@@ -145,6 +145,19 @@ async def test_a_patch_reaches_into_objects(one: Gateway) -> None:
     assert kept == {"a": (None, 2), "c": (None, 4)}
 
 
+async def test_null_takes_away_what_there_is_and_is_refused_of_what_cannot_be(one: Gateway) -> None:
+    await one.its.put("alice", {"rpm": 1, "per_model": {"a": {"rpm": 1}}})
+    nothing = {
+        "rpm": None,
+        "models": None,
+        "per_model": {"a": None, "b": None, "per_model": None, "c": {"budgets": None}},
+    }
+    changed = await one.its.patch("alice", nothing)
+    assert (changed.user["rpm"], changed.user["per_model"].keys()) == (None, {"c"})
+    await refused(one.its.patch("alice", {"rpn": None}), 400, "invalid_value", "rpn")
+    await refused(one.its.patch("alice", {"per_model": {"c": {"tpn": None}}}), 400, "invalid_value", "per_model.c.tpn")
+
+
 async def test_users_of_the_file_come_first_and_are_not_changed_here(one: Gateway) -> None:
     its = one.its
     shown = await its.user("of-the-file")
@@ -166,7 +179,8 @@ async def test_users_of_the_file_come_first_and_are_not_changed_here(one: Gatewa
         ({"rpm": "many"}, "rpm", "whole number"),
         ({"rpm": 10**30}, "rpm", "whole number"),
         ({"tpm": True}, "tpm", "whole number"),
-        ({"rpn": 5}, "", "unknown key 'rpn'"),
+        ({"rpn": 5}, "rpn", "unknown key 'rpn'; did you mean 'rpm'?"),
+        ({"per_model": {"m": {"tpn": 5}}}, "per_model.m.tpn", "unknown key 'tpn'; did you mean 'tpm'?"),
         ({"team": "nobody's"}, "team", "there is no team"),
         ({"models": "all"}, "models", "expected a list"),
         ({"models": [1]}, "models[0]", "text"),
@@ -174,7 +188,7 @@ async def test_users_of_the_file_come_first_and_are_not_changed_here(one: Gatewa
         ({"disabled": "yes"}, "disabled", "true or false"),
         ({"concurrency": -1}, "concurrency", "whole number"),
         ({"budgets": {}}, "budgets", "expected a list"),
-        ({"budgets": [{"amount": 1, "unit": "usd"}]}, "budgets[0]", "'period' is missing"),
+        ({"budgets": [{"amount": 1, "unit": "usd"}]}, "budgets[0].period", "'period' is missing"),
         ({"budgets": [{"amount": -1, "unit": "usd", "period": "day"}]}, "budgets[0].amount", "a number from 0"),
         ({"budgets": [{"amount": 1.5, "unit": "tokens", "period": "day"}]}, "budgets[0].amount", "whole tokens"),
         ({"budgets": [{"amount": 10**9, "unit": "usd", "period": "day"}]}, "budgets[0].amount", "dollars"),
@@ -372,15 +386,19 @@ async def test_what_is_nested_too_deeply_is_refused(one: Gateway) -> None:
     [
         ({"expires": NOW}, "expires"),
         ({"expires": 10**30}, "expires"),
-        ({"expires_in": 0}, "expires"),
-        ({"expires_in": -1}, "expires"),
-        ({"expires_in": 2**62}, "expires"),
+        ({"expires_in": 0}, "expires_in"),
+        ({"expires_in": -1}, "expires_in"),
+        ({"expires_in": 2**62}, "expires_in"),
+        ({"expires_in": 2**53 - 1}, "expires"),
+        ({"expires_in": 1.5}, "expires_in"),
         ({"expires": NOW + 1, "expires_in": 1}, "expires_in"),
         ({"name": "x" * 257}, "name"),
         ({"name": "line\nbreak"}, "name"),
-        ({"name": 5}, None),
-        ({"models": "m"}, None),
-        ({"user": "bob"}, None),
+        ({"name": 5}, "name"),
+        ({"models": "m"}, "models"),
+        ({"models": ["m", ""]}, "models[1]"),
+        ({"models": ["m"] * 101}, "models"),
+        ({"user": "bob"}, "user"),
     ],
 )
 async def test_a_key_is_not_made_of_nonsense(one: Gateway, asked: dict[str, Any], param: str | None) -> None:
@@ -469,6 +487,22 @@ async def test_every_change_is_a_line_of_the_audit_list_and_none_holds_a_key(one
     assert made["key"][-64:] not in kept
     assert "hash" not in kept
     assert await one.its.audit(1) == lines[:1]
+
+
+async def test_the_audit_list_tells_who_made_a_change_as_far_as_that_is_known(one: Gateway) -> None:
+    carol = By("carol", "10.0.0.1")
+    await one.its.put("alice", {}, by=carol)
+    made = await one.its.make_key("alice", {}, carol)
+    await one.its.patch("alice", {"rpm": 1}, by=By("", "10.0.0.2"))
+    await one.its.revoke(made["id"])
+    await one.its.make_key("alice", {}, carol)
+    await one.its.delete("alice", by=By("dave", ""))
+    told = [(line["did"], line.get("by"), line.get("address")) for line in await one.its.audit(100)]
+    assert told == [
+        ("delete user", "dave", None), ("revoke key", "dave", None), ("make key", "carol", "10.0.0.1"),
+        ("revoke key", None, None), ("put user", None, "10.0.0.2"), ("make key", "carol", "10.0.0.1"),
+        ("put user", "carol", "10.0.0.1"),
+    ]  # fmt: skip
 
 
 async def test_a_record_that_cannot_be_read_hurts_nobody_else(one: Gateway) -> None:

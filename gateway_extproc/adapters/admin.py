@@ -1,12 +1,12 @@
 """The admin side over HTTP: health, metrics, a live page, and JSON about pods, models, users and configuration.
 
-Owns ``listen.http``: its paths, who may ask, and the JSON of a pod and a model. Open are ``/healthz``, ``/readyz``,
+Owns ``listen.http``: its router, who may ask, and the JSON of a pod and a model. Open are ``/healthz``, ``/readyz``,
 ``/metrics`` and the page ``/``, which itself holds no data. What is under ``/admin/`` wants the admin token; where
 none is configured (the configuration then allows loopback only) it serves this machine's programs, but no web page of
-another origin: a browser runs on this machine, too. Promises that every error is in the one form of
-core/refusal.py, that no traceback, version of the server or pod's key is shown, and that connections are bounded in
-number and age. Leaves out what the numbers are (metrics.py), what "ready" means (app.py) and what is done with users
-(admin_users.py).
+another origin: a browser runs on this machine, too. Promises that what is routed is what the OpenAPI document tells
+(admin_api.py), that every error is in the one form of core/refusal.py, that no traceback, version of the server or
+pod's key is shown, and that connections are bounded in number and age. Leaves out what the numbers are (metrics.py),
+what "ready" means (app.py) and what is done with users (admin_users.py).
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ import hashlib
 import hmac
 import ipaddress
 import re
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib import resources
-from typing import Any, Final, Protocol, cast
+from typing import Any, Final, NotRequired, Protocol, TypedDict, cast
 from urllib.parse import urlsplit
 
 import msgspec
@@ -28,6 +29,7 @@ import structlog
 from aiohttp import web
 
 from .. import __version__
+from ..admin_api import Answer, Operation, document, each
 from ..core.address import split_address
 from ..core.fleet import Fleet
 from ..core.refusal import Refusal, Refused, internal_error, invalid_api_key, quoted, request_too_large, unknown_url
@@ -65,7 +67,7 @@ class AdminState:
     """What the admin side shows, each read when asked for. ``token`` None or empty: none is asked. ``ready`` gives
     whether requests should come here, and the state of each part; ``metrics`` a page and its content type;
     ``requests`` how many have ended, by status; ``config`` what is in force, its secrets masked already; ``clock``
-    the seconds that loads are kept by."""
+    the seconds that loads are kept by; ``schemas`` what the OpenAPI document says of requests and answers, by name."""
 
     token: str | None
     ready: Callable[[], tuple[bool, Mapping[str, Any]]]
@@ -75,25 +77,74 @@ class AdminState:
     config: Callable[[], Mapping[str, Any]]
     clock: Callable[[], float]
     requests: Callable[[], Mapping[str, int]]
+    schemas: Callable[[], Mapping[str, Any]]
 
 
 class Views(Protocol):
-    """Further paths: those below ``/admin/``, and those of AIBrix at the top."""
+    """Further operations."""
 
-    def routes(self) -> list[web.RouteDef]: ...
-    def aibrix_routes(self) -> list[web.RouteDef]: ...
+    def operations(self) -> Sequence[Operation]: ...
 
 
 # ---------------------------------------------------------------------------------------------------- what is shown
 
 
-def pods_shown(fleet: Fleet, now: float) -> list[dict[str, Any]]:
-    """Every configured pod. ``why`` says what keeps it from being ready; ``recent_tokens`` is what the `throughput`
-    strategy compares. Its API key is not among this."""
+class Health(TypedDict):
+    """The process answers."""
+
+    status: str
+
+
+class Readiness(TypedDict):
+    """Whether requests should come here, and the state of each part, which is for people."""
+
+    ready: bool
+    parts: dict[str, Any]
+
+
+class PodShown(TypedDict):
+    """A configured pod. ``why`` says what keeps it from being ready; ``recent_tokens`` is what `throughput`
+    compares; ``host`` stands where its name is not its address."""
+
+    name: str
+    address: str
+    ready: bool
+    why: str
+    models: list[str]
+    in_flight: int
+    recent_tokens: int
+    tls: bool
+    path_prefix: str
+    host: NotRequired[str]
+
+
+class ModelShown(TypedDict):
+    """A model that exists, with the settings in force. ``timeout`` is in seconds."""
+
+    id: str
+    strategy: str
+    pods: int
+    ready_pods: int
+    timeout: float
+    retries: int
+
+
+class Overview(TypedDict):
+    """What the live page shows. ``requests`` have ended, by status."""
+
+    version: str
+    readiness: Readiness
+    requests: dict[str, int]
+    models: list[ModelShown]
+    pods: list[PodShown]
+
+
+def pods_shown(fleet: Fleet, now: float) -> list[PodShown]:
+    """Every configured pod. Its API key is not among this."""
     found = []
     for member in fleet.members():
         spec = member.spec
-        pod: dict[str, Any] = {
+        pod: PodShown = {
             "name": spec.name,
             "address": spec.address,
             "ready": member.ready,
@@ -110,15 +161,15 @@ def pods_shown(fleet: Fleet, now: float) -> list[dict[str, Any]]:
     return found
 
 
-def models_shown(fleet: Fleet, policy: Policy) -> list[dict[str, Any]]:
-    """Every model that exists, by name, with the settings in force. ``timeout`` is in seconds."""
+def models_shown(fleet: Fleet, policy: Policy) -> list[ModelShown]:
+    """Every model that exists, by name."""
     pods: dict[str, int] = {}
     ready: dict[str, int] = {}
     for member in fleet.members():
         for model in member.models:
             pods[model] = pods.get(model, 0) + 1
             ready[model] = ready.get(model, 0) + member.ready
-    found = []
+    found: list[ModelShown] = []
     for model in sorted(pods):
         settings = policy.model(model)
         found.append(
@@ -265,8 +316,9 @@ def _page() -> tuple[bytes, str]:
 class _Views:
     """The answers to what may be asked."""
 
-    def __init__(self, state: AdminState) -> None:
+    def __init__(self, state: AdminState, users: Views) -> None:
         self._state = state
+        self.all = (*self.operations(), *users.operations())
         self._page, self._policy = _page()
 
     async def page(self, _: web.Request) -> web.Response:
@@ -278,12 +330,65 @@ class _Views:
         }
         return web.Response(body=self._page, content_type="text/html", charset="utf-8", headers=headers)
 
+    def operations(self) -> Sequence[Operation]:
+        ready = Answer("What it consists of.", "Readiness")
+        free = {"type": "object"}
+        page, text = Answer("The page.", {"type": "string"}, "text/html"), {"type": "string"}
+        return (
+            Operation(
+                method="GET", path="/", handler=self.page, id="page", open=True, answers={200: page},
+                doc="A page that shows the gateway live. It holds no data itself.",
+            ),
+            Operation(
+                method="GET", path="/healthz", handler=self.healthz, id="health", open=True,
+                doc="Whether the process answers.", answers={200: Answer("It does.", "Health")},
+            ),
+            Operation(
+                method="GET", path="/readyz", handler=self.readyz, id="readiness", open=True,
+                doc="Whether requests should come here.", answers={200: ready, 503: ready},
+            ),
+            Operation(
+                method="GET", path="/metrics", handler=self.metrics, id="metrics", open=True,
+                doc="Metrics in Prometheus's text format.",
+                answers={200: Answer("The metrics.", text, "text/plain")},
+            ),
+            Operation(
+                method="GET", path="/admin/pods", handler=self.pods, id="listPods", doc="Every configured pod.",
+                answers={200: Answer("The pods.", each("Pod"))},
+            ),
+            Operation(
+                method="GET", path="/admin/models", handler=self.models, id="listModels",
+                doc="Every model that exists, by name.", answers={200: Answer("The models.", each("Model"))},
+            ),
+            Operation(
+                method="GET", path="/admin/config", handler=self.config, id="getConfiguration",
+                doc="The configuration in force, as the file would say it, with every default and no secret.",
+                answers={200: Answer("The sections.", free)},
+            ),
+            Operation(
+                method="GET", path="/admin/overview", handler=self.overview, id="getOverview",
+                doc="All that the page shows, of one moment.", answers={200: Answer("All of it.", "Overview")},
+            ),
+            Operation(
+                method="GET", path="/admin/openapi.json", handler=self.openapi, id="getOpenApi",
+                doc="This document.", answers={200: Answer("OpenAPI 3.1.", free)},
+            ),
+        )  # fmt: skip
+
+    async def openapi(self, _: web.Request) -> web.Response:
+        return answer(document(self.all, self._state.schemas(), __version__, token=bool(self._state.token)))
+
     async def healthz(self, _: web.Request) -> web.Response:
-        return answer({"status": "ok"})
+        told: Health = {"status": "ok"}
+        return answer(told)
 
     async def readyz(self, _: web.Request) -> web.Response:
+        told = self._readiness()
+        return answer(told, 200 if told["ready"] else 503)
+
+    def _readiness(self) -> Readiness:
         ready, parts = self._state.ready()
-        return answer({"ready": ready, "parts": parts}, 200 if ready else 503)
+        return {"ready": ready, "parts": {**parts}}
 
     async def metrics(self, _: web.Request) -> web.Response:
         page, content_type = self._state.metrics()
@@ -302,16 +407,14 @@ class _Views:
         """All that the page shows, of one moment."""
         state = self._state
         fleet = state.fleet()
-        ready, parts = state.ready()
-        return answer(
-            {
-                "version": __version__,
-                "readiness": {"ready": ready, "parts": parts},
-                "requests": state.requests(),
-                "models": models_shown(fleet, state.policy()),
-                "pods": pods_shown(fleet, state.clock()),
-            }
-        )
+        told: Overview = {
+            "version": __version__,
+            "readiness": self._readiness(),
+            "requests": {**state.requests()},
+            "models": models_shown(fleet, state.policy()),
+            "pods": pods_shown(fleet, state.clock()),
+        }
+        return answer(told)
 
     def guarded(self, handler: Any) -> _Handler:
         async def guarded(request: web.Request) -> web.StreamResponse:
@@ -329,20 +432,19 @@ class _Views:
 
 
 def create_app(state: AdminState, users: Views) -> web.Application:
-    """Everything that ``listen.http`` answers. ``users`` has the paths of administering."""
-    views = _Views(state)
+    """Everything that ``listen.http`` answers. ``users`` has the operations of administering."""
+    views = _Views(state, users)
     admin = web.Application(middlewares=[views.guard])
-    for name in ("config", "models", "overview", "pods"):
-        admin.router.add_get(f"/{name}", getattr(views, name))
-    admin.add_routes(users.routes())
     app = web.Application(middlewares=[errors], client_max_size=BODY)
-    app.router.add_get("/", views.page)
-    for name in ("healthz", "readyz", "metrics"):
-        app.router.add_get(f"/{name}", getattr(views, name))
+    for operation in views.all:
+        # A name may have any character but '/', which is there as '%2F'.
+        path = re.sub(r"\{(\w+)\}", r"{\1:[^/]+}", operation.path)
+        below = path.removeprefix("/admin")
+        router = admin.router if below != path else app.router
+        handler = operation.handler if operation.open or below != path else views.guarded(operation.handler)
+        add = router.add_get if operation.method == "GET" else partial(router.add_route, operation.method)
+        add(below, handler)
     app.add_subapp("/admin/", admin)
-    # Of AIBrix's paths none may be asked by whom /admin/ refuses.
-    for route in users.aibrix_routes():
-        app.router.add_route(route.method, route.path, views.guarded(route.handler))
     return app
 
 

@@ -8,14 +8,15 @@ send ``If-Match``. Leaves out who may ask (admin.py) and what is allowed (admini
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
-from typing import Any, Final, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final, Protocol, TypedDict
 
 import msgspec
 from aiohttp import web
 
+from ..admin_api import NAME, TEXT, Answer, Body, Operation, Parameter, each
 from ..core.admin_refusal import user_exists
-from ..core.records import ANY, NONE
+from ..core.records import ANY, NOBODY, NONE, By
 from ..core.refusal import Refused, invalid_json, invalid_value
 
 #: Users, or entries of the audit list, in an answer where the request does not say how many.
@@ -25,7 +26,46 @@ PAGE: Final = 1000
 _VERSION: Final = re.compile(r"[0-9a-f]{40}")
 _NO_VERSION: Final = "?"
 
+#: Who asks, as the asker says: what HTTP carries as it is, and a list of changes shows on a line.
+ACTOR: Final = "x-admin-actor"
+_ACTORS: Final = re.compile(r"[\x21-\x7e](?:[\x20-\x7e]{0,126}[\x21-\x7e])?")
+#: Whom the process in front of several workers has answered: theirs is a socket that only it can open.
+PEER: Final = "x-gateway-peer"
+
 _Answer = Callable[..., web.Response]
+
+_AFTER: Final = Parameter("after", "query", "The name behind which to begin.", TEXT)
+_LIMIT: Final = Parameter(
+    "limit", "query", "The most that is answered.", {"type": "integer", "minimum": 1, "maximum": PAGE, "default": PAGE}
+)
+_NAME: Final = Parameter("name", "path", "The user's name.", NAME)
+_IF_MATCH: Final = Parameter("If-Match", "header", "The `ETag` that must be there; `*` is any.")
+_IF_NONE_MATCH: Final = Parameter("If-None-Match", "header", "`*`: nothing may be there.", {"const": "*"})
+_ACTOR: Final = Parameter(
+    ACTOR, "header", "Who asks: the audit list repeats it, and nothing believes it.",
+    {"type": "string", "pattern": f"^{_ACTORS.pattern}$"},
+)  # fmt: skip
+_REPORT: Final = (
+    *(Parameter(name, "query", f"Of this {name} only.") for name in ("user", "team", "model", "key")),
+    Parameter("from", "query", "Unix seconds, or ISO 8601. 24 hours before the end."),
+    Parameter("to", "query", "Unix seconds, or ISO 8601; a day ends at midnight UTC. Now."),
+    Parameter("by", "query", "Some of user, team, model, key, hour, day, comma-separated. user,model."),
+)
+
+
+class AibrixUser(TypedDict):
+    """A user as AIBrix has them."""
+
+    name: str
+    rpm: int | None
+    tpm: int | None
+
+
+class AibrixAnswer(TypedDict):
+    """What was done, for people, and the user."""
+
+    message: str
+    user: AibrixUser
 
 
 class Shown(Protocol):
@@ -44,53 +84,100 @@ class Administration(Protocol):
 
     def users(self, after: str, limit: int) -> list[dict[str, Any]]: ...
     async def user(self, name: str) -> Shown: ...
-    async def put(self, name: str, fields: object, expected: str | None = None) -> Shown: ...
-    async def patch(self, name: str, changes: object, expected: str | None = None) -> Shown: ...
-    async def delete(self, name: str, expected: str | None = None) -> None: ...
-    def keys(self, name: str) -> list[dict[str, Any]]: ...
-    async def make_key(self, name: str, asked: object) -> dict[str, Any]: ...
-    async def revoke(self, found: str) -> None: ...
+    async def put(self, name: str, fields: object, expected: str | None = None, by: By = NOBODY) -> Shown: ...
+    async def patch(self, name: str, changes: object, expected: str | None = None, by: By = NOBODY) -> Shown: ...
+    async def delete(self, name: str, expected: str | None = None, by: By = NOBODY) -> None: ...
+    def keys(self, name: str) -> Sequence[Any]: ...
+    async def make_key(self, name: str, asked: object, by: By = NOBODY) -> Any: ...
+    async def revoke(self, found: str, by: By = NOBODY) -> None: ...
     async def audit(self, limit: int) -> list[Any]: ...
 
 
 class Reports(Protocol):
     """What tells of usage. Raises Refused."""
 
-    async def report(self, asked: Mapping[str, str]) -> dict[str, Any]: ...
+    async def report(self, asked: Mapping[str, str]) -> Any: ...
 
 
 class UserViews:
-    """The answers. ``answer`` makes a response of a value, a status and headers."""
+    """The answers. ``answer`` makes a response of a value, a status and headers; ``largest`` is the largest body in
+    bytes that is read."""
 
-    def __init__(self, administration: Administration, reports: Reports, answer: _Answer) -> None:
+    def __init__(self, administration: Administration, reports: Reports, answer: _Answer, largest: int) -> None:
         self._its = administration
         self._reports = reports
         self._answer = answer
+        self._largest = largest
 
-    def routes(self) -> list[web.RouteDef]:
-        """What is below ``/admin/``."""
-        user = "/users/{name}"
-        return [
-            web.get("/users", self.users),
-            web.get(user, self.user),
-            web.put(user, self.put),
-            web.patch(user, self.patch),
-            web.delete(user, self.delete),
-            web.get(user + "/keys", self.keys),
-            web.post(user + "/keys", self.make_key),
-            web.delete("/keys/{id}", self.revoke),
-            web.get("/audit", self.audit),
-            web.get("/usage", self.usage),
-        ]
-
-    def aibrix_routes(self) -> list[web.RouteDef]:
-        """AIBrix's metadata service has these at its top, whoever asks."""
-        return [
-            web.post("/CreateUser", self.create_user),
-            web.post("/ReadUser", self.read_user),
-            web.post("/UpdateUser", self.update_user),
-            web.post("/DeleteUser", self.delete_user),
-        ]
+    def operations(self) -> Sequence[Operation]:
+        """What may be done. AIBrix's metadata service has its own at the top, whoever asks."""
+        user, keys = "/admin/users/{name}", "/admin/users/{name}/keys"
+        shown = {200: Answer("The user.", "User", etag=True)}
+        written = shown | {201: Answer("The user, who was made.", "User", etag=True)}
+        gone = {204: Answer("It is gone.")}
+        aibrix = {200: Answer("What was done, and the user.", "AibrixAnswer")}
+        named = Body(schema="AibrixRequest", doc="The user.", largest=self._largest)
+        return (
+            Operation(
+                method="GET", path="/admin/users", handler=self.users, id="listUsers", doc="Users, by name.",
+                parameters=(_AFTER, _LIMIT), answers={200: Answer("The users.", each("User"))},
+            ),
+            Operation(
+                method="GET", path=user, handler=self.user, id="getUser", doc="One user.", parameters=(_NAME,),
+                answers=shown, refuses=(404,),
+            ),
+            Operation(
+                method="PUT", path=user, handler=self.put, id="putUser",
+                doc="Make a user, or write another's record anew. What is left out has its default.",
+                parameters=(_NAME, _IF_MATCH, _IF_NONE_MATCH, _ACTOR), answers=written, refuses=(404, 409, 412),
+                body=Body(schema="UserWritten", doc="The record.", largest=self._largest),
+            ),
+            Operation(
+                method="PATCH", path=user, handler=self.patch, id="patchUser",
+                doc="Change some fields, by JSON merge patch (RFC 7396).",
+                parameters=(_NAME, _IF_MATCH, _IF_NONE_MATCH, _ACTOR), answers=shown, refuses=(404, 409, 412),
+                body=Body(schema="UserPatch", doc="The fields; null takes one away.", largest=self._largest),
+            ),
+            Operation(
+                method="DELETE", path=user, handler=self.delete, id="deleteUser", doc="Delete a user, and all keys.",
+                parameters=(_NAME, _IF_MATCH, _IF_NONE_MATCH, _ACTOR), answers=gone, refuses=(404, 409, 412),
+            ),
+            Operation(
+                method="GET", path=keys, handler=self.keys, id="listKeys", doc="A user's keys, oldest first.",
+                parameters=(_NAME,), answers={200: Answer("The keys, without their texts.", each("Key"))},
+                refuses=(404,),
+            ),
+            Operation(
+                method="POST", path=keys, handler=self.make_key, id="makeKey", doc="Make a key.",
+                parameters=(_NAME, _ACTOR), refuses=(404, 409),
+                answers={201: Answer("The key; `key` is its text, which nobody can tell again.", "MadeKey")},
+                body=Body(schema="NewKey", doc="What is asked of it.", required=False, largest=self._largest),
+            ),
+            Operation(
+                method="DELETE", path="/admin/keys/{id}", handler=self.revoke, id="revokeKey", doc="Revoke a key.",
+                parameters=(Parameter("id", "path", "The key's id.", NAME), _ACTOR), answers=gone, refuses=(404,),
+            ),
+            Operation(
+                method="GET", path="/admin/audit", handler=self.audit, id="listChanges",
+                doc="The last changes of users and keys, newest first.", parameters=(_LIMIT,),
+                answers={200: Answer("The changes.", each("AuditEntry"))},
+            ),
+            Operation(
+                method="GET", path="/admin/usage", handler=self.usage, id="getUsage", doc="Sums of what was used.",
+                parameters=_REPORT, answers={200: Answer("The sums.", "Usage")},
+            ),
+            *(
+                Operation(
+                    method="POST", path=f"/{did}User", handler=handler, id=f"aibrix{did}User",
+                    doc=f"{did} a user, in AIBrix's form.", body=named, answers=aibrix, refuses=refuses,
+                    parameters=() if did == "Read" else (_ACTOR,),
+                )
+                for did, handler, refuses in (
+                    ("Create", self.create_user, (409,)), ("Read", self.read_user, (404,)),
+                    ("Update", self.update_user, (404, 409, 412)), ("Delete", self.delete_user, (404, 409, 412)),
+                )
+            ),
+        )  # fmt: skip
 
     async def users(self, request: web.Request) -> web.Response:
         return self._answer(self._its.users(request.query.get("after", ""), _limit(request)))
@@ -99,23 +186,26 @@ class UserViews:
         return self._shown(await self._its.user(request.match_info["name"]))
 
     async def put(self, request: web.Request) -> web.Response:
-        return self._shown(await self._its.put(request.match_info["name"], await _body(request), _expected(request)))
+        name, expected, by = request.match_info["name"], _expected(request), _by(request)
+        return self._shown(await self._its.put(name, await _body(request), expected, by))
 
     async def patch(self, request: web.Request) -> web.Response:
-        return self._shown(await self._its.patch(request.match_info["name"], await _body(request), _expected(request)))
+        name, expected, by = request.match_info["name"], _expected(request), _by(request)
+        return self._shown(await self._its.patch(name, await _body(request), expected, by))
 
     async def delete(self, request: web.Request) -> web.Response:
-        await self._its.delete(request.match_info["name"], _expected(request))
+        await self._its.delete(request.match_info["name"], _expected(request), _by(request))
         return self._answer(None, 204)
 
     async def keys(self, request: web.Request) -> web.Response:
         return self._answer(self._its.keys(request.match_info["name"]))
 
     async def make_key(self, request: web.Request) -> web.Response:
-        return self._answer(await self._its.make_key(request.match_info["name"], await _body(request, {})), 201)
+        name, by = request.match_info["name"], _by(request)
+        return self._answer(await self._its.make_key(name, await _body(request, {}), by), 201)
 
     async def revoke(self, request: web.Request) -> web.Response:
-        await self._its.revoke(request.match_info["id"])
+        await self._its.revoke(request.match_info["id"], _by(request))
         return self._answer(None, 204)
 
     async def audit(self, request: web.Request) -> web.Response:
@@ -132,7 +222,7 @@ class UserViews:
     async def create_user(self, request: web.Request) -> web.Response:
         name, limits = await _aibrix(request)
         try:
-            return self._told("Created", await self._its.put(name, limits, NONE))
+            return self._told("Created", await self._its.put(name, limits, NONE, _by(request)))
         except Refused as refused:
             if refused.refusal.status != 412:
                 raise
@@ -144,17 +234,18 @@ class UserViews:
 
     async def update_user(self, request: web.Request) -> web.Response:
         name, limits = await _aibrix(request)
-        return self._told("Updated", await self._its.patch(name, limits))
+        return self._told("Updated", await self._its.patch(name, limits, by=_by(request)))
 
     async def delete_user(self, request: web.Request) -> web.Response:
         name, _ = await _aibrix(request)
         shown = await self._its.user(name)
-        await self._its.delete(name)
+        await self._its.delete(name, by=_by(request))
         return self._told("Deleted", shown)
 
     def _told(self, what: str, shown: Shown) -> web.Response:
-        user = {key: shown.user[key] for key in ("name", "rpm", "tpm")}
-        return self._answer({"message": f"{what}: {user['name']}", "user": user})
+        user: AibrixUser = {"name": shown.user["name"], "rpm": shown.user["rpm"], "tpm": shown.user["tpm"]}
+        told: AibrixAnswer = {"message": f"{what}: {user['name']}", "user": user}
+        return self._answer(told)
 
 
 async def _body(request: web.Request, absent: object = msgspec.UNSET) -> Any:
@@ -190,6 +281,15 @@ def _expected(request: web.Request) -> str | None:
     if none.strip() != "*":
         raise Refused(invalid_value("if-none-match", "not '*'"))
     return NONE
+
+
+def _by(request: web.Request) -> By:
+    """Raises Refused."""
+    actor = request.headers.get(ACTOR, "")
+    if actor and not _ACTORS.fullmatch(actor):
+        raise Refused(invalid_value(ACTOR, "not 1 to 128 printable ASCII characters without outer spaces"))
+    # A Unix socket's peer has no address.
+    return By(actor, request.remote or request.headers.get(PEER) or "")
 
 
 def _limit(request: web.Request) -> int:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from .part import effective_yaml, masked
 from .problems import ConfigError
-from .reader import load, parse, user_of
+from .reader import load, parse, part_of, user_of
 from .schema import Config, Listen, PodConfig, PriceConfig
 
 __all__ = [
@@ -31,5 +31,6 @@ __all__ = [
     "load",
     "masked",
     "parse",
+    "part_of",
     "user_of",
 ]

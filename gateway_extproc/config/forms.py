@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from decimal import Decimal
 from typing import Any, Final
 from urllib.parse import urlsplit
@@ -39,12 +39,15 @@ class Form(msgspec.Struct, frozen=True):
     """What one value may be: ``read`` takes what YAML gave and returns what is kept, or raises ValueError with what
     was expected; ``show`` turns that back into what the file would say. ``kind`` is for the documentation.
 
+    ``schema`` is what JSON Schema can say of it: whatever ``read`` accepts, it accepts too.
+
     ``plain``: a variable's text is read as a YAML scalar first (otherwise it is taken as it is). ``path``: relative
     to the configuration file's folder. ``here``: the gateway itself reads that file, so it must be readable."""
 
     kind: str
     read: Callable[[Any], Any]
     show: Callable[[Any], Any] = lambda value: value
+    schema: Mapping[str, Any] = msgspec.field(default_factory=lambda: {"type": "string"})
     plain: bool = False
     secret: bool = False
     path: bool = False
@@ -138,7 +141,8 @@ def whole(low: int, high: int) -> Form:
             raise ValueError(f"expected a whole number from {low} to {high}")
         return value
 
-    return Form("whole number" + (f", {low} to {high}" if high < MAX_COUNT else ""), read, plain=True)
+    kind = "whole number" + (f", {low} to {high}" if high < MAX_COUNT else "")
+    return Form(kind, read, schema={"type": "integer", "minimum": low, "maximum": high}, plain=True)
 
 
 def one_of(*choices: str) -> Form:
@@ -149,7 +153,7 @@ def one_of(*choices: str) -> Form:
             raise ValueError(f"expected one of {', '.join(choices)}")
         return str(value)
 
-    return Form(f"one of {', '.join(f'`{choice}`' for choice in choices)}", read)
+    return Form(f"one of {', '.join(f'`{choice}`' for choice in choices)}", read, schema={"enum": [*choices]})
 
 
 def or_empty(form: Form) -> Form:
@@ -200,7 +204,9 @@ def _strategy(value: object) -> str:
     raise ValueError(f"expected a strategy ({known})")
 
 
-def _number(low: int, high: int) -> Callable[[object], int | float]:
+def number(kind: str, low: int, high: int) -> Form:
+    """A number from ``low`` to ``high``, with at most nine decimals."""
+
     def read(value: object) -> int | float:
         if not isinstance(value, int | float) or isinstance(value, bool):
             raise ValueError("expected a number")
@@ -208,7 +214,7 @@ def _number(low: int, high: int) -> Callable[[object], int | float]:
             raise ValueError(f"expected a number from {low} to {high}, with at most nine decimals")
         return value
 
-    return read
+    return Form(kind, read, schema={"type": "number", "minimum": low, "maximum": high}, plain=True)
 
 
 _CALENDAR: Final = ("day", "week", "month")
@@ -260,15 +266,19 @@ def _hidden(value: str) -> str:
 
 TEXT: Final = Form("text", _text)
 SOME: Final = Form("text", _some)
-BOOL: Final = Form("`true` or `false`", _bool, plain=True)
-NAME: Final = Form("name", _name)
-MODEL: Final = Form("model's name", _name)
-PATTERN: Final = Form("pattern", _some)
+BOOL: Final = Form("`true` or `false`", _bool, schema={"type": "boolean"}, plain=True)
+_NAMES: Final = {"type": "string", "minLength": 1, "maxLength": MAX_NAME}
+NAME: Final = Form("name", _name, schema=_NAMES)
+MODEL: Final = Form("model's name", _name, schema=_NAMES)
+PATTERN: Final = Form("pattern", _some, schema={"type": "string", "minLength": 1})
 COUNT: Final = whole(0, MAX_COUNT)
 #: A price for a million tokens, or (for a budget) dollars or tokens: to the nano-dollar.
-DOLLARS: Final = Form("number of dollars", _number(0, 1_000_000), plain=True)
-AMOUNT: Final = Form("number", _number(0, MAX_COUNT), plain=True)
-PERIOD: Final = Form("`day`, `week`, `month`, or a duration", _period, show=_show_period)
+DOLLARS: Final = number("number of dollars", 0, 1_000_000)
+AMOUNT: Final = number("number", 0, MAX_COUNT)
+PERIOD: Final = Form(
+    "`day`, `week`, `month`, or a duration", _period, show=_show_period,
+    schema={"type": "string", "pattern": "^(day|week|month|[0-9]+(\\.[0-9]+)?(ms|s|m|h))$"},
+)  # fmt: skip
 LISTENER: Final = address(any_port=True)
 FILE: Final = Form("file", _some, path=True, here=True)
 #: A file that Envoy reads, perhaps on another machine: whether it is there is not ours to say.

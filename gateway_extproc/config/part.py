@@ -102,8 +102,8 @@ def _setting(part: type, field: msgspec.structs.FieldInfo) -> Setting:
         hint, meta = get_args(hint)
     else:
         meta = _FIELDS[part, field.name]
-    optional = get_origin(hint) in (Union, types.UnionType)
-    if optional:
+    optional = types.NoneType in get_args(hint)
+    if get_origin(hint) in (Union, types.UnionType):
         hint = next(kind for kind in get_args(hint) if kind is not types.NoneType)
     many: Literal["", "[]", ".*"] = "[]" if get_origin(hint) is tuple else ".*" if get_origin(hint) is dict else ""
     if many:

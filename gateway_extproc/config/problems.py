@@ -28,12 +28,15 @@ Steps = tuple[str | int, ...]
 
 
 class Problem(msgspec.Struct, frozen=True):
-    """One thing that is wrong. ``line`` counts from 1; 0 where there is none (the environment, an unreadable file)."""
+    """One thing that is wrong. ``line`` counts from 1; 0 where there is none (the environment, an unreadable file).
+    ``path`` is where a reader of the file looks; ``field`` the value itself, which may be one that is missing there, or
+    should be."""
 
     file: str
     line: int
     path: str
     message: str
+    field: str = ""
 
     def __str__(self) -> str:
         where = f"{self.file}:{self.line}" if self.line else self.file

@@ -9,14 +9,14 @@ from, that none is reported which only follows from another, and a Config only w
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping
-from typing import Any, Final
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, Final, TypeVar
 
 import msgspec
 
 from ..core.directory import User
 from ..core.refusal import quoted
-from .checks import across, of_user
+from .checks import Found, Sound, across, of_user
 from .environment import overlay
 from .forms import NAME
 from .part import Setting, settings
@@ -26,6 +26,8 @@ from .source import MAX_FILE, Node, nodes
 
 #: Largest file that holds a secret, in bytes.
 MAX_SECRET: Final = 64 << 10
+
+_Part = TypeVar("_Part", bound=msgspec.Struct)
 
 #: What stands for a value that was wrong, and was reported.
 _WRONG: Final = object()
@@ -51,19 +53,31 @@ def load(path: str | os.PathLike[str], environ: Mapping[str, str] = os.environ) 
 
 def user_of(name: str, fields: Mapping[str, Any], teams: Collection[str], priced: bool) -> User:
     """A user's record from the fields of a request, by the same forms and in the same words as the file's. ``teams``
-    are those that there are; ``priced``: models have prices. Raises ConfigError, whose problems have a path, but no
-    file and no line."""
+    are those that there are; ``priced``: models have prices. Raises ConfigError as part_of."""
+    return part_of(
+        User, {**fields, "name": name}, lambda user, sound: of_user(user, (), teams, sound, priced=priced), "users[]"
+    )
+
+
+def part_of(
+    part: type[_Part],
+    fields: Mapping[str, Any],
+    check: Callable[[_Part, Sound], Found] = lambda found, sound: iter(()),
+    pattern: str = "",
+) -> _Part:
+    """A part from the fields of a request. ``check`` finds what is wrong between values that are right each by itself.
+    Raises ConfigError, whose problems have a path, but no file and no line."""
     reader = _Reader("")
     try:
-        reader.root = _node({**fields, "name": name})
-        user = msgspec.convert(reader.part(User, reader.root, (), "users[]"), User)
-        for path, message in of_user(user, (), teams, reader.sound, priced=priced):
+        reader.root = _node(fields)
+        found = msgspec.convert(reader.part(part, reader.root, (), pattern), part)
+        for path, message in check(found, reader.sound):
             reader.report(path, message)
     except Unreadable:
         pass
     if reader.problems:
         raise ConfigError(tuple(reader.problems))
-    return user
+    return found
 
 
 def _node(value: Any) -> Node:
@@ -96,7 +110,7 @@ class _Reader:
 
     def report_line(self, line: int, path: Steps, message: str) -> None:
         self.bad.add(path)
-        self.add(Problem(self.file, line, spell(path), message))
+        self.add(Problem(self.file, line, spell(path), message, spell(path)))
 
     def report_variable(self, name: str, message: str) -> None:
         self.add(Problem("environment", 0, name, message))
@@ -105,7 +119,7 @@ class _Reader:
         self.bad.add(path)
         mark = self.mark(path)
         if isinstance(mark, int):
-            self.add(Problem(self.file, mark, spell(path if shown is None else shown), message))
+            self.add(Problem(self.file, mark, spell(path if shown is None else shown), message, spell(path)))
         else:
             self.report_variable(mark, message)
 

@@ -30,6 +30,17 @@ class Conflict(Exception):
         self.version = version
 
 
+class By(msgspec.Struct, frozen=True):
+    """Who changes something, as far as that is known: the name that they gave, which proves nothing, and the address
+    they asked from."""
+
+    actor: str = ""
+    address: str = ""
+
+
+NOBODY: Final = By()
+
+
 class Change(msgspec.Struct, frozen=True):
     """A document was written or deleted."""
 

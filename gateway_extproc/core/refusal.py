@@ -10,12 +10,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Final
+from typing import Final, TypedDict
 
 import msgspec
 
 #: Longest piece of client input that a message repeats, in characters.
 QUOTED: Final = 64
+
+
+class ErrorDetail(TypedDict):
+    """What went wrong. ``code`` is for programs; ``param`` names what it is about, where that is known."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
+class Error(TypedDict):
+    """OpenAI's form of an error."""
+
+    error: ErrorDetail
 
 
 class Refusal(msgspec.Struct, frozen=True, kw_only=True):
@@ -39,8 +54,8 @@ class Refusal(msgspec.Struct, frozen=True, kw_only=True):
         """The JSON body: OpenAI's form, or Anthropic's for ``/v1/messages``."""
         if anthropic:
             return msgspec.json.encode({"type": "error", "error": {"type": self.type, "message": self.message}})
-        error = {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
-        return msgspec.json.encode({"error": error})
+        told: Error = {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
+        return msgspec.json.encode(told)
 
     def headers(self) -> dict[str, str]:
         """The headers that belong to the refusal itself (contract section 2)."""

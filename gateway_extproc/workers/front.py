@@ -20,6 +20,7 @@ from aiohttp import web
 from yarl import URL
 
 from ..adapters.admin import BODY, HEADERS, errors
+from ..adapters.admin_users import PEER
 from ..adapters.metrics import CONTENT_TYPE
 from ..config import Config, masked
 from ..core.refusal import Refusal
@@ -32,8 +33,11 @@ LONG_PATIENCE: Final = 10.0
 #: Headers that are not handed on: those that belong to a connection (RFC 9110, section 7.6.1), and what each side
 #: writes anew.
 _OUR_OWN: Final = frozenset(
-    {"connection", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade", "content-length", "date", "server"}
-)
+    {
+        "connection", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade", "content-length", "date", "server",
+        PEER,
+    }
+)  # fmt: skip
 
 #: What /readyz answers with; anything else is a worker that failed, and counts as one that does not answer.
 _READINESS: Final = (HTTPStatus.OK, HTTPStatus.SERVICE_UNAVAILABLE)
@@ -75,7 +79,7 @@ class Front:
             ("/admin/config", self._joined(lambda answers: self._shared(answers[0]))),
         ):
             app.router.add_get(path, handler)
-        app.router.add_route("*", "/{path:.*}", self._any)
+        app.router.add_route("*", r"/{path:[\s\S]*}", self._any)
         return app
 
     def ended(self, process: int) -> None:
@@ -146,6 +150,7 @@ def _own_page(configured: int, running: int, restarts: int) -> dict[str, Family]
 async def _ask(socket: Path, request: web.Request, body: bytes) -> Answer | None:
     """What the worker behind ``socket`` answers; None where it does not."""
     headers = {name: value for name, value in request.headers.items() if name.lower() not in _OUR_OWN}
+    headers[PEER] = request.remote or ""
     try:
         # A connection for each question: the next one may meet another process on the same socket.
         async with (

@@ -20,7 +20,7 @@ import uvloop
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway_extproc import __version__
+from gateway_extproc import __version__, admin_schemas
 from gateway_extproc.adapters import admin
 from gateway_extproc.adapters.admin import AdminState, create_app, is_loopback, may_ask, models_shown, pods_shown, start
 from gateway_extproc.adapters.admin_users import UserViews
@@ -42,6 +42,7 @@ PATHS = (
     "/admin/users",
     "/admin/audit",
     "/admin/usage",
+    "/admin/openapi.json",
 )
 
 
@@ -69,6 +70,7 @@ def a_state(token: str | None = None) -> AdminState:
         config=lambda: {"admin": {"token": "***"}},
         clock=lambda: 0.0,
         requests=lambda: {"200": 7},
+        schemas=admin_schemas.components,
     )
 
 
@@ -76,7 +78,7 @@ def nobody(records: MemoryRecords | None = None) -> UserViews:
     """Administration of no user yet."""
     administration = Administration(records or MemoryRecords(), now=lambda: 0.0, on_change=lambda: None)
     reports = UsageReports(Tally(), MemoryUsage(keep=3600), now=lambda: 0.0)
-    return UserViews(administration, reports, admin.answer)
+    return UserViews(administration, reports, admin.answer, admin.BODY)
 
 
 class Client:

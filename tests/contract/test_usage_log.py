@@ -17,7 +17,7 @@ from gateway_extproc.core.events import Outcome
 from gateway_extproc.core.refusal import Refused
 from gateway_extproc.core.store import StoreUnavailable
 from gateway_extproc.core.tally import HOUR, OTHERS, Group, Tally, UsageLog, Used
-from gateway_extproc.usage_reports import UsageReports
+from gateway_extproc.usage_reports import Report, UsageReports
 from tests.valkey import Valkey
 
 ALICE, BOB = Group("alice", "research", "m", "k1"), Group("bob", "", "m", "")
@@ -153,10 +153,8 @@ def reports(log: UsageLog) -> UsageReports:
     return UsageReports(made, log, now=lambda: NOW)
 
 
-def rows(report: dict[str, object], *names: str) -> list[tuple[object, ...]]:
-    found = report["usage"]
-    assert isinstance(found, list)
-    return [tuple(row[name] for name in names) for row in found]
+def rows(report: Report, *names: str) -> list[tuple[object, ...]]:
+    return [tuple(dict(row)[name] for name in names) for row in report["usage"]]
 
 
 async def test_a_report_is_of_the_last_day_by_user_and_model(reports: UsageReports) -> None:
