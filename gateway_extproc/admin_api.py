@@ -8,13 +8,20 @@ requests and answers, which is named here and defined in admin_schemas.py.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any, Final
 
 import msgspec
 
+from .core.records import By
+from .core.refusal import Refused, invalid_value
+
 JSON: Final = "application/json"
 JSON_LINES: Final = "application/jsonl"
+
+#: Largest file that is imported, in bytes: 100,000 users with a key each are 50 MB.
+FILE: Final = 256 << 20
 
 #: The name of a schema of admin_schemas.py, or a schema.
 Schema = str | Mapping[str, Any]
@@ -73,6 +80,26 @@ class Operation(msgspec.Struct, frozen=True, kw_only=True):
     seconds: float = 0.0
 
 
+#: Who asks, as the asker says: what HTTP carries as it is, and a list of changes shows on a line.
+_ACTOR: Final = "x-admin-actor"
+_ACTORS: Final = re.compile(r"[\x21-\x7e](?:[\x20-\x7e]{0,126}[\x21-\x7e])?")
+#: Whom the process in front of several workers has answered: theirs is a socket that only it can open.
+PEER: Final = "x-gateway-peer"
+
+ACTOR: Final = Parameter(
+    _ACTOR, "header", "Who asks: the audit list repeats it, and nothing believes it.",
+    {"type": "string", "pattern": f"^{_ACTORS.pattern}$"},
+)  # fmt: skip
+
+
+def who_asks(headers: Mapping[str, str], address: str | None) -> By:
+    """``address`` is the connection's; a Unix socket's has none. Raises Refused."""
+    actor = headers.get(_ACTOR, "")
+    if actor and not _ACTORS.fullmatch(actor):
+        raise Refused(invalid_value(_ACTOR, "not 1 to 128 printable ASCII characters without outer spaces"))
+    return By(actor, address or headers.get(PEER) or "")
+
+
 #: What a status says where the answer is in the one form of errors.
 REFUSALS: Final[Mapping[int, str]] = {
     400: "The request is wrong: `code` is `invalid_json` or `invalid_value`, and `param` names the field.",
@@ -80,8 +107,8 @@ REFUSALS: Final[Mapping[int, str]] = {
     403: "No token is configured, and the request is not this machine's own: `origin_not_allowed`.",
     404: "It does not exist: `user_not_found` or `key_not_found`.",
     409: "It can't be done as things are: `user_read_only` (the user is in the configuration file), `user_exists`, "
-    "`too_many_keys`, `record_unreadable`, `other_key_secret`.",
-    412: "Somebody else changed it meanwhile: `precondition_failed`.",
+    "`too_many_keys`, `record_unreadable`, `other_key_secret`, `transfer_running`.",
+    412: "Somebody else has changed it: `precondition_failed`.",
     413: "The body is too large: `request_too_large`.",
     500: "The gateway failed: `internal_error`.",
     503: "The store is away: `store_unavailable`; or no process of the gateway answers: `internal_error`.",

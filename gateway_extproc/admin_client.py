@@ -8,12 +8,13 @@ stderr with exit code 1, and that an admin side that is not to be had is exit co
 from __future__ import annotations
 
 import argparse
+import contextlib
 import getpass
 import json
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
@@ -22,8 +23,9 @@ from urllib.parse import quote, urlencode
 FINE: Final = 0
 USERS_ERROR: Final = 1
 UNAVAILABLE: Final = 3
-#: Seconds that an answer may take.
+#: Seconds that an answer may take, and an export or import.
 TIMEOUT: Final = 10.0
+TRANSFER: Final = 600.0
 URL: Final = "http://127.0.0.1:9090"
 #: Users that are asked for at a time.
 PAGE: Final = 1000
@@ -72,6 +74,19 @@ def add_commands(commands: Any) -> None:
     able.add_argument("--enable", dest="disabled", action="store_false", default=None, help="serve again")
     delete = users.add_parser("delete", parents=[common], help="delete a user and all keys")
     delete.add_argument("name")
+    export = users.add_parser("export", parents=[common], help="write all users and keys to a file, or stdout")
+    export.add_argument("file", type=Path, nargs="?", metavar="FILE", help="is replaced when all of it is there")
+    export.add_argument(
+        "--with-secret", action="store_true",
+        help="and the secret of the keys, which a store that lost it needs; keep the file like a password",
+    )  # fmt: skip
+    take_in = users.add_parser("import", parents=[common], help="make and change users and keys as a file says")
+    take_in.add_argument("file", type=Path, metavar="FILE", help="as exported; '-' is stdin")
+    take_in.add_argument("--dry-run", action="store_true", help="only say what would be done")
+    take_in.add_argument(
+        "--overwrite", action="store_true", help="also change who was changed since the file was exported"
+    )
+    take_in.add_argument("--without-keys", action="store_true", help="users only")
 
     key = commands.add_parser("key", help="administer API keys", description="Administer API keys.")
     keys = key.add_subparsers(dest="action", required=True, metavar="ACTION")
@@ -158,6 +173,63 @@ def _delete_user(args: argparse.Namespace) -> None:
     _tell(args, {}, f"user {args.name} is deleted")
 
 
+def _export_users(args: argparse.Namespace) -> None:
+    path = f"/admin/export?{urlencode({'secret': _switch(args.with_secret)})}"
+    if args.file is None:
+        with _asked(args, "GET", path, seconds=TRANSFER) as answer:
+            _copy(args, answer, sys.stdout.buffer)
+        sys.stdout.flush()
+        return
+    # Beside it first: what is there is not lost where the export fails, and nobody else may read a secret.
+    part = args.file.with_name(f"{args.file.name}.{os.getpid()}.part")
+    try:
+        with _asked(args, "GET", path, seconds=TRANSFER) as answer, open(part, "xb", opener=_private) as written:
+            _copy(args, answer, written)
+        os.replace(part, args.file)
+    except OSError as error:
+        raise Failed(USERS_ERROR, f"cannot write {args.file}: {error.strerror}") from None
+    finally:
+        part.unlink(missing_ok=True)
+    _tell(args, {"file": str(args.file)}, f"users and keys are in {args.file}")
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
+
+
+def _copy(args: argparse.Namespace, answer: Any, to: Any) -> None:
+    while chunk := _read(args, answer, 1 << 16):
+        to.write(chunk)
+
+
+def _import_users(args: argparse.Namespace) -> None:
+    from .admin_api import FILE
+
+    asked = {"dry_run": args.dry_run, "overwrite": args.overwrite, "keys": not args.without_keys}
+    path = f"/admin/import?{urlencode({name: _switch(value) for name, value in asked.items()})}"
+    # Who may not ask is told so now: while a file is sent nobody listens.
+    _ask(args, "GET", "/admin/users?limit=1")
+    try:
+        with (
+            contextlib.nullcontext(sys.stdin.buffer) if str(args.file) == "-" else open(args.file, "rb") as opened,
+        ):
+            if os.fstat(opened.fileno()).st_size > FILE:
+                raise Failed(USERS_ERROR, f"{args.file} is larger than {FILE} bytes")
+            with _asked(args, "POST", path, opened, "application/jsonl", TRANSFER) as answer:
+                done = json.loads(_read(args, answer))
+    except OSError as error:
+        raise Failed(USERS_ERROR, f"cannot read {args.file}: {error.strerror or error}") from None
+    if args.json:
+        _print_json(done)
+        return
+    rows = [(kind, *(str(done[kind][name]) for name in ("made", "changed", "unchanged"))) for kind in ("users", "keys")]
+    _print_table(("would be" if args.dry_run else "", "made", "changed", "unchanged"), rows)
+
+
+def _switch(value: bool) -> str:
+    return "true" if value else "false"
+
+
 def _make_key(args: argparse.Namespace) -> None:
     models = None if args.models == _NONE else args.models
     asked = {"name": args.name, "expires_in": args.expires_in, "models": models}
@@ -201,6 +273,8 @@ _ACTIONS: Final = {
     ("user", "get"): _get_user,
     ("user", "set"): _set_user,
     ("user", "delete"): _delete_user,
+    ("user", "export"): _export_users,
+    ("user", "import"): _import_users,
     ("key", "create"): _make_key,
     ("key", "list"): _list_keys,
     ("key", "revoke"): _revoke_key,
@@ -259,33 +333,54 @@ def _path(*parts: str) -> str:
 
 def _ask(args: argparse.Namespace, method: str, path: str, body: object = None) -> Any:
     """What the admin side answers. Raises Failed."""
+    with _asked(args, method, path, None if body is None else json.dumps(body).encode()) as answer:
+        text = _read(args, answer)
+    try:
+        return json.loads(text) if text else None
+    except ValueError:
+        raise Failed(UNAVAILABLE, f"what answers at {args.admin} is no gateway's admin side") from None
+
+
+@contextlib.contextmanager
+def _asked(
+    args: argparse.Namespace, method: str, path: str, body: Any = None, media: str = "application/json",
+    seconds: float = TIMEOUT,
+) -> Iterator[Any]:  # fmt: skip
+    """The admin side's answer, to be read. ``body``: bytes, or a file. Raises Failed."""
     # What other commands do without, and takes as long as all else that they import.
     import http.client
     import urllib.error
     import urllib.request
 
-    headers = {"content-type": "application/json"}
+    headers = {"content-type": media}
     if (operator := _operator()) is not None:
         headers["x-admin-actor"] = operator
     token = _token(args)
     if token:
         headers["authorization"] = f"Bearer {token}"
-    data = None if body is None else json.dumps(body).encode()
     try:
-        asked = urllib.request.Request(args.admin.rstrip("/") + path, data, headers, method=method)
+        asked = urllib.request.Request(args.admin.rstrip("/") + path, body, headers, method=method)
         # Whatever proxy is configured is for others: this is an address of one's own.
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        with opener.open(asked, timeout=TIMEOUT) as answer:
-            text = answer.read()
+        answer = opener.open(asked, timeout=seconds)
     except urllib.error.HTTPError as error:
         raise _Refused(error.code, _message(error.read(), error.code)) from None
     except (OSError, ValueError, http.client.HTTPException) as error:
         why = getattr(error, "reason", None) or error
         raise Failed(UNAVAILABLE, f"the admin side at {args.admin} does not answer: {why}") from None
+    with answer:
+        yield answer
+
+
+def _read(args: argparse.Namespace, answer: Any, most: int | None = None) -> bytes:
+    """So much of an answer, or all. Raises Failed where it ends too soon."""
+    import http.client
+
     try:
-        return json.loads(text) if text else None
-    except ValueError:
-        raise Failed(UNAVAILABLE, f"what answers at {args.admin} is no gateway's admin side") from None
+        found: bytes = answer.read(most)
+    except (OSError, http.client.HTTPException) as error:
+        raise Failed(UNAVAILABLE, f"the admin side at {args.admin} stopped before the end: {error}") from None
+    return found
 
 
 def _token(args: argparse.Namespace) -> str:

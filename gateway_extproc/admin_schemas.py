@@ -18,6 +18,7 @@ from .config.part import RECORDS, settings
 from .core.directory import Allowance, Limits, User
 from .core.refusal import Error
 from .usage_reports import Report
+from .user_file import Head, Imported, KeyLine
 
 _REF: Final = "#/components/schemas/{name}"
 _NULL: Final = {"type": "null"}
@@ -34,6 +35,7 @@ _TYPES: Final[dict[str, Any]] = {
     "AuditEntry": Entry,
     "Usage": Report,
     "AibrixAnswer": AibrixAnswer,
+    "Imported": Imported,
     "Error": Error,
 }
 
@@ -41,7 +43,11 @@ _TYPES: Final[dict[str, Any]] = {
 #: default; as a ``patch`` (RFC 7396), where null takes away.
 _Mode = Literal["shown", "written", "patch"]
 _SUFFIX: Final[dict[_Mode, str]] = {"shown": "", "written": "Written", "patch": "Patch"}
-_PARTS: Final[dict[type, str]] = {User: "User", Limits: "Limits", Allowance: "Budget", NewKey: "NewKey"}
+_PARTS: Final[dict[type, str]] = {
+    User: "User", Limits: "Limits", Allowance: "Budget", NewKey: "NewKey", KeyLine: "KeyRecord", Head: "FileHead",
+}  # fmt: skip
+#: Those that have one form in requests and answers.
+_ALIKE: Final = (Allowance, NewKey, KeyLine, Head)
 
 
 def components() -> dict[str, Any]:
@@ -51,7 +57,22 @@ def components() -> dict[str, Any]:
     schemas: dict[str, Any] = {names.get(kind, kind): _renamed(schema, names) for kind, schema in found.items()}
     for mode in _SUFFIX:
         _add(User, mode, schemas)
-    _add(NewKey, "written", schemas)
+    for part in (NewKey, KeyLine, Head):
+        _add(part, "written", schemas)
+    # The path names the user; a file does not.
+    schemas["UserWritten"]["required"] = []
+    schemas["FileLine"] = {
+        "description": "A line of the file: what is exported (the first one), a user, or a key.",
+        "anyOf": [
+            _only({"export": _ref("FileHead")}),
+            _only({
+                "user": {"allOf": [_ref("UserWritten"), {"required": ["name"]}]},
+                "version": {"description": "The record's version, as in `ETag`, when it was exported.",
+                            "anyOf": [{"type": "string"}, _NULL]},
+            }),
+            _only({"key": _ref("KeyRecord")}),
+        ],
+    }  # fmt: skip
     source = {"enum": ["store", "file"], "description": "Users of the configuration `file` are read-only here."}
     shown, written, patch = (schemas[f"User{suffix}"]["properties"] for suffix in _SUFFIX.values())
     shown["source"] = source
@@ -75,8 +96,8 @@ def components() -> dict[str, Any]:
 def _add(part: type[msgspec.Struct], mode: _Mode, schemas: dict[str, Any], *, top: bool = True) -> dict[str, str]:
     """A reference to the schema of a part, which is added with all that is in it. At the ``top`` of a request null
     stands for what is left out, wherever it is."""
-    name = _PARTS[part] + ("" if part in (Allowance, NewKey) else _SUFFIX[mode])
-    reference = {"$ref": _REF.format(name=name)}
+    name = _PARTS[part] + ("" if part in _ALIKE else _SUFFIX[mode])
+    reference = _ref(name)
     if name in schemas:
         return reference
     properties: dict[str, Any] = {}
@@ -92,10 +113,10 @@ def _add(part: type[msgspec.Struct], mode: _Mode, schemas: dict[str, Any], *, to
         elif setting.many:
             value = value if mode != "patch" else {"anyOf": [value, _NULL]}
             value = {"type": "object", "propertyNames": NAME.schema, "additionalProperties": value}
-        if setting.optional or (mode != "shown" and top) or mode == "patch":
+        if setting.optional or (mode != "shown" and top and not setting.required) or mode == "patch":
             value = {"anyOf": [value, _NULL]}
         properties[setting.name] = value | {"description": setting.doc}
-        if mode == "shown" or (setting.required and not top):
+        if mode == "shown" or (mode != "patch" and setting.required):
             required.append(setting.name)
     schemas[name] = {
         "type": "object",
@@ -105,6 +126,16 @@ def _add(part: type[msgspec.Struct], mode: _Mode, schemas: dict[str, Any], *, to
         "additionalProperties": False,
     }
     return reference
+
+
+def _ref(name: str) -> dict[str, str]:
+    return {"$ref": _REF.format(name=name)}
+
+
+def _only(properties: dict[str, Any]) -> dict[str, Any]:
+    """An object with these, of which the first must be there."""
+    required = [next(iter(properties))]
+    return {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
 
 
 def _prose(docstring: str) -> str:

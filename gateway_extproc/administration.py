@@ -13,7 +13,7 @@ import asyncio
 import contextlib
 import random
 import secrets
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Annotated, Any, Final, Literal, TypedDict, TypeVar
 
 import msgspec
@@ -26,7 +26,7 @@ from .core import admin_refusal as refusals
 from .core import keys
 from .core.directory import Directory, Limits, User
 from .core.keys import Key
-from .core.records import ANY, NOBODY, NONE, By, Change, Conflict, Kind, Records, version_of
+from .core.records import ANY, NOBODY, NONE, By, Change, Conflict, Kind, Records, Write, version_of
 from .core.refusal import Refused, invalid_json, invalid_value, quoted
 from .core.store import StoreUnavailable
 
@@ -71,20 +71,26 @@ def _key_name(value: object) -> str:
 
 
 _KEY_NAMED: Final = Form("text", _key_name, schema={"type": "string", "maxLength": KEY_NAME})
-_NAMED: Final = about("What lists call it.", _KEY_NAMED)
-_EXPIRES: Final = about("When it ends, in unix seconds. Absent: never.", whole(0, MAX_COUNT))
-_MODELS: Final = about("Models that it may be used for, of those that its user may use. Absent: all of them.", PATTERN)
 
 
-class NewKey(Part, frozen=True, kw_only=True):
+class KeyPart(Part, frozen=True, kw_only=True):
+    """What operators say of a key."""
+
+    name: Annotated[str, about("What lists call it.", _KEY_NAMED)] = ""
+    expires: Annotated[int | None, about("When it ends, in unix seconds. Absent: never.", whole(0, MAX_COUNT))] = None
+    models: Annotated[
+        tuple[str, ...] | None,
+        about("Models that it may be used for, of those that its user may use. Absent: all of them.", PATTERN),
+    ] = None
+
+
+class NewKey(KeyPart, frozen=True, kw_only=True):
     """What is asked of a new key."""
 
-    name: Annotated[str, _NAMED] = ""
-    expires: Annotated[int | None, _EXPIRES] = None
     expires_in: Annotated[
-        int | None, about("The same, in seconds from now. Only one of them may be given.", whole(1, MAX_COUNT))
+        int | None,
+        about("When it ends, in seconds from now; not beside `expires`.", whole(1, MAX_COUNT)),
     ] = None
-    models: Annotated[tuple[str, ...] | None, _MODELS] = None
 
 
 class KeyShown(TypedDict):
@@ -205,7 +211,7 @@ class Administration:
                 await asyncio.sleep(0)
         its_keys: dict[str, Key] = {}
         for at, (name, document) in enumerate(found.items(), 1):
-            if (key := _key(name, document)) is not None:
+            if (key := key_of(name, document)) is not None:
                 its_keys[name] = key
             if at % READ_AT_ONCE == 0:
                 await asyncio.sleep(0)
@@ -215,12 +221,15 @@ class Administration:
         self._renew()
 
     async def _read(self, change: Change) -> None:
-        self._take(change.kind, change.name, await self._records.get(change.kind, change.name))
+        found = await self._records.some(change.kind, change.names)
+        for name in change.names:
+            self._take(change.kind, name, found.get(name))
+        self._renew()
 
     def _take(self, kind: Kind, name: str, document: bytes | None) -> None:
-        """One document is now this; None: gone."""
+        """One document is now this; None: gone. Whoever calls renews the directory."""
         if kind == "key":
-            key = _key(name, document) if document is not None else None
+            key = key_of(name, document) if document is not None else None
             if key is not None:
                 self._keys[name] = key
             else:
@@ -235,12 +244,11 @@ class Administration:
                     self._users[name] = kept
                 else:
                     self._users.pop(name, None)
-        self._renew()
 
     def _user_of(self, name: str, document: bytes) -> User:
         """A record; one that can't be read (of a later version, say) stays as it was, or lets nobody in: what it
         limits is not known."""
-        return _user(name, document) or self._kept.get(name) or User(name=name, disabled=True)
+        return user_of_record(name, document) or self._kept.get(name) or User(name=name, disabled=True)
 
     # --- users --------------------------------------------------------------------------------------------------------
 
@@ -255,7 +263,7 @@ class Administration:
             fixed = self._fixed[name]
             return Shown(self._shown(fixed), version_of(msgspec.json.encode(fixed)))
         document = await self._asked_for("user", name)
-        user = _user(name, document) if document is not None else None
+        user = user_of_record(name, document) if document is not None else None
         if document is None or user is None:
             raise Refused(refusals.no_user(name))
         return Shown(self._shown(user), version_of(document))
@@ -263,7 +271,7 @@ class Administration:
     async def put(self, name: str, fields: object, expected: str | None = None, by: By = NOBODY) -> Shown:
         """Write a whole record. Raises Refused."""
         self._may_change(name)
-        user = self._record(name, fields)
+        user = self.record(name, fields)
         for _ in range(TRIES):
             before = await self._asked_for("user", name)
             if expected is not None:
@@ -286,7 +294,7 @@ class Administration:
         given = _object(changes)
         fields = _limited(_merged, there, given)
         # A team that is gone from the file is no reason to refuse another change.
-        user = self._record(name, fields, () if "team" in given else (there.get("team"),))
+        user = self.record(name, fields, () if "team" in given else (there.get("team"),))
         # What was read is what is changed: somebody else's change between is a conflict, which the caller sees.
         return await self._write(user, before, version_of(before) if expected in (None, ANY) else expected, by)
 
@@ -304,15 +312,20 @@ class Administration:
         await self._revoke_all(name, by)
 
     def _may_change(self, name: str) -> None:
-        if name in self._fixed:
-            raise Refused(refusals.read_only(name))
+        if self.is_fixed(name):
+            raise Refused(refusals.read_only([name]))
 
-    def _record(self, name: str, fields: object, teams: Iterable[str] = ()) -> User:
+    def is_fixed(self, name: str) -> bool:
+        """Whether a user is the configuration file's."""
+        return name in self._fixed
+
+    def record(self, name: str, fields: object, teams: Iterable[str] = ()) -> User:
+        """A user's record as it may be written. ``teams`` may be named beside those of the file. Raises Refused."""
         given = {key: value for key, value in _object(fields).items() if key not in ("source", "keys")}
         if given.get("name", name) != name:
             raise Refused(invalid_value("name", "another than in the path"))
         known = {team.name for team in self._config.teams} | {*teams}
-        return _right(user_of, name, given, known, bool(self._config.prices))
+        return right(user_of, name, given, known, bool(self._config.prices))
 
     async def _write(self, user: User, before: bytes | None, expected: str | None, by: By) -> Shown:
         document = msgspec.json.encode(user)
@@ -332,12 +345,12 @@ class Administration:
         if name not in self._users:
             raise Refused(refusals.no_user(name))
         found = sorted(self._keys_of(name), key=lambda key: (key.created, key.id))
-        return [_key_shown(key) for key in found]
+        return [key_shown(key) for key in found]
 
     async def make_key(self, name: str, asked: object, by: By = NOBODY) -> MadeKey:
         """A new key; ``key`` is its text, which nobody can tell again. Raises Refused."""
         await self.user(name)
-        wanted = _right(part_of, NewKey, _object(asked))
+        wanted = right(part_of, NewKey, _object(asked))
         now = int(self._now())
         expires = wanted.expires
         if wanted.expires_in is not None:
@@ -356,7 +369,7 @@ class Administration:
             id=found, user=name, hash=keys.hashed(self._pepper, text), created=now, name=wanted.name, expires=expires,
             models=wanted.models,
         )  # fmt: skip
-        shown = _key_shown(key)
+        shown = key_shown(key)
         entry = self._entry("make key", found, by, after=msgspec.json.encode(shown))
         await self._put("key", found, msgspec.json.encode(key), entry, NONE)
         try:
@@ -369,10 +382,10 @@ class Administration:
     async def revoke(self, found: str, by: By = NOBODY) -> None:
         """Raises Refused."""
         document = await self._asked_for("key", found)
-        key = _key(found, document) if document is not None else None
+        key = key_of(found, document) if document is not None else None
         if key is None:
             raise Refused(refusals.no_key(found))
-        entry = self._entry("revoke key", found, by, msgspec.json.encode(_key_shown(key)))
+        entry = self._entry("revoke key", found, by, msgspec.json.encode(key_shown(key)))
         await self._put("key", found, None, entry, None)
 
     async def _revoke_all(self, name: str, by: By) -> None:
@@ -381,7 +394,7 @@ class Administration:
         except StoreUnavailable as error:
             raise Refused(refusals.store_unavailable(_STAY)) from error
         for each, document in found.items():
-            key = _key(each, document)
+            key = key_of(each, document)
             if key is not None and key.user == name:
                 await self.revoke(each, by)
 
@@ -414,15 +427,30 @@ class Administration:
 
     async def _put(self, kind: Kind, name: str, document: bytes | None, entry: Entry, expected: str | None) -> None:
         try:
-            await self._records.put(kind, name, document, expected=expected, entry=msgspec.json.encode(entry))
+            await self.write(kind, [Write(name, document, msgspec.json.encode(entry), expected)])
         except Conflict as conflict:
             raise Refused(refusals.changed(name) if conflict.version else refusals.no_user(name)) from None
         except StoreUnavailable as error:
             raise Refused(refusals.store_unavailable(_STAY)) from error
-        self._take(kind, name, document)  # here at once: whoever wrote it may ask next
+
+    def written(self, kind: Kind, name: str, document: bytes, before: bytes | None, by: By) -> Write:
+        """A record that is to be in the place of ``before``, with its entry."""
+        if kind == "user":
+            entry = self._entry("put user", name, by, before, document)
+        else:
+            entry = self._entry("make key", name, by, _told(name, before), _told(name, document))
+        return Write(name, document, msgspec.json.encode(entry), NONE if before is None else version_of(before))
+
+    async def write(self, kind: Kind, writes: Sequence[Write]) -> None:
+        """Write documents, at most BATCH, in one step. Raises Conflict and StoreUnavailable."""
+        await self._records.write(kind, writes)
+        for write in writes:  # here at once: whoever wrote it may ask next
+            self._take(kind, write.name, write.document)
+        self._renew()
 
 
-def _user(name: str, document: bytes) -> User | None:
+def user_of_record(name: str, document: bytes) -> User | None:
+    """A user's record as it is kept; None for one that can't be read."""
     try:
         user = _USER.decode(document)
         for limits in (user, *user.per_model.values()):
@@ -433,7 +461,8 @@ def _user(name: str, document: bytes) -> User | None:
     return user if user.name == name else None
 
 
-def _key(name: str, document: bytes) -> Key | None:
+def key_of(name: str, document: bytes) -> Key | None:
+    """A key's record as it is kept; None for one that can't be read."""
     try:
         key = _KEY.decode(document)
     except msgspec.DecodeError:
@@ -442,7 +471,8 @@ def _key(name: str, document: bytes) -> Key | None:
     return key if key.id == name else None
 
 
-def _key_shown(key: Key) -> KeyShown:
+def key_shown(key: Key) -> KeyShown:
+    """A key as administrators see it."""
     return {
         "id": key.id,
         "user": key.user,
@@ -453,12 +483,18 @@ def _key_shown(key: Key) -> KeyShown:
     }
 
 
+def _told(name: str, document: bytes | None) -> bytes | None:
+    """A key as the audit list tells of it."""
+    key = key_of(name, document) if document is not None else None
+    return msgspec.json.encode(key_shown(key)) if key is not None else None
+
+
 def _raw(document: bytes | None) -> msgspec.Raw | msgspec.UnsetType:
     """A document for the audit list, which is to be bounded."""
     return msgspec.UNSET if document is None or len(document) > AUDITED_BYTES else msgspec.Raw(document)
 
 
-def _right(read: Callable[..., _Read], *given: Any) -> _Read:
+def right(read: Callable[..., _Read], *given: Any) -> _Read:
     """What ``read`` reads by the forms of the configuration; Refused with all that is wrong."""
     try:
         return _limited(read, *given)

@@ -26,6 +26,7 @@ import structlog
 
 from . import __version__, admin_schemas, logs
 from .adapters import admin, h2_server
+from .adapters.admin_file import FileViews
 from .adapters.admin_users import UserViews
 from .adapters.dns import Resolver, Watcher
 from .adapters.guarded import GuardedStore
@@ -56,6 +57,7 @@ from .services.rpc import Listener, PortInUse, Services
 from .services.xds import Endpoints, XdsServer
 from .sockets import reason
 from .usage_reports import UsageReports
+from .user_file import UserFile
 from .wire import extproc, resources, xds
 from .wire.resources import Cors, Resources
 
@@ -481,6 +483,7 @@ class Gateway:
                 schemas=admin_schemas.components,
             ),
             UserViews(self.administration, self._reports, admin.answer, admin.BODY),
+            FileViews(UserFile(self.administration, self._records, now=time.time), admin.answer, admin.HEADERS),
         )
 
     def readiness(self) -> tuple[bool, dict[str, Any]]:

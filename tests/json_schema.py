@@ -32,6 +32,9 @@ def wrong(value: Any, schema: Schema, components: Mapping[str, Schema], at: str 
             case "anyOf":
                 if all([*wrong(value, each, components, at)] for each in says):
                     yield f"{at}: none of those that may be"
+            case "allOf":
+                for each in says:
+                    yield from wrong(value, each, components, at)
             case "type":
                 if not isinstance(value, _TYPES[says]) or (isinstance(value, bool) and says != "boolean"):
                     yield f"{at}: {value!r} is not a {says}"
@@ -72,6 +75,9 @@ def matching(schema: Schema, components: Mapping[str, Schema]) -> st.SearchStrat
     """Values that match."""
     if "$ref" in schema:
         return matching(components[schema["$ref"].removeprefix("#/components/schemas/")], components)
+    if "allOf" in schema:  # the first, as far as it is all of them
+        first = matching(schema["allOf"][0], components)
+        return first.filter(lambda found: not [*wrong(found, schema, components)])
     if "anyOf" in schema:
         return st.one_of([matching(each, components) for each in schema["anyOf"]])
     if "enum" in schema or "const" in schema:

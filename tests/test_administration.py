@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
 from itertools import count
 from typing import Any
@@ -19,7 +19,7 @@ from gateway_extproc.administration import KEYS, Administration
 from gateway_extproc.config import Config, parse
 from gateway_extproc.core.identify import identify
 from gateway_extproc.core.keys import Key
-from gateway_extproc.core.records import ANY, NONE, By, Kind, Records
+from gateway_extproc.core.records import ANY, NONE, By, Kind, Records, Write
 from gateway_extproc.core.refusal import Refusal, Refused
 from gateway_extproc.core.store import Budget, StoreUnavailable
 from tests.valkey import Valkey
@@ -315,12 +315,11 @@ async def test_a_user_who_moves_from_the_file_to_the_records_keeps_the_keys(one:
 class Stubborn(MemoryRecords):
     """Keys cannot be deleted."""
 
-    async def put(
-        self, kind: Kind, name: str, document: bytes | None, *, expected: str | None = None, entry: bytes
-    ) -> None:
-        if kind == "key" and document is None:
+    async def write(self, kind: Kind, writes: Iterable[Write]) -> None:
+        found = [*writes]
+        if kind == "key" and any(write.document is None for write in found):
             raise StoreUnavailable("stubborn")
-        await super().put(kind, name, document, expected=expected, entry=entry)
+        await super().write(kind, found)
 
 
 async def test_a_user_whose_keys_cannot_be_revoked_is_not_deleted() -> None:

@@ -17,7 +17,7 @@ import hashlib
 import hmac
 import ipaddress
 import re
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib import resources
@@ -84,6 +84,18 @@ class Views(Protocol):
     """Further operations."""
 
     def operations(self) -> Sequence[Operation]: ...
+
+
+def lasting(handler: _Handler, seconds: float) -> _Handler:
+    """The same, on a connection that may be so many seconds older than others."""
+
+    async def lasting(request: web.Request) -> web.StreamResponse:
+        protocol = request.protocol
+        assert isinstance(protocol, _Connection)
+        protocol.lasts = seconds
+        return await handler(request)
+
+    return lasting
 
 
 # ---------------------------------------------------------------------------------------------------- what is shown
@@ -316,9 +328,9 @@ def _page() -> tuple[bytes, str]:
 class _Views:
     """The answers to what may be asked."""
 
-    def __init__(self, state: AdminState, users: Views) -> None:
+    def __init__(self, state: AdminState, further: Iterable[Views]) -> None:
         self._state = state
-        self.all = (*self.operations(), *users.operations())
+        self.all = (*self.operations(), *(operation for views in further for operation in views.operations()))
         self._page, self._policy = _page()
 
     async def page(self, _: web.Request) -> web.Response:
@@ -431,9 +443,9 @@ class _Views:
         return _refused(refusal, {"www-authenticate": 'Bearer realm="admin"'} if refusal.status == 401 else None)
 
 
-def create_app(state: AdminState, users: Views) -> web.Application:
-    """Everything that ``listen.http`` answers. ``users`` has the operations of administering."""
-    views = _Views(state, users)
+def create_app(state: AdminState, *further: Views) -> web.Application:
+    """Everything that ``listen.http`` answers. ``further`` have the operations of administering."""
+    views = _Views(state, further)
     admin = web.Application(middlewares=[views.guard])
     app = web.Application(middlewares=[errors], client_max_size=BODY)
     for operation in views.all:
@@ -441,7 +453,9 @@ def create_app(state: AdminState, users: Views) -> web.Application:
         path = re.sub(r"\{(\w+)\}", r"{\1:[^/]+}", operation.path)
         below = path.removeprefix("/admin")
         router = admin.router if below != path else app.router
-        handler = operation.handler if operation.open or below != path else views.guarded(operation.handler)
+        handler = lasting(operation.handler, operation.seconds) if operation.seconds else operation.handler
+        if not operation.open and below == path:
+            handler = views.guarded(handler)
         add = router.add_get if operation.method == "GET" else partial(router.add_route, operation.method)
         add(below, handler)
     app.add_subapp("/admin/", admin)
@@ -454,7 +468,7 @@ def create_app(state: AdminState, users: Views) -> web.Application:
 class _Connection(web.RequestHandler):
     """aiohttp's connection, with a bound on how many there are and how old each gets, and our form of errors."""
 
-    __slots__ = ("_connections", "_end")
+    __slots__ = ("_connections", "_end", "lasts")
 
     def __init__(self, server: web.Server, loop: asyncio.AbstractEventLoop, connections: set[_Connection]) -> None:
         super().__init__(
@@ -466,6 +480,8 @@ class _Connection(web.RequestHandler):
         )
         self._connections = connections
         self._end: asyncio.TimerHandle | None = None
+        #: Seconds that the request which is answered may take beyond the connection's age.
+        self.lasts = 0.0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
@@ -481,9 +497,9 @@ class _Connection(web.RequestHandler):
         # An answer that is being made, or that is written already, still gets LAST_BYTES.
         if self._current_request is None:
             self.force_close()
-        else:
+        elif not self.lasts:  # what is closed receives no more, and a long request may still be sent
             self.close()
-        self._end = asyncio.get_running_loop().call_later(LAST_BYTES, transport.abort)
+        self._end = asyncio.get_running_loop().call_later(self.lasts or LAST_BYTES, transport.abort)
 
     def connection_lost(self, exc: BaseException | None) -> None:
         self._connections.discard(self)

@@ -14,7 +14,7 @@ from typing import Any, Final, Protocol, TypedDict
 import msgspec
 from aiohttp import web
 
-from ..admin_api import NAME, TEXT, Answer, Body, Operation, Parameter, each
+from ..admin_api import ACTOR, NAME, TEXT, Answer, Body, Operation, Parameter, each, who_asks
 from ..core.admin_refusal import user_exists
 from ..core.records import ANY, NOBODY, NONE, By
 from ..core.refusal import Refused, invalid_json, invalid_value
@@ -26,12 +26,6 @@ PAGE: Final = 1000
 _VERSION: Final = re.compile(r"[0-9a-f]{40}")
 _NO_VERSION: Final = "?"
 
-#: Who asks, as the asker says: what HTTP carries as it is, and a list of changes shows on a line.
-ACTOR: Final = "x-admin-actor"
-_ACTORS: Final = re.compile(r"[\x21-\x7e](?:[\x20-\x7e]{0,126}[\x21-\x7e])?")
-#: Whom the process in front of several workers has answered: theirs is a socket that only it can open.
-PEER: Final = "x-gateway-peer"
-
 _Answer = Callable[..., web.Response]
 
 _AFTER: Final = Parameter("after", "query", "The name behind which to begin.", TEXT)
@@ -41,10 +35,6 @@ _LIMIT: Final = Parameter(
 _NAME: Final = Parameter("name", "path", "The user's name.", NAME)
 _IF_MATCH: Final = Parameter("If-Match", "header", "The `ETag` that must be there; `*` is any.")
 _IF_NONE_MATCH: Final = Parameter("If-None-Match", "header", "`*`: nothing may be there.", {"const": "*"})
-_ACTOR: Final = Parameter(
-    ACTOR, "header", "Who asks: the audit list repeats it, and nothing believes it.",
-    {"type": "string", "pattern": f"^{_ACTORS.pattern}$"},
-)  # fmt: skip
 _REPORT: Final = (
     *(Parameter(name, "query", f"Of this {name} only.") for name in ("user", "team", "model", "key")),
     Parameter("from", "query", "Unix seconds, or ISO 8601. 24 hours before the end."),
@@ -129,18 +119,18 @@ class UserViews:
             Operation(
                 method="PUT", path=user, handler=self.put, id="putUser",
                 doc="Make a user, or write another's record anew. What is left out has its default.",
-                parameters=(_NAME, _IF_MATCH, _IF_NONE_MATCH, _ACTOR), answers=written, refuses=(404, 409, 412),
+                parameters=(_NAME, _IF_MATCH, _IF_NONE_MATCH, ACTOR), answers=written, refuses=(404, 409, 412),
                 body=Body(schema="UserWritten", doc="The record.", largest=self._largest),
             ),
             Operation(
                 method="PATCH", path=user, handler=self.patch, id="patchUser",
                 doc="Change some fields, by JSON merge patch (RFC 7396).",
-                parameters=(_NAME, _IF_MATCH, _IF_NONE_MATCH, _ACTOR), answers=shown, refuses=(404, 409, 412),
+                parameters=(_NAME, _IF_MATCH, _IF_NONE_MATCH, ACTOR), answers=shown, refuses=(404, 409, 412),
                 body=Body(schema="UserPatch", doc="The fields; null takes one away.", largest=self._largest),
             ),
             Operation(
                 method="DELETE", path=user, handler=self.delete, id="deleteUser", doc="Delete a user, and all keys.",
-                parameters=(_NAME, _IF_MATCH, _IF_NONE_MATCH, _ACTOR), answers=gone, refuses=(404, 409, 412),
+                parameters=(_NAME, _IF_MATCH, _IF_NONE_MATCH, ACTOR), answers=gone, refuses=(404, 409, 412),
             ),
             Operation(
                 method="GET", path=keys, handler=self.keys, id="listKeys", doc="A user's keys, oldest first.",
@@ -149,13 +139,13 @@ class UserViews:
             ),
             Operation(
                 method="POST", path=keys, handler=self.make_key, id="makeKey", doc="Make a key.",
-                parameters=(_NAME, _ACTOR), refuses=(404, 409),
+                parameters=(_NAME, ACTOR), refuses=(404, 409),
                 answers={201: Answer("The key; `key` is its text, which nobody can tell again.", "MadeKey")},
                 body=Body(schema="NewKey", doc="What is asked of it.", required=False, largest=self._largest),
             ),
             Operation(
                 method="DELETE", path="/admin/keys/{id}", handler=self.revoke, id="revokeKey", doc="Revoke a key.",
-                parameters=(Parameter("id", "path", "The key's id.", NAME), _ACTOR), answers=gone, refuses=(404,),
+                parameters=(Parameter("id", "path", "The key's id.", NAME), ACTOR), answers=gone, refuses=(404,),
             ),
             Operation(
                 method="GET", path="/admin/audit", handler=self.audit, id="listChanges",
@@ -170,7 +160,7 @@ class UserViews:
                 Operation(
                     method="POST", path=f"/{did}User", handler=handler, id=f"aibrix{did}User",
                     doc=f"{did} a user, in AIBrix's form.", body=named, answers=aibrix, refuses=refuses,
-                    parameters=() if did == "Read" else (_ACTOR,),
+                    parameters=() if did == "Read" else (ACTOR,),
                 )
                 for did, handler, refuses in (
                     ("Create", self.create_user, (409,)), ("Read", self.read_user, (404,)),
@@ -285,11 +275,7 @@ def _expected(request: web.Request) -> str | None:
 
 def _by(request: web.Request) -> By:
     """Raises Refused."""
-    actor = request.headers.get(ACTOR, "")
-    if actor and not _ACTORS.fullmatch(actor):
-        raise Refused(invalid_value(ACTOR, "not 1 to 128 printable ASCII characters without outer spaces"))
-    # A Unix socket's peer has no address.
-    return By(actor, request.remote or request.headers.get(PEER) or "")
+    return who_asks(request.headers, request.remote)
 
 
 def _limit(request: web.Request) -> int:

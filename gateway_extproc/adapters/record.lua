@@ -1,20 +1,26 @@
--- Write one document, its line in the audit list, and the news of it; or change nothing.
+-- Write documents, their entries in the audit list, and the news of them; or change nothing.
 --
--- KEYS[1]: the hash of all documents of a kind, KEYS[2]: the audit list, KEYS[3]: the stream of changes. ARGV: the
--- document's name, the version that is expected ('*': whichever, '': none, '-': no matter), the document ('': delete
--- it), the audit entry, how many of those are kept, the change, how many of those are kept. Returns 'ok', or what follows
--- a '!': the version that is there.
+-- KEYS[1]: the hash of all documents of a kind, KEYS[2]: the audit list, KEYS[3]: the stream of changes. ARGV: how many
+-- audit entries are kept, the change, how many of those are kept; then for each document its name, the version that is
+-- expected ('*': whichever, '': none, '-': no matter), its text ('': delete it) and its audit entry. Returns 'ok', or of
+-- the first that is not as expected its place, from 0, a '!', and the version that is there.
 
-local there = redis.call('HGET', KEYS[1], ARGV[1])
-local version = there and redis.sha1hex(there) or ''
-local expected = ARGV[2]
-if expected ~= '-' and expected ~= version and not (expected == '*' and there) then return '!' .. version end
-if ARGV[3] == '' then
-  redis.call('HDEL', KEYS[1], ARGV[1])
-else
-  redis.call('HSET', KEYS[1], ARGV[1], ARGV[3])
+for at = 4, #ARGV, 4 do
+  local there = redis.call('HGET', KEYS[1], ARGV[at])
+  local version = there and redis.sha1hex(there) or ''
+  local expected = ARGV[at + 1]
+  if expected ~= '-' and expected ~= version and not (expected == '*' and there) then
+    return (at - 4) / 4 .. '!' .. version
+  end
 end
-redis.call('LPUSH', KEYS[2], ARGV[4])
-redis.call('LTRIM', KEYS[2], 0, ARGV[5] - 1)
-redis.call('XADD', KEYS[3], 'MAXLEN', ARGV[7], '*', 'change', ARGV[6])
+for at = 4, #ARGV, 4 do
+  if ARGV[at + 2] == '' then
+    redis.call('HDEL', KEYS[1], ARGV[at])
+  else
+    redis.call('HSET', KEYS[1], ARGV[at], ARGV[at + 2])
+  end
+  redis.call('LPUSH', KEYS[2], ARGV[at + 3])
+end
+redis.call('LTRIM', KEYS[2], 0, ARGV[1] - 1)
+redis.call('XADD', KEYS[3], 'MAXLEN', ARGV[3], '*', 'change', ARGV[2])
 return 'ok'

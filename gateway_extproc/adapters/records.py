@@ -12,13 +12,13 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections import deque
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from importlib import resources
 from typing import Final, cast
 
 import msgspec
 
-from ..core.records import ANY, AUDITED, NONE, Change, Conflict, Kind, version_of
+from ..core.records import ANY, AUDITED, NONE, Change, Conflict, Kind, Write, version_of
 from ..core.store import StoreUnavailable
 from ..redis_client import asked, redis_client
 
@@ -39,6 +39,14 @@ UNREAD: Final = 1000
 _PEPPER_BYTES: Final = 32
 _NO_MATTER: Final = "-"
 _CHANGE: Final = msgspec.json.Decoder(Change)
+#: Sets the secret where there are no keys, and has every gateway look at everything. KEYS: the hash of all keys, the
+#: secret, the stream of changes; ARGV: the secret, how many changes are kept.
+_RESTORE: Final = """
+if redis.call('HLEN', KEYS[1]) > 0 then return 0 end
+redis.call('SET', KEYS[2], ARGV[1])
+redis.call('XADD', KEYS[3], 'MAXLEN', ARGV[2], '*', 'change', 'all')
+return 1
+"""
 
 
 class RedisRecords:
@@ -49,6 +57,7 @@ class RedisRecords:
         self._at = f"{prefix}{SCHEMA}:{{directory}}:"
         self._full = full
         self._put = self._redis.register_script(resources.files(__package__).joinpath("record.lua").read_bytes())
+        self._restore = self._redis.register_script(_RESTORE)
 
     async def get(self, kind: Kind, name: str) -> bytes | None:
         return cast("bytes | None", await asked(self._redis.hget(self._at + kind, _packed(name))))
@@ -65,14 +74,24 @@ class RedisRecords:
     async def put(
         self, kind: Kind, name: str, document: bytes | None, *, expected: str | None = None, entry: bytes
     ) -> None:
+        await self.write(kind, [Write(name, document, entry, expected)])
+
+    async def some(self, kind: Kind, names: Sequence[str]) -> dict[str, bytes]:
+        found = await asked(self._redis.hmget(self._at + kind, [_packed(name) for name in names]))
+        return {name: document for name, document in zip(names, found, strict=True) if document is not None}
+
+    async def write(self, kind: Kind, writes: Iterable[Write]) -> None:
+        found = [*writes]
         keys = [self._at + kind, self._at + "audit", self._at + "changes"]
-        arguments: list[str | bytes | int] = [
-            _packed(name), _NO_MATTER if expected is None else expected, document or b"", entry, AUDITED,
-            msgspec.json.encode(Change(kind, name)), CHANGES,
-        ]  # fmt: skip
+        change = Change(kind, tuple([write.name for write in found]))
+        arguments: list[str | bytes | int] = [AUDITED, msgspec.json.encode(change), CHANGES]
+        for write in found:
+            expected = _NO_MATTER if write.expected is None else write.expected
+            arguments += [_packed(write.name), expected, write.document or b"", write.entry]
         answer = await asked(self._put(keys, arguments))
         if answer != b"ok":
-            raise Conflict(answer[1:].decode())
+            at, _, version = answer.decode().partition("!")
+            raise Conflict(found[int(at)].name, version)
 
     async def audit(self, limit: int) -> list[bytes]:
         return cast("list[bytes]", await asked(self._redis.lrange(self._at + "audit", 0, limit - 1)))
@@ -84,6 +103,10 @@ class RedisRecords:
         if not found:
             raise StoreUnavailable("what was written is not there")
         return cast(bytes, found)
+
+    async def restore_pepper(self, pepper: bytes) -> bool:
+        keys = [self._at + "key", self._at + "pepper", self._at + "changes"]
+        return bool(await asked(self._restore(keys, [pepper, CHANGES])))
 
     async def changes(self) -> AsyncGenerator[Change | None, None]:
         loop, stream = asyncio.get_running_loop(), self._at + "changes"
@@ -119,7 +142,7 @@ class MemoryRecords:
         self._documents: dict[tuple[Kind, str], bytes] = {}
         self._audit: deque[bytes] = deque(maxlen=AUDITED)
         self._pepper = secrets.token_bytes(_PEPPER_BYTES)
-        self._followers: set[asyncio.Queue[Change]] = set()
+        self._followers: set[asyncio.Queue[Change | None]] = set()
 
     async def get(self, kind: Kind, name: str) -> bytes | None:
         return self._documents.get((kind, name))
@@ -130,18 +153,31 @@ class MemoryRecords:
     async def put(
         self, kind: Kind, name: str, document: bytes | None, *, expected: str | None = None, entry: bytes
     ) -> None:
-        there = self._documents.get((kind, name))
-        version = NONE if there is None else version_of(there)
-        if expected is not None and expected != version and not (expected == ANY and there is not None):
-            raise Conflict(version)
-        if document is None:
-            self._documents.pop((kind, name), None)
-        else:
-            self._documents[kind, name] = document
-        self._audit.appendleft(entry)
+        await self.write(kind, [Write(name, document, entry, expected)])
+
+    async def some(self, kind: Kind, names: Sequence[str]) -> dict[str, bytes]:
+        return {name: document for name in names if (document := self._documents.get((kind, name))) is not None}
+
+    async def write(self, kind: Kind, writes: Iterable[Write]) -> None:
+        found = [*writes]
+        for write in found:
+            there = self._documents.get((kind, write.name))
+            version = NONE if there is None else version_of(there)
+            whichever = write.expected is None or (write.expected == ANY and there is not None)
+            if not whichever and write.expected != version:
+                raise Conflict(write.name, version)
+        for write in found:
+            if write.document is None:
+                self._documents.pop((kind, write.name), None)
+            else:
+                self._documents[kind, write.name] = write.document
+            self._audit.appendleft(write.entry)
+        self._tell(Change(kind, tuple([write.name for write in found])))
+
+    def _tell(self, change: Change | None) -> None:
         for follower in self._followers:
             if not follower.full():
-                follower.put_nowait(Change(kind, name))
+                follower.put_nowait(change)
 
     async def audit(self, limit: int) -> list[bytes]:
         return [*self._audit][:limit]
@@ -149,8 +185,15 @@ class MemoryRecords:
     async def pepper(self) -> bytes:
         return self._pepper
 
+    async def restore_pepper(self, pepper: bytes) -> bool:
+        if any(kind == "key" for kind, _ in self._documents):
+            return False
+        self._pepper = pepper
+        self._tell(None)
+        return True
+
     async def changes(self) -> AsyncGenerator[Change | None, None]:
-        unread: asyncio.Queue[Change] = asyncio.Queue(UNREAD)
+        unread: asyncio.Queue[Change | None] = asyncio.Queue(UNREAD)
         self._followers.add(unread)
         try:
             yield None

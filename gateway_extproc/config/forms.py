@@ -236,7 +236,8 @@ def _show_period(period: str) -> str:
     return period if period in _CALENDAR else show_duration(int(period.removesuffix("s")))
 
 
-def _matching(pattern: str, expected: str) -> Callable[[object], str]:
+def matching(pattern: str, expected: str) -> Callable[[object], str]:
+    """What reads text that a pattern matches whole, for a form; ``expected`` says what that is."""
     compiled = re.compile(pattern)
 
     def read(value: object) -> str:
@@ -288,24 +289,24 @@ SECRET_FILE: Final = or_empty(Form("file", _some, path=True))
 SECRET: Final = or_empty(
     Form(
         "secret",
-        _matching(r"[\x21-\x7e]{1,4096}", "expected printable ASCII without spaces, at most 4096 characters"),
+        matching(r"[\x21-\x7e]{1,4096}", "expected printable ASCII without spaces, at most 4096 characters"),
         show=_hidden,
         secret=True,
     )
 )
 URL: Final = or_empty(Form("URL", _url, show=mask_url, secret=True))
 STRATEGY: Final = Form("strategy", _strategy)
-HOST: Final = Form("host name", _matching(HOST_NAME.pattern, "expected a host name in lower case"))
+HOST: Final = Form("host name", matching(HOST_NAME.pattern, "expected a host name in lower case"))
 PREFIX: Final = Form(
     "path",
-    _matching(r"(?:/[A-Za-z0-9._~!$&'()*+,;=:@%-]+)+", "expected a path that begins, but does not end, with '/'"),
+    matching(r"(?:/[A-Za-z0-9._~!$&'()*+,;=:@%-]+)+", "expected a path that begins, but does not end, with '/'"),
 )
 ORIGIN: Final = Form(
     "origin",
-    _matching(r"\*|[a-z][a-z0-9+.-]*://[^/?#\s]+", "expected '*' or an origin such as https://example.com"),
+    matching(r"\*|[a-z][a-z0-9+.-]*://[^/?#\s]+", "expected '*' or an origin such as https://example.com"),
 )
-HEADER: Final = Form("header's name", _matching(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+", "expected a header's name or '*'"))
+HEADER: Final = Form("header's name", matching(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+", "expected a header's name or '*'"))
 STORE_PREFIX: Final = Form(
     "text",
-    _matching(r"[\x21-\x7a|~]{0,64}", "expected at most 64 printable ASCII characters without spaces or braces"),
+    matching(r"[\x21-\x7a|~]{0,64}", "expected at most 64 printable ASCII characters without spaces or braces"),
 )

@@ -8,7 +8,7 @@ out what is in a document (administration.py).
 from __future__ import annotations
 
 import hashlib
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from typing import Final, Literal, Protocol
 
 import msgspec
@@ -21,13 +21,28 @@ ANY: Final = "*"
 NONE: Final = ""
 
 
-class Conflict(Exception):
-    """The document is not as the caller expected, and nothing was changed. ``version`` is its own; "": it is not
-    there."""
+#: Documents that are written, or asked for, in one step at most: what a store does in a few milliseconds.
+BATCH: Final = 100
 
-    def __init__(self, version: str) -> None:
-        super().__init__(version)
+
+class Conflict(Exception):
+    """The document ``name`` is not as the caller expected, and nothing was changed. ``version`` is its own; "": it is
+    not there."""
+
+    def __init__(self, name: str, version: str) -> None:
+        super().__init__(name, version)
+        self.name = name
         self.version = version
+
+
+class Write(msgspec.Struct, frozen=True):
+    """A document that is to be, or (None) to be deleted; its entry in the audit list; and what is expected to be there:
+    a version, ANY for whichever, NONE for none, None for no matter."""
+
+    name: str
+    document: bytes | None
+    entry: bytes
+    expected: str | None = None
 
 
 class By(msgspec.Struct, frozen=True):
@@ -42,10 +57,10 @@ NOBODY: Final = By()
 
 
 class Change(msgspec.Struct, frozen=True):
-    """A document was written or deleted."""
+    """Documents that were written or deleted, at most BATCH."""
 
     kind: Kind
-    name: str
+    names: tuple[str, ...]
 
 
 def version_of(document: bytes) -> str:
@@ -64,11 +79,19 @@ class Records(Protocol):
         """All documents of a kind by name. What is written meanwhile may be missing; then ``changes`` tells of it."""
         ...
 
+    async def some(self, kind: Kind, names: Sequence[str]) -> dict[str, bytes]:
+        """Those of these documents, at most BATCH, that are there."""
+        ...
+
+    async def write(self, kind: Kind, writes: Iterable[Write]) -> None:
+        """Write documents, at most BATCH and each once, with their entries, in one step: all of them or none. Raises
+        Conflict for the first that is not as expected."""
+        ...
+
     async def put(
         self, kind: Kind, name: str, document: bytes | None, *, expected: str | None = None, entry: bytes
     ) -> None:
-        """Write a document, or delete it (None), and append ``entry`` to the audit list, in one step. ``expected``:
-        the version that must be there, ANY for whichever, NONE for none, None for no matter. Raises Conflict."""
+        """Write a single one. Raises Conflict."""
         ...
 
     async def audit(self, limit: int) -> list[bytes]:
@@ -77,6 +100,10 @@ class Records(Protocol):
 
     async def pepper(self) -> bytes:
         """The secret that keys are hashed with: made once, the same for all gateways."""
+        ...
+
+    async def restore_pepper(self, pepper: bytes) -> bool:
+        """Let this be the secret, unless there are keys, which it would end: whether it is now."""
         ...
 
     def changes(self) -> AsyncGenerator[Change | None, None]:

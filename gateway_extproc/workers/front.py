@@ -8,7 +8,8 @@ listening (adapters/admin.py) and who is running (supervisor.py).
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
 from http import HTTPStatus
 from pathlib import Path
 from types import MappingProxyType
@@ -19,9 +20,10 @@ import msgspec
 from aiohttp import web
 from yarl import URL
 
-from ..adapters.admin import BODY, HEADERS, errors
-from ..adapters.admin_users import PEER
+from ..adapters.admin import BODY, HEADERS, errors, lasting
+from ..adapters.admin_file import SECONDS
 from ..adapters.metrics import CONTENT_TYPE
+from ..admin_api import PEER
 from ..config import Config, masked
 from ..core.refusal import Refusal
 from .merge import Family, Totals, merge_models, merge_overview, merge_pages, merge_pods, merge_readiness, render_page
@@ -79,6 +81,9 @@ class Front:
             ("/admin/config", self._joined(lambda answers: self._shared(answers[0]))),
         ):
             app.router.add_get(path, handler)
+        # Those that are long are handed on as they come.
+        for method, path in (("GET", "/admin/export"), ("POST", "/admin/import")):
+            app.router.add_route(method, path, lasting(self._stream, SECONDS))
         app.router.add_route("*", r"/{path:[\s\S]*}", self._any)
         return app
 
@@ -129,6 +134,26 @@ class Front:
                 return _response(answer)
         return _response(None)
 
+    async def _stream(self, request: web.Request) -> web.StreamResponse:
+        socket = next(iter(self._running().values()), None)
+        if socket is None:
+            return _response(None)
+        response: web.StreamResponse | None = None
+        try:
+            async with _asked(socket, request, request.content, SECONDS) as answer:
+                headers = {name: value for name, value in answer.headers.items() if name.lower() not in _OUR_OWN}
+                response = web.StreamResponse(status=answer.status, headers={**headers, **HEADERS})
+                response.force_close()
+                await response.prepare(request)
+                async for chunk in answer.content.iter_any():
+                    await response.write(chunk)
+        except (aiohttp.ClientError, OSError, TimeoutError):
+            if response is None:
+                return _response(None)
+            raise  # half an answer is no answer: the connection ends
+        await response.write_eof()
+        return response
+
     async def _all(self, request: web.Request) -> dict[int, Answer]:
         running = self._running()
         answers = await asyncio.gather(*(_ask(socket, request, b"") for socket in running.values()))
@@ -147,27 +172,37 @@ def _own_page(configured: int, running: int, restarts: int) -> dict[str, Family]
     return {row[0]: family(*row) for row in table}
 
 
-async def _ask(socket: Path, request: web.Request, body: bytes) -> Answer | None:
-    """What the worker behind ``socket`` answers; None where it does not."""
+@asynccontextmanager
+async def _asked(
+    socket: Path, request: web.Request, body: bytes | aiohttp.StreamReader | None, patience: float
+) -> AsyncIterator[aiohttp.ClientResponse]:
+    """The answer of the worker behind ``socket``, within so many seconds."""
     headers = {name: value for name, value in request.headers.items() if name.lower() not in _OUR_OWN}
     headers[PEER] = request.remote or ""
+    # A connection for each question: the next one may meet another process on the same socket.
+    async with (
+        aiohttp.ClientSession(
+            connector=aiohttp.UnixConnector(str(socket), force_close=True),
+            timeout=aiohttp.ClientTimeout(total=patience),
+            auto_decompress=False,
+            skip_auto_headers=("user-agent", "accept", "accept-encoding", "content-type"),
+        ) as session,
+        session.request(
+            request.method,
+            URL(f"http://worker{request.raw_path}", encoded=True),
+            headers=headers,
+            data=body,
+            allow_redirects=False,
+        ) as answer,
+    ):
+        yield answer
+
+
+async def _ask(socket: Path, request: web.Request, body: bytes) -> Answer | None:
+    """What the worker behind ``socket`` answers; None where it does not."""
+    patience = PATIENCE if request.method in ("GET", "HEAD") else LONG_PATIENCE
     try:
-        # A connection for each question: the next one may meet another process on the same socket.
-        async with (
-            aiohttp.ClientSession(
-                connector=aiohttp.UnixConnector(str(socket), force_close=True),
-                timeout=aiohttp.ClientTimeout(total=PATIENCE if request.method in ("GET", "HEAD") else LONG_PATIENCE),
-                auto_decompress=False,
-                skip_auto_headers=("user-agent", "accept", "accept-encoding", "content-type"),
-            ) as session,
-            session.request(
-                request.method,
-                URL(f"http://worker{request.raw_path}", encoded=True),
-                headers=headers,
-                data=body or None,
-                allow_redirects=False,
-            ) as answer,
-        ):
+        async with _asked(socket, request, body or None, patience) as answer:
             found = {name.lower(): value for name, value in answer.headers.items()}
             return Answer(answer.status, found, await answer.read())
     except (aiohttp.ClientError, OSError, TimeoutError):

@@ -135,7 +135,7 @@ async def test_every_gateway_hears_of_every_change(opens: Open) -> None:
         with pytest.raises(Conflict):
             await one.put("user", "b", b"1", expected=ANY, entry=b"x")
         await one.put("user", "c", b"1", entry=b"x")
-        expected = [Change("user", "Zoë"), Change("key", "k"), Change("user", "Zoë"), Change("user", "c")]
+        expected = [Change("user", ("Zoë",)), Change("key", ("k",)), Change("user", ("Zoë",)), Change("user", ("c",))]
         for heard in (heard_by_one, heard_by_other):
             assert [await heard() for _ in expected] == expected
 
@@ -227,7 +227,7 @@ async def test_whoever_is_too_far_behind_looks_at_everything(valkey: Valkey, mon
             await records.put("user", f"user-{number}", b"1", entry=b"x")
         assert await heard() is None
         await records.put("user", "a", b"1", entry=b"x")
-        assert await heard() == Change("user", "a")
+        assert await heard() == Change("user", ("a",))
     await records.close()
 
 
@@ -236,7 +236,7 @@ async def test_redis_that_lost_everything_makes_everything_be_looked_at(valkey: 
     async with hearing(records) as heard:
         await records.pepper()
         await records.put("user", "a", b"1", entry=b"x")
-        assert await heard() == Change("user", "a")
+        assert await heard() == Change("user", ("a",))
         waiting = asyncio.ensure_future(heard())
         with valkey.client() as client:
             looked = client.info("commandstats").get("cmdstat_exists", {"calls": 0})["calls"]

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from itertools import count
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlencode
 
@@ -346,3 +347,78 @@ def test_what_goes_wrong_is_one_clear_line(
     assert says in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
     assert TOKEN not in done.stderr
+
+
+# --- all of them as a file --------------------------------------------------------------------------------------------
+
+
+def test_users_are_exported_and_imported_from_a_terminal(system: System, name: str, tmp_path: Path) -> None:
+    file = tmp_path / "users.jsonl"
+    ask(system, "PUT", path("users", name), {"rpm": 500})
+    key = a_key(system, name)
+    assert told(system, "user", "export", str(file)) == f"users and keys are in {file}\n"
+    assert file.stat().st_mode & 0o777 == 0o600
+    assert told(system, "user", "export").splitlines()[1:] == file.read_text().splitlines()[1:]
+    assert told(system, "user", "import", str(file)).split()[-8:-4] == ["users", "0", "0", str(users_in(file))]
+    assert ask(system, "DELETE", path("users", name)).status == 204
+    soon(system, 401, **bearer(key))
+    dry = told(system, "user", "import", "--dry-run", str(file)).splitlines()
+    assert [line.split()[:3] for line in dry] == [["would", "be", "made"], ["users", "1", "0"], ["keys", "1", "0"]]
+    assert refusal(ask(system, "GET", path("users", name))) == (404, "user_not_found")
+    done = json.loads(told(system, "user", "import", "--json", str(file)))
+    assert (done["users"]["made"], done["keys"]["made"], done["users"]["changed"]) == (1, 1, 0)
+    soon(system, 200, **bearer(key))
+    ask(system, "PATCH", path("users", name), {"rpm": 600})
+    late = typed(system, "user", "import", str(file))
+    assert (late.returncode, "somebody else has changed it" in late.stderr) == (1, True)
+    told(system, "user", "import", "--overwrite", str(file))
+    assert ask(system, "GET", path("users", name)).json["rpm"] == 500
+
+
+def users_in(file: Path) -> int:
+    return sum('{"user":' in line for line in file.read_text().splitlines())
+
+
+def test_thousands_of_users_are_imported_and_followed_by_every_worker(system: System, tmp_path: Path) -> None:
+    file = tmp_path / "many.jsonl"
+    lines = [json.dumps({"user": {"name": f"many-{number}", "rpm": number + 1}}) for number in range(5000)]
+    file.write_text("\n".join(lines))
+    done = json.loads(told(system, "user", "import", "--json", str(file)))
+    assert done["users"] == {"made": 5000, "changed": 0, "unchanged": 0}
+    for _ in range(8):  # whichever worker
+        until(lambda: system.chat(user="many-4999").headers.get("x-ratelimit-limit-requests") == "5000", "followed")
+    assert json.loads(told(system, "user", "import", "--json", str(file)))["users"]["unchanged"] == 5000
+
+
+@pytest.mark.parametrize(
+    ("text", "code", "says"),
+    [
+        ('{"user": {"name": "ok"}}\n{"user": {"name": "bad", "rpn": 1}}\n', 1, "Line 2 (user 'bad'): rpn: unknown key"),
+        ('{"user": {"name": "of-the-file"}}', 1, "configuration file"),
+        ("", 1, "no line"),
+        (None, 1, "cannot read"),
+    ],
+)
+def test_a_file_that_cannot_be_imported_is_told_in_one_line(
+    system: System, tmp_path: Path, text: str | None, code: int, says: str
+) -> None:
+    file = tmp_path / "users.jsonl"
+    if text is not None:
+        file.write_text(text)
+    done = typed(system, "user", "import", str(file))
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (code, "", 1)
+    assert says in done.stderr
+    assert refusal(ask(system, "GET", path("users", "ok"))) == (404, "user_not_found")
+
+
+def test_an_export_that_fails_leaves_the_file_that_is_there(system: System, tmp_path: Path) -> None:
+    file = tmp_path / "users.jsonl"
+    file.write_text("what was there")
+    assert typed(system, "user", "export", str(file), token="wrong").returncode == 1
+    assert typed(system, "user", "export", str(tmp_path / "no" / "such"), "--json").returncode == 1
+    assert [each.name for each in tmp_path.iterdir()] == ["users.jsonl"]
+    assert file.read_text() == "what was there"
+    big = tmp_path / "big.jsonl"
+    with big.open("wb") as opened:
+        opened.truncate((256 << 20) + 1)
+    assert "is larger than" in typed(system, "user", "import", str(big)).stderr
