@@ -36,8 +36,8 @@ from .core.store import StoreUnavailable
 
 #: The form's version.
 VERSION: Final = 1
-#: Lines after which others get their turn: some 3 ms of work.
-SLICE: Final = 50
+#: Lines after which others get their turn: some 1 ms of work.
+SLICE: Final = 20
 #: Problems that a refusal tells of.
 PROBLEMS: Final = 20
 #: Bytes of a fingerprint of the secret, and of a secret.

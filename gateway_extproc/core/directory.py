@@ -27,7 +27,7 @@ REMEMBERED: Final = 8192
 MOST_DOLLARS: Final = 9_000_000
 
 
-class Allowance(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class Allowance(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, gc=False):
     """A budget as it is written. ``amount`` is tokens, or dollars; ``period`` is ``day``, ``week`` or ``month``
     (calendar, UTC), or so many seconds: ``18000s``."""
 
@@ -52,7 +52,7 @@ class Allowance(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
                 return Budget(amount, self.unit, int(seconds.removesuffix("s")))
 
 
-class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, gc=False):
     """Requests and tokens (prompt + completion, and either of them alone) in any 60 seconds, requests at once, and what
     may be spent in longer periods; None is no limit. ``reserve`` says what output these set aside on admission; None:
     as everywhere."""

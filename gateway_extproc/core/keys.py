@@ -23,7 +23,7 @@ _ID: Final = len(PREFIX) + 2 * ID_BYTES
 _LENGTH: Final = _ID + 1 + 2 * SECRET_BYTES
 
 
-class Key(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class Key(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
     """What is kept of a key. ``user`` is whom it names; ``hash`` the keyed hash, in hex. ``created`` and ``expires``
     are unix seconds (None: never). ``models`` are patterns of the models that it may be used for, of those that its
     user may use; None is all of them."""
