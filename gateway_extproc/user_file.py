@@ -151,7 +151,7 @@ class UserFile:
                     reading.read(number, line, keys)
                 if number % SLICE == 0:
                     await asyncio.sleep(0)
-            secret = reading.finish(pepper)
+            secret = await reading.finish(pepper)
             if not dry_run:
                 await self._write(reading, secret, by)
             return {"dry_run": dry_run, "users": reading.users.counts(), "keys": reading.keys.counts()}
@@ -174,10 +174,14 @@ class UserFile:
         try:
             if secret is not None and not await self._records.restore_pepper(secret):
                 raise Refused(refusals.other_secret())
-            for its in (reading.users, reading.keys):
-                for at in range(0, len(its.tasks), BATCH):
-                    batch = [self._its.written(its.kind, *task, by) for task in its.tasks[at : at + BATCH]]
-                    await self._its.write(its.kind, batch)
+            for tasks in (reading.users, reading.keys):
+                names = [*tasks.documents]
+                for at in range(0, len(names), BATCH):
+                    batch = [
+                        self._its.written(tasks.kind, name, tasks.documents[name], tasks.there.get(name), by)
+                        for name in names[at : at + BATCH]
+                    ]
+                    await self._its.write(tasks.kind, batch)
                     written += len(batch)
             await self._end_orphans(reading, by, written)
         except Conflict as conflict:
@@ -197,21 +201,25 @@ class UserFile:
                 raise Refused(refusals.changed_meanwhile(min(gone), written))
 
 
-#: What is to be written: a name, a document, and what was there before.
-_Task = tuple[str, bytes, bytes | None]
-
-
 class _Tasks:
-    """Of one kind: what is to be written, and how many are there as they are."""
+    """Of one kind: the documents that are ``there``, those that are to be written, how many are there as they are, and
+    where each stands in the file."""
 
-    def __init__(self, kind: Kind) -> None:
+    def __init__(self, kind: Kind, there: Mapping[str, bytes]) -> None:
         self.kind: Kind = kind
-        self.tasks: list[_Task] = []
+        self.there = there
+        self.documents: dict[str, bytes] = {}
         self.unchanged = 0
+        self.lines: dict[str, int] = {}
+
+    def once(self, name: str, number: int) -> None:
+        """Raises Refused where it was in another line already."""
+        if (first := self.lines.setdefault(name, number)) != number:
+            raise Refused(invalid_value(f"{self.kind}.{_NAMED[self.kind]}", f"there twice (also in line {first})"))
 
     def counts(self) -> Counts:
-        made = sum(before is None for _, _, before in self.tasks)
-        return {"made": made, "changed": len(self.tasks) - made, "unchanged": self.unchanged}
+        changed = sum(name in self.there for name in self.documents)
+        return {"made": len(self.documents) - changed, "changed": changed, "unchanged": self.unchanged}
 
 
 class _Reading:
@@ -221,18 +229,15 @@ class _Reading:
         self, its: Administration, users: Mapping[str, bytes], keys: Mapping[str, bytes], overwrite: bool
     ) -> None:
         self._its = its
-        self._there: dict[Kind, Mapping[str, bytes]] = {"user": users, "key": keys}
         self._overwrite = overwrite
         self._head: Head | None = None
-        #: Where each record stands; 0 lines are an empty file.
-        self._lines: dict[tuple[Kind, str], int] = {}
         self._count: Counter[str] = Counter()
         self._problems: list[Refusal] = []
         self._more = 0
         self._fixed: list[str] = []
         self._since: list[str] = []
-        self.users = _Tasks("user")
-        self.keys = _Tasks("key")
+        self.users = _Tasks("user", users)
+        self.keys = _Tasks("key", keys)
         #: The ids of the keys that are to be made, by user.
         self.owners: dict[str, list[str]] = {}
 
@@ -271,11 +276,11 @@ class _Reading:
             raise Refused(invalid_value("user.name", "not a user's name"))
         if version is not None and not isinstance(version, str):
             raise Refused(invalid_value("version", "not a text"))
-        self._once("user", name, number)
+        self.users.once(name, number)
         if self._its.is_fixed(name):
             self._fixed.append(name)
             return
-        before = self._there["user"].get(name)
+        before = self.users.there.get(name)
         there = user_of_record(name, before) if before is not None else None
         # What is there already is not asked whether it could be written: its team may be gone.
         if there is not None and (_is(there, fields) or self._its.record(name, fields) == there):
@@ -283,57 +288,57 @@ class _Reading:
             return
         if before is not None and not self._overwrite and version != version_of(before):
             self._since.append(name)
-        self.users.tasks.append((name, msgspec.json.encode(self._its.record(name, fields)), before))
+        self.users.documents[name] = msgspec.json.encode(self._its.record(name, fields))
 
     def _key(self, number: int, fields: Mapping[str, Any]) -> None:
         line = right(part_of, KeyLine, fields)
         if len(line.models or ()) > KEY_MODELS:
             raise Refused(invalid_value("key.models", f"more than {KEY_MODELS}"))
-        self._once("key", line.id, number)
+        self.keys.once(line.id, number)
         key = msgspec.convert(line, Key, from_attributes=True)
-        before = self._there["key"].get(key.id)
+        before = self.keys.there.get(key.id)
         if before is not None and key_of(key.id, before) == key:
             self.keys.unchanged += 1
             return
         if before is not None and not self._overwrite:
             self._since.append(key.id)
-        self.keys.tasks.append((key.id, msgspec.json.encode(key), before))
+        self.keys.documents[key.id] = msgspec.json.encode(key)
         self.owners.setdefault(key.user, []).append(key.id)
 
-    def _once(self, kind: Kind, name: str, number: int) -> None:
-        if (first := self._lines.setdefault((kind, name), number)) != number:
-            raise Refused(invalid_value(f"{kind}.{_NAMED[kind]}", f"there twice (also in line {first})"))
-
-    def finish(self, secret: bytes) -> bytes | None:
+    async def finish(self, secret: bytes) -> bytes | None:
         """All was read; ``secret`` is the gateways'. The file's, where it is to be theirs. Raises Refused with what is
         wrong."""
         if not self._count and not self._problems:
             raise Refused(invalid_json("there is no line in it"))
         head = self._head or Head(version=VERSION)
-        for form, told in (("user", head.users), ("key", head.keys)):
-            if told is not None and told != self._count[form]:
-                why = f"{told} were exported, {self._count[form]} are there; correct the number or leave it out"
+        for form, exported in (("user", head.users), ("key", head.keys)):
+            if exported is not None and exported != self._count[form]:
+                why = f"{exported} were exported, {self._count[form]} are there; correct the number or leave it out"
                 self._wrong(1, "", invalid_value(f"export.{form}s", why))
-        of = Counter(key.user for name, kept in self._there["key"].items() if (key := key_of(name, kept)) is not None)
+        of: Counter[str] = Counter()
+        async for name in _slowly(self.keys.there if self.owners else ()):
+            key = key_of(name, self.keys.there[name])
+            if key is not None and name not in self.keys.documents:
+                of[key.user] += 1
         for name, new in self.owners.items():
-            line = self._lines["key", new[0]]
-            if ("user", name) not in self._lines and name not in self._there["user"] and not self._its.is_fixed(name):
+            line = self.keys.lines[new[0]]
+            known = name in self.users.lines or name in self.users.there or self._its.is_fixed(name)
+            if not known:
                 self._wrong(line, f" (key '{new[0]}')", invalid_value("key.user", "not a user in the file or here"))
             if of[name] + len(new) > KEYS:
                 self._wrong(line, f" (user '{quoted(name)}')", invalid_value("key.user", f"more than {KEYS} keys"))
         if self._problems:
             more = [f"There are {self._more} further problems."] if self._more else []
-            said = " ".join([*(problem.message for problem in self._problems), *more])
-            raise Refused(msgspec.structs.replace(self._problems[0], message=said))
+            told = " ".join([*(problem.message for problem in self._problems), *more])
+            raise Refused(msgspec.structs.replace(self._problems[0], message=told))
         if self._fixed:
             raise Refused(refusals.read_only(self._fixed))
         if self._since:
             raise Refused(refusals.changed_since(self._since))
-        ours = head.key_secret in (None, _fingerprint(secret)) or not self.keys.tasks
-        if ours:
+        if not self.keys.documents or head.key_secret in (None, _fingerprint(secret)):
             return None
         theirs = bytes.fromhex(head.secret or "")
-        if _fingerprint(theirs) != head.key_secret or self._there["key"]:
+        if _fingerprint(theirs) != head.key_secret or self.keys.there:
             raise Refused(refusals.other_secret())
         return theirs
 

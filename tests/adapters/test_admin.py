@@ -17,6 +17,7 @@ import aiohttp
 import pytest
 import structlog
 import uvloop
+from aiohttp import web
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -26,6 +27,7 @@ from gateway_extproc.adapters.admin import AdminState, create_app, is_loopback, 
 from gateway_extproc.adapters.admin_users import UserViews
 from gateway_extproc.adapters.records import MemoryRecords
 from gateway_extproc.adapters.usage import MemoryUsage
+from gateway_extproc.admin_api import Operation
 from gateway_extproc.administration import Administration
 from gateway_extproc.core.fleet import TLS, Fleet, PodSpec
 from gateway_extproc.core.records import Kind
@@ -501,6 +503,44 @@ async def test_an_answer_that_is_being_made_outlives_its_connections_age(monkeyp
             await expired.wait()
             records.answers.set()
             assert (await answer)[0] == 404
+
+
+class Long:
+    """An operation that may take longer than its connection's age: it reads all that is sent."""
+
+    async def answer(self, request: web.Request) -> web.Response:
+        return admin.answer(len(await request.content.read()))
+
+    def operations(self) -> list[Operation]:
+        return [
+            Operation(
+                method="POST", path="/admin/long", handler=self.answer, id="long", doc="", answers={}, seconds=30.0
+            )
+        ]  # fmt: skip
+
+
+async def test_what_is_long_may_still_be_sent_when_its_connection_is_old(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(admin, "CONNECTION_AGE", 0.05)
+    monkeypatch.setattr(admin, "LAST_BYTES", 0.0)
+    expired = asyncio.Event()
+    expire = admin._Connection._expire
+
+    def noted(connection: Any, transport: Any) -> None:
+        expire(connection, transport)
+        expired.set()
+
+    monkeypatch.setattr(admin._Connection, "_expire", noted)
+    runner, port = await start(create_app(a_state(), Long()), "127.0.0.1:0")
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    async with asyncio.timeout(5):
+        writer.write(
+            b"POST /admin/long HTTP/1.1\r\nhost: localhost\r\ncontent-length: 4\r\nconnection: close\r\n\r\nab"
+        )
+        await expired.wait()
+        writer.write(b"cd")
+        assert (await reader.read()).endswith(b"\r\n\r\n4")
+    writer.close()
+    await runner.cleanup()
 
 
 async def test_an_answer_that_nobody_reads_does_not_keep_its_connection(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from gateway_extproc.adapters import records as adapter
 from gateway_extproc.adapters.records import MemoryRecords, RedisRecords
-from gateway_extproc.core.records import ANY, NONE, Change, Conflict, Kind, Records, version_of
+from gateway_extproc.core.records import ANY, BATCH, NONE, Change, Conflict, Kind, Records, Write, version_of
 from gateway_extproc.core.store import StoreUnavailable
 from tests.valkey import Valkey
 
@@ -108,6 +108,41 @@ async def test_nothing_is_written_over_what_is_not_as_expected(records: Records)
     assert await records.audit(10) == [b"deleted", b"changed", b"changed", b"made"]
 
 
+async def test_many_are_written_in_one_step_or_none_is(opens: Open) -> None:
+    one, other = opens(), opens()
+    await one.put("user", "a", b"1", entry=b"x")
+    names = [f"user-{number}" for number in range(BATCH - 1)]
+    writes = [Write(name, name.encode(), b"made " + name.encode(), NONE) for name in names]
+    async with hearing(other) as heard:
+        for wrong in (Write("a", b"2", b"x", NONE), Write("a", None, b"x", "another")):
+            with pytest.raises(Conflict) as caught:
+                await one.write("user", [*writes, wrong])
+            assert (caught.value.name, caught.value.version) == ("a", version_of(b"1"))
+        assert (await other.all("user"), await other.audit(10)) == ({"a": b"1"}, [b"x"])
+        await one.write("user", [*writes, Write("a", None, b"deleted", version_of(b"1"))])
+        assert await heard() == Change("user", (*names, "a"))
+    assert await other.all("user") == {name: name.encode() for name in names}
+    assert await other.audit(2) == [b"deleted", b"made " + names[-1].encode()]
+
+
+async def test_some_are_asked_for_at_once(records: Records) -> None:
+    await records.write("key", [Write("a", b"1", b"x"), Write("Zoë", b"2", b"x")])
+    assert await records.some("key", ["Zoë", "nobody", "a"]) == {"a": b"1", "Zoë": b"2"}
+    assert await records.some("user", ["a"]) == {}
+
+
+async def test_a_secret_is_restored_only_where_it_ends_no_key(opens: Open) -> None:
+    one, other = opens(), opens()
+    first = await one.pepper()
+    async with hearing(other) as heard:
+        assert await one.restore_pepper(b"x" * 32)
+        assert await heard() is None  # everything is looked at
+        assert await other.pepper() == b"x" * 32
+        await one.put("key", "k", b"1", entry=b"x")
+        assert not await one.restore_pepper(first)
+        assert await other.pepper() == b"x" * 32
+
+
 async def test_of_many_who_change_the_same_one_wins(opens: Open) -> None:
     gateways = [opens() for _ in range(3)]
     await gateways[0].put("user", "a", b"first", entry=b"x")
@@ -195,7 +230,8 @@ async def test_while_redis_is_away_everything_says_so(own_valkey: Valkey) -> Non
     own_valkey.kill()
     for asked in (
         records.get("user", "a"), records.all("user"), records.put("user", "a", b"2", entry=b"x"), records.audit(1),
-        records.pepper(), anext(records.changes()),
+        records.pepper(), anext(records.changes()), records.some("user", ["a"]),
+        records.write("user", [Write("a", b"2", b"x")]), records.restore_pepper(b"x"),
     ):  # fmt: skip
         with pytest.raises(StoreUnavailable) as caught:
             await asked

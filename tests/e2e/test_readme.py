@@ -76,6 +76,9 @@ RUN_BY = {
     r"gateway-extproc (key revoke ID|user set bob --(disable|budget 5usd/month))": (
         "test_users_and_keys_are_made_as_they_are_typed"
     ),
+    r"gateway-extproc user (export|import)( --[a-z-]+)* users\.jsonl": (
+        "tests/e2e/test_users.py::test_users_are_exported_and_imported_from_a_terminal"
+    ),
     # README, "Configuration" and "Run it"
     r"gateway-extproc check --config \S+": "test_the_example_configuration_is_accepted_as_it_stands",
     r"gateway-extproc envoy --config \S+ > \S+": "test_what_the_readme_starts_serves_the_example_configuration",
