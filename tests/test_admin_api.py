@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import socket
 import threading
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from typing import Any
@@ -34,7 +35,7 @@ from gateway_extproc.core.tally import Tally
 from gateway_extproc.usage_reports import UsageReports
 from gateway_extproc.user_file import UserFile
 from tests.json_schema import matching, wrong
-from tests.system import Reply, request
+from tests.system import Reply, request, until
 
 TOKEN = "an-admin-token"
 CONFIG = parse(
@@ -301,6 +302,25 @@ def test_without_a_token_the_document_asks_for_none() -> None:
 def test_every_operation_does_what_it_is_for(gateway: Gateway, key: str, operation: Operation) -> None:
     reply = gateway.ask(operation, **well(operation, key))
     assert reply.status in (200, 201, 204)
+
+
+@each_operation
+def test_head_is_answered_wherever_get_is(gateway: Gateway, key: str, operation: Operation) -> None:
+    reply = gateway.send("HEAD", operation[1].replace("{name}", "alice").replace("{id}", key))
+    assert (reply.status, reply.body) == (200 if (("GET", operation[1]) in OPERATIONS) else 405, b"")
+
+
+def test_whoever_goes_away_in_the_middle_changes_nothing_and_is_no_error(
+    gateway: Gateway, key: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    head = f"authorization: Bearer {TOKEN}\r\nhost: localhost\r\ncontent-length: 1000\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", gateway.port)) as sent:
+        sent.sendall(f'POST /admin/import HTTP/1.1\r\n{head}{{"user": {{"name": "half"}}}}\n'.encode())
+        until(lambda: gateway.ask(("GET", "/admin/export")).status == 409, "it is being read")
+    until(lambda: gateway.ask(("GET", "/admin/export")).status == 200, "it has ended")
+    assert "half" not in gateway.its.directory.users
+    told = capsys.readouterr()
+    assert "failed" not in told.out + told.err
 
 
 @each_operation

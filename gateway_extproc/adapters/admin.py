@@ -247,8 +247,9 @@ async def errors(request: web.Request, handler: _Handler) -> web.StreamResponse:
         return _refused(request_too_large(BODY))
     except web.HTTPException as error:
         return _refused(_bad_request(error.status))
-    except Exception:
-        log.exception("admin request failed", method=request.method, path=quoted(request.path))
+    except Exception as error:
+        if not (isinstance(error, ConnectionError) and request.transport is None):  # nobody is there any more
+            log.exception("admin request failed", method=request.method, path=quoted(request.path))
         return _refused(internal_error())
 
 

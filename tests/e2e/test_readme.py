@@ -76,7 +76,7 @@ RUN_BY = {
     r"gateway-extproc (key revoke ID|user set bob --(disable|budget 5usd/month))": (
         "test_users_and_keys_are_made_as_they_are_typed"
     ),
-    r"gateway-extproc user (export|import)( --[a-z-]+)* users\.jsonl": (
+    r"gateway-extproc user (export|import)(( --[a-z-]+)* users\.jsonl)?": (
         "tests/e2e/test_users.py::test_users_are_exported_and_imported_from_a_terminal"
     ),
     # README, "Configuration" and "Run it"
