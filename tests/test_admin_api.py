@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gateway_extproc import __version__, admin_schemas
-from gateway_extproc.adapters import admin
+from gateway_extproc.adapters import admin, admin_file
 from gateway_extproc.adapters.admin import AdminState
 from gateway_extproc.adapters.admin_file import FileViews
 from gateway_extproc.adapters.admin_users import UserViews
@@ -308,6 +308,27 @@ def test_every_operation_does_what_it_is_for(gateway: Gateway, key: str, operati
 def test_head_is_answered_wherever_get_is(gateway: Gateway, key: str, operation: Operation) -> None:
     reply = gateway.send("HEAD", operation[1].replace("{name}", "alice").replace("{id}", key))
     assert (reply.status, reply.body) == (200 if (("GET", operation[1]) in OPERATIONS) else 405, b"")
+
+
+def test_a_file_is_bounded_in_size_and_in_the_length_of_a_line(
+    gateway: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(admin_file, "FILE", 2000)
+    monkeypatch.setattr(admin_file, "LINE", 100)
+    imports = ("POST", "/admin/import")
+    assert gateway.ask(imports, b"\n" * 2001).status == 413
+    # Nobody says how long this is.
+    assert (
+        gateway.ask(
+            imports, headers={"transfer-encoding": "chunked"}, body=b"7d1\r\n%b\r\n0\r\n\r\n" % (b"\n" * 2001)
+        ).status
+        == 413
+    )
+    for body in (b" " * 101, b"{}\n" + b" " * 101 + b"\n{}"):
+        reply = gateway.ask(imports, body)
+        assert (reply.status, reply.error["param"]) == (400, "line")
+    assert gateway.ask(imports, b'{"user": {"name": "short"}}' + b" " * 70 + b"\n" * 1000).status == 200
+    assert gateway.ask(imports, query={"dry_run": "yes"}, body=b"{}").error["param"] == "dry_run"
 
 
 def test_whoever_goes_away_in_the_middle_changes_nothing_and_is_no_error(

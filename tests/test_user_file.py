@@ -357,3 +357,36 @@ def test_whatever_users_there_are_come_out_and_in_again(users: dict[str, dict[st
         assert await other.records.all("user") == await one.records.all("user")
 
     asyncio.run(there_and_back())
+
+
+LINES = st.lists(
+    st.binary(max_size=20)
+    | st.builds(
+        lambda form, fields: json.dumps({form: fields}).encode(),
+        st.sampled_from(["user", "key", "export", "x"]),
+        st.dictionaries(
+            st.sampled_from(["name", "rpm", "id", "hash", "user", "created", "version", "users", "secret"]),
+            st.none() | st.integers() | st.text(max_size=5) | st.just("0" * 16) | st.just("0" * 64) | st.just([]),
+            max_size=5,
+        )
+        | st.integers(),
+    ),
+    max_size=5,
+)
+
+
+@settings(deadline=None)
+@given(LINES)
+def test_any_file_is_taken_in_or_refused_as_a_whole(lines: list[bytes]) -> None:
+    async def taken() -> None:
+        one = Filed()
+        made, status = (0, 0), 200
+        try:
+            users, keys = await one.imported(lines)
+            made = users[0], keys[0]
+        except Refused as refused:
+            status = refused.refusal.status
+        assert status in (200, 400, 409)
+        assert (len(await one.records.all("user")), len(await one.records.all("key"))) == made
+
+    asyncio.run(taken())

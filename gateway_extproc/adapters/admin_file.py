@@ -120,10 +120,10 @@ class FileViews:
 
 
 async def _lines(request: web.Request) -> AsyncGenerator[bytes, None]:
-    """A body line by line. Raises Refused, once all was received, where it or a line is too long."""
+    """A body line by line. Raises Refused where it is too long, and once all of it was received, where a line is."""
     if (request.content_length or 0) > FILE:
         raise Refused(request_too_large(FILE))
-    size, rest, too_long = 0, b"", 0
+    size, rest, too_long = 0, b"", False
     async for chunk in request.content.iter_any():
         size += len(chunk)
         if size > FILE:
@@ -132,7 +132,7 @@ async def _lines(request: web.Request) -> AsyncGenerator[bytes, None]:
             continue
         *whole, rest = (rest + chunk).split(b"\n")
         if len(rest) > LINE or any(len(line) > LINE for line in whole):
-            too_long, rest = LINE, b""
+            too_long, rest = True, b""
             continue
         for line in whole:
             yield line
