@@ -218,7 +218,10 @@ class TopUp(msgspec.Struct, frozen=True):
 
 
 class Await(msgspec.Struct, frozen=True):
-    """The request is over here; the note in its log entry settles it, at whichever gateway."""
+    """The request is over here; the note in its log entry settles it, at whichever gateway. ``settlement`` is what
+    follows where no entry comes, None where that is nothing."""
+
+    settlement: Settlement | None = None
 
 
 class Release(msgspec.Struct, frozen=True):

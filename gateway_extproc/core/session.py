@@ -512,6 +512,7 @@ class Session:
         return JsonUsage() if kind == b"application/json" else None
 
     def _on_logged_answer(self, event: ResponseHeaders) -> list[Action]:
+        self._status = _status_of(dict(event.headers))
         return [*self._follow(event), Respond(self._answer_headers(), body=False)]
 
     def _answer_headers(self) -> dict[str, str]:
@@ -627,11 +628,15 @@ class Session:
         return [Settle(self._given_back(), outcome), *self._runs_no_more()]
 
     def _on_closed_routed(self, event: Closed) -> list[Action]:
-        """Routed, and no answer was seen: the client has gone. Only an Envoy whose configuration is not ours (that one
-        tells its name) may just not show answers, and then says goodbye at once: the reservation is the charge."""
-        if event.how == "reset" or (event.how == "done" and self._node):
+        """Routed, and no answer was seen: the client has gone, or the reservation is the charge."""
+        if self._is_left(event):
             return self._settle(self._end(whole=False))
         return self._reserved("unseen")
+
+    def _is_left(self, event: Closed) -> bool:
+        """Whether it is the client that has gone, where no answer was seen. Only an Envoy whose configuration is not
+        ours (that one tells its name) may just not show answers, and then says goodbye at once."""
+        return event.how == "reset" or (event.how == "done" and self._node != "")
 
     def _on_closed_answering(self, event: Closed | Drain) -> list[Action]:
         reader = self._reader
@@ -652,17 +657,27 @@ class Session:
         self._state = _State.OVER
         return [*actions, Leave()]
 
-    def _on_closed_logged(self, _: Closed) -> list[Action]:
+    def _on_closed_logged(self, event: Closed) -> list[Action]:
+        """A client that leaves while Envoy is told where to leaves no note in the log, so what it took before its
+        answer is not left to the entry alone."""
+        if self._status or not self._shown or not self._is_left(event):
+            return self._hand_over(None)
+        assert self._note is not None
+        gone = settle(self._note, End(None), self._world.estimates, self._world.policy.prices)
+        return self._hand_over(gone.settlement)
+
+    def _hand_over(self, unless: Settlement | None) -> list[Action]:
+        """The log's entry settles it, or ``unless`` one comes, this does."""
         lease, note = self._lease, self._note
         assert lease is not None
         assert note is not None
         self._state = _State.CLOSED
         # The pod's load gets the estimate, which the log's entry corrects.
         lease.release(note.prompt + note.output, self._world.clock())
-        return [Await(), *self._runs_no_more()]
+        return [Await(unless), *self._runs_no_more()]
 
     def _on_drain_logged(self, _: Drain) -> list[Action]:
-        actions = self._on_closed_logged(Closed("done"))
+        actions = self._hand_over(None)
         self._state = _State.OVER
         return [*actions, Leave()]
 

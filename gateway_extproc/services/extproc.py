@@ -61,6 +61,11 @@ COPIES: Final = 4
 #: the last, but in the streamed modes, and there in pieces.
 WAITING_MESSAGES: Final = 64
 WAITING_BYTES: Final = 4 << 20
+#: Seconds that the log entry of a request gets whose client left before the answer: Envoy sends it within a tenth, and
+#: within some seconds where it has to find another gateway for it. A settlement that comes first makes the other void.
+ENTRY: Final = 5.0
+#: Such requests remembered, some 500 bytes each; of more, the oldest is settled early.
+MAX_UNHEARD: Final = 10_000
 
 
 class Sink(Protocol):
@@ -97,6 +102,9 @@ class ExtProc:
         #: When a failure of each kind was last told, by the world's clock.
         self._told_failures: dict[type, float] = {}
         self._ended = asyncio.Event()
+        #: What is settled here where no log entry does, with the event-loop time at which that is.
+        self._unheard: deque[tuple[float, Settlement]] = deque()
+        self._listening: asyncio.TimerHandle | None = None
 
     @property
     def services(self) -> dict[str, Service]:
@@ -124,10 +132,33 @@ class ExtProc:
             stream.drain()
 
     async def drained(self) -> None:
-        """Returns when no stream is left."""
+        """Returns when no stream is left, and nothing waits for a log entry."""
         while self.all:
             self._ended.clear()
             await self._ended.wait()
+        self._settle_unheard(math.inf)
+
+    def settle_unless_heard(self, settlement: Settlement) -> None:
+        """Settle a request by and by, in case that its log entry does not come."""
+        loop = asyncio.get_running_loop()
+        if len(self._unheard) >= MAX_UNHEARD:
+            self.store.settle(self._unheard.popleft()[1])
+        self._unheard.append((loop.time() + ENTRY, settlement))
+        if self._listening is None:
+            self._listening = loop.call_later(ENTRY, self._heard_long_enough)
+
+    def _heard_long_enough(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._settle_unheard(loop.time())
+        if self._unheard:
+            self._listening = loop.call_at(self._unheard[0][0], self._heard_long_enough)
+
+    def _settle_unheard(self, now: float) -> None:
+        if self._listening is not None:
+            self._listening.cancel()
+            self._listening = None
+        while self._unheard and self._unheard[0][0] <= now:
+            self.store.settle(self._unheard.popleft()[1])
 
     def _begin(self, call: Call) -> Handler:
         stream = _Stream(self, call)
@@ -318,8 +349,10 @@ class _Stream:
     def _top_up(self, action: TopUp) -> None:
         self._service.store.settle(action.settlement)
 
-    def _await(self, _: Await) -> None:
+    def _await(self, action: Await) -> None:
         self._service.sink.awaited()
+        if action.settlement is not None:
+            self._service.settle_unless_heard(action.settlement)
 
     def _release(self, action: Release) -> None:
         self._service.store.release(action.id, action.keys)

@@ -27,7 +27,7 @@ from gateway_extproc.core.events import (
 )
 from gateway_extproc.core.price import Prices
 from gateway_extproc.core.session import World
-from gateway_extproc.core.store import Level
+from gateway_extproc.core.store import Level, Settlement
 from tests.core.playbook import (
     EXPECTED,
     NOTHING,
@@ -172,11 +172,33 @@ def test_a_refused_request_has_no_note_and_awaits_nothing(refused: Any) -> None:
 
 @pytest.mark.parametrize("how", ["done", "reset", "failed"])
 def test_however_a_routed_request_ends_its_pod_is_free_and_its_entry_awaited(how: Any) -> None:
-    play = taken(user="alice")
+    play = taken(user="alice") >> answer(200, "text/event-stream")
     assert sum(in_flight(play.world).values()) == 1
     assert play >> Closed(how) << Await()
     assert in_flight(play.world) == {}
     assert play.settles == []
+
+
+@pytest.mark.parametrize(("node", "how"), [("", "reset"), ("envoy", "reset"), ("envoy", "done")])
+def test_a_client_that_leaves_before_its_answer_pays_its_prompt_though_no_entry_comes(node: str, how: Any) -> None:
+    play = taken(Playbook(world(), node), user="spender", prompt=10, max_tokens=20)
+    due, carried = Settlement("id-1", ("{user:spender}:*",), SECOND, 0, -20), play.route.note
+    assert play >> Closed(how) << Await(due)
+    # An entry that does come says the same under the same id.
+    ledger = Ledger(play.world.estimates, play.world.fleet, gateway="id-", clock=play.world.clock, prices=Prices)
+    found = ledger.settle(Entry(carried, 0, "downstream_remote_disconnect", "", 0, {}))
+    assert found is not None
+    assert found[0].settlement == due
+
+
+@pytest.mark.parametrize(("node", "how"), [("", "done"), ("envoy", "failed")])
+def test_what_may_have_been_answered_is_left_to_the_entry(node: str, how: Any) -> None:
+    play = taken(Playbook(world(), node), user="spender", prompt=10, max_tokens=20)
+    assert play >> Closed(how) << Await()
+
+
+def test_a_client_without_limits_that_leaves_before_its_answer_has_nothing_to_settle() -> None:
+    assert taken() >> Closed("reset") << Await()
 
 
 def test_a_gateway_that_leaves_leaves_at_once_and_the_entry_is_anothers() -> None:

@@ -144,6 +144,7 @@ class Recorder:
         self.suspects: list[tuple[str, ...]] = []
         self.decisions: list[float] = []
         self.questions: list[float] = []
+        self.entries = 0
 
     def settled(self, outcome: Outcome, settlement: Settlement | None) -> None:
         self.outcomes.append(outcome)
@@ -151,7 +152,7 @@ class Recorder:
             self.settlements.append(settlement)
 
     def awaited(self) -> None:
-        raise AssertionError("usage is read in bodies here")
+        self.entries += 1
 
     def suspect(self, addresses: Sequence[str], why: str) -> None:
         self.suspects.append(tuple(addresses))
@@ -709,6 +710,66 @@ async def test_an_envoy_is_given_what_it_acknowledged() -> None:
         assert immediate(await stream.ask(sends()))[1]["error"]["code"] == "no_ready_pods"
         stream.reset()
         await to.over()
+
+
+def logged() -> World:
+    """Usage comes with Envoy's log."""
+    world = alices()
+    world.logged = True
+    return world
+
+
+async def test_a_request_that_is_left_before_its_answer_is_settled_though_no_log_entry_comes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(service, "ENTRY", 0.2)
+    async with gateway(logged()) as to:
+        for number in (1, 2):
+            stream = to.open("envoy")
+            await stream.through(*WELL[:2])
+            stream.reset()
+            await to.over()
+            assert to.sink.entries == number
+        assert await to.spent() == (2, 28)
+        await until(lambda: not to.service._unheard)
+        assert await to.spent() == (2, 20)
+        assert to.sink.outcomes == []
+
+
+async def test_a_log_entry_that_comes_first_makes_what_is_settled_without_it_void(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(service, "ENTRY", 0.05)
+    async with gateway(logged()) as to:
+        stream = to.open("envoy")
+        await stream.through(*WELL[:2])
+        stream.reset()
+        await to.over()
+        to.store.settle(Settlement("id-1", ("{user:alice}:*",), 0, 0, 3))
+        await until(lambda: not to.service._unheard)
+        assert await to.spent() == (1, 17)
+
+
+async def test_a_gateway_that_ends_does_not_wait_for_log_entries() -> None:
+    async with gateway(logged()) as to:
+        stream = to.open("envoy")
+        await stream.through(*WELL[:2])
+        stream.reset()
+        await to.over()
+        to.service.drain()
+        await drained(to)
+        assert await to.spent() == (1, 10)
+
+
+async def test_no_more_than_so_many_wait_for_log_entries(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service, "MAX_UNHEARD", 1)
+    async with gateway(logged()) as to:
+        for spent in ((1, 14), (2, 24)):
+            stream = to.open("envoy")
+            await stream.through(*WELL[:2])
+            stream.reset()
+            await to.over()
+            assert await to.spent() == spent
 
 
 async def drained(to: Gateway) -> None:
