@@ -179,6 +179,7 @@ def configure(level: str, stream: TextIO, *, console: bool | None = None) -> Non
             root.removeHandler(handler)
     root.addHandler(_Libraries(chain, lines))
     root.setLevel(number)
+    logging.getLogger("hpack").setLevel(max(number, logging.INFO))  # its debug lines are 20 or so for each stream
 
 
 class _Lines:
