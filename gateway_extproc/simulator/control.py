@@ -5,6 +5,9 @@ Owns the bounded memory of requests, the standing faults and the prepared answer
 - ``GET /sim/requests`` (``?last=N``, ``?of=probes``): ``{"total", "requests"}``, oldest first, each with method, path
   (with its query, as sent), headers (pairs, as sent), length and sha256 of the body, and the body's first ``KEPT``
   bytes as ``text``, or as ``base64`` where they are not UTF-8. Probes are GETs of known paths. ``DELETE`` forgets.
+- ``GET /sim/served``: ``{"total", "served"}``, oldest first, for each request that took a slot and has left it: its
+  ``id`` (x-request-id), its ``prompt`` in tokens (0 where its work never began), the tokens of output that were
+  ``sent`` or about to be, and whether it came to its ``end``. ``DELETE`` forgets.
 - ``POST /sim/fault`` ``{"fault": "status=503", "count": 3, "path": "/health"}``: a fault (grammar: faults.py) for the
   next ``count`` requests, or until ``DELETE /sim/fault``. With ``path``: for requests of that path, of any method;
   without: for every inference request. The header ``x-sim-fault`` goes first. ``GET`` lists what stands.
@@ -21,7 +24,7 @@ import base64
 import hashlib
 from collections import deque
 from collections.abc import Sequence
-from typing import Any, Final, TypeVar
+from typing import Any, Final, Generic, TypeVar
 
 import msgspec
 
@@ -30,6 +33,8 @@ from .faults import MAX_SECONDS, Fault, parse
 #: Requests remembered, and probes.
 REQUESTS: Final = 256
 PROBES: Final = 64
+#: Requests whose tokens are remembered: a storm's between two looks, some 200 bytes each.
+SERVED: Final = 4096
 #: Bytes of each body that are kept.
 KEPT: Final = 64 * 1024
 #: Standing faults and prepared answers at once.
@@ -64,10 +69,27 @@ class Seen(msgspec.Struct, frozen=True):
             return body | {"base64": base64.b64encode(self.kept).decode()}
 
 
-class _Remembered:
+class Served(msgspec.Struct, frozen=True):
+    """What one request was given, in tokens. ``sent`` may be ahead of what arrived: a connection that is lost takes
+    what was written to it along."""
+
+    id: str
+    prompt: int
+    sent: int
+    end: bool
+
+
+Item = TypeVar("Item")
+
+
+class _Remembered(Generic[Item]):
     def __init__(self, bound: int) -> None:
         self.total = 0
-        self.items: deque[Seen] = deque(maxlen=bound)
+        self.items: deque[Item] = deque(maxlen=bound)
+
+    def add(self, item: Item) -> None:
+        self.total += 1
+        self.items.append(item)
 
 
 class StandingFault(msgspec.Struct, forbid_unknown_fields=True):
@@ -97,8 +119,9 @@ class Control:
     """Everything behind ``/sim/``."""
 
     def __init__(self) -> None:
-        self._requests = _Remembered(REQUESTS)
-        self._probes = _Remembered(PROBES)
+        self._requests = _Remembered[Seen](REQUESTS)
+        self._probes = _Remembered[Seen](PROBES)
+        self._served = _Remembered[Served](SERVED)
         self._faults: list[StandingFault] = []
         self._answers: deque[PreparedAnswer] = deque()
 
@@ -106,15 +129,24 @@ class Control:
         """Remember a request. A body that is kept whole is hashed when somebody looks: serving stays cheap."""
         digest = None if len(body) <= KEPT else hashlib.sha256(body).hexdigest()
         to = self._probes if probe else self._requests
-        to.total += 1
-        to.items.append(Seen(method, path, headers, body[:KEPT], len(body), digest))
+        to.add(Seen(method, path, headers, body[:KEPT], len(body), digest))
 
     def seen(self, *, probes: bool = False, last: int = REQUESTS) -> dict[str, Any]:
         of = self._probes if probes else self._requests
         return {"total": of.total, "requests": [item.shown() for item in list(of.items)[-last:] if last > 0]}
 
     def forget(self) -> None:
-        self._requests, self._probes = _Remembered(REQUESTS), _Remembered(PROBES)
+        self._requests, self._probes = _Remembered[Seen](REQUESTS), _Remembered[Seen](PROBES)
+
+    def serve(self, served: Served) -> None:
+        """Remember what a request was given."""
+        self._served.add(served)
+
+    def served(self) -> dict[str, Any]:
+        return {"total": self._served.total, "served": list(self._served.items)}
+
+    def forget_served(self) -> None:
+        self._served = _Remembered[Served](SERVED)
 
     def stand(self, body: bytes) -> None:
         """Add a standing fault. Raises ValueError with a message for whoever sent it."""

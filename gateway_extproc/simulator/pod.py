@@ -16,7 +16,7 @@ from typing import Final
 
 from aiohttp import web
 
-from .control import Control, PreparedAnswer
+from .control import Control, PreparedAnswer, Served
 from .engine import Full, Prefixes, Queue, Ticket, Voice
 from .faults import Fault
 from .jobs import Answer, Choice, Job, Rejected, Usage
@@ -57,7 +57,7 @@ class Pod:
     async def serve(self, request: web.Request, job: Job, fault: Fault, headers: Mapping[str, str]) -> Response:
         """Answer ``request``. Raises Rejected where the queue is full, ConnectionError when the client went."""
         choices = job.choices(self._voice, self.settings.max_tokens_default, fault.tokens)
-        run = _Run(self, job, choices)
+        run = _Run(self, headers["x-request-id"], job, choices)
         try:
             if fault.hang or fault.delay:
                 await run.started
@@ -141,7 +141,8 @@ class Pod:
 class _Run:
     """One job in the queue and in time. Made: it has entered. It must ``leave``, once."""
 
-    def __init__(self, pod: Pod, job: Job, choices: tuple[Choice, ...]) -> None:
+    def __init__(self, pod: Pod, id: str, job: Job, choices: tuple[Choice, ...]) -> None:
+        self.id = id
         self.job = job
         self.step = 0
         self.cached = 0
@@ -197,12 +198,14 @@ class _Run:
         self._finished = True
 
     def leave(self) -> None:
-        """Give the slot back, and tell the metrics."""
+        """Give the slot back, and tell the metrics and the back door."""
         pod, now = self._pod, time.monotonic()
         pod.queue.leave(self._ticket)
         metrics, choices = pod.metrics, self._choices
         done = min(self.step, self.longest)
-        metrics.generated_tokens += sum(min(done, choice.tokens) for choice in choices)
+        sent = sum(min(done, choice.tokens) for choice in choices)
+        pod.control.serve(Served(self.id, self.job.prompt_tokens if self._begun else 0, sent, self._finished))
+        metrics.generated_tokens += sent
         for whole in [choice.finish for choice in choices] or ["stop"]:  # As in vLLM, each sequence is counted.
             metrics.finished[whole if self._finished else "abort"] += 1
         if self._finished:

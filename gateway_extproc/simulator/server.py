@@ -241,12 +241,17 @@ def _control_routes(pod: Pod) -> list[web.RouteDef]:
             return web.Response(status=400, body=Rejected("'last' must be a number.").body(), content_type=JSON)
         return encoded(control.seen(probes=request.query.get("of") == "probes", last=int(last)))
 
+    async def served(_: web.Request) -> web.StreamResponse:
+        return encoded(control.served())
+
     async def faults(_: web.Request) -> web.StreamResponse:
         return encoded({"faults": control.standing()})
 
     return [
         web.get("/sim/requests", requests),
         web.delete("/sim/requests", cleared(control.forget)),
+        web.get("/sim/served", served),
+        web.delete("/sim/served", cleared(control.forget_served)),
         web.get("/sim/fault", faults),
         web.post("/sim/fault", told(control.stand)),
         web.delete("/sim/fault", cleared(control.clear_faults)),
