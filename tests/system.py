@@ -216,6 +216,11 @@ class System:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def workers(self) -> list[int]:
+        """The gateway's processes beneath the one that starts them, oldest first."""
+        found = Path(f"/proc/{self.gateway.pid}/task/{self.gateway.pid}/children").read_text().split()
+        return [int(pid) for pid in found]
+
     # --- asking ------------------------------------------------------------------------------------------------------
 
     @property

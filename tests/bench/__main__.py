@@ -16,7 +16,7 @@ from pathlib import Path
 
 import msgspec
 
-from tests.bench import accuracy, baseline, directory, goals, measure, own, report, soak
+from tests.bench import accuracy, baseline, directory, goals, measure, own, report, soak, storm
 from tests.bench.figures import Figures, stage_of
 from tests.bench.rows import CHECKED, STAGES, Stage
 
@@ -30,6 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return soak.main(args.soak)
     if args.accuracy:
         return accuracy.main()
+    if args.storm:
+        return storm.main()
     checking = args.check or args.baseline
     rounds, seconds = (1, QUICK) if args.quick else (args.rounds, args.seconds)
     wanted = re.compile(args.only)
@@ -91,6 +93,9 @@ def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--baseline", action="store_true", help="add a run of them to baseline.json (do it ten times)")
     parser.add_argument("--soak", metavar="MINUTES", type=float, help="load with random disconnects, and watch memory")
     parser.add_argument("--accuracy", action="store_true", help="how many requests limits let through")
+    parser.add_argument(
+        "--storm", action="store_true", help="whether users are charged what pods served, come what may"
+    )
     args = parser.parse_args(arguments)
     if args.only and (args.check or args.baseline):
         parser.error("--check and --baseline need all of their rows")

@@ -45,11 +45,6 @@ class Several(System):
         until(lambda: self.admin("/readyz")["parts"]["workers"]["ready"] == WORKERS, "all are ready")
         until(lambda: not any(len(host["health_status"]) > 1 for host in self.in_envoy()), "Envoy asks all")
 
-    def workers(self) -> list[int]:
-        """The processes that run, oldest first."""
-        found = Path(f"/proc/{self.gateway.pid}/task/{self.gateway.pid}/children").read_text().split()
-        return [int(pid) for pid in found]
-
     def in_envoy(self) -> list[dict[str, Any]]:
         """The workers as Envoy sees them."""
         clusters = request(self.envoy_admin_port, "GET", "/clusters?format=json").json["cluster_statuses"]
