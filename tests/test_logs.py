@@ -197,6 +197,12 @@ def test_less_than_the_level_is_left_out_of_our_lines_and_of_libraries(level: st
     assert len(written(stream)) == expected * 2
 
 
+def test_what_hpack_says_of_each_header_is_left_out_even_at_debug(stream: io.StringIO) -> None:
+    logging.getLogger("hpack.hpack").debug("Decoded %s", "a header")
+    logging.getLogger("hpack.hpack").warning("strange")
+    assert one(stream)["event"] == "strange"
+
+
 def test_a_librarys_line_has_the_same_form_and_names_the_library(stream: io.StringIO) -> None:
     logging.getLogger("a.library").error("no %s to %s", "way", "redis://u:p@host")
     line = one(stream)

@@ -36,7 +36,7 @@ MAX_PART_HEADERS: Final = 8192
 MAX_BOUNDARY: Final = 70
 #: Numbers of tokens from here on are absurd and are taken for absent: the pods count in 32 bits at most.
 MAX_TOKENS: Final = 2**31
-#: Most choices that a request is taken to ask for (OpenAI's own limit); a larger ``n`` counts as this.
+#: Most choices that a request is taken to ask for (OpenAI's own limit); more count as this.
 MAX_CHOICES: Final = 128
 #: Paths whose route is remembered, and their length in characters, with the method: clients use a few short ones.
 KNOWN_PATHS: Final = 1024
@@ -56,7 +56,7 @@ _ADMINISTRATIVE: Final = frozenset({"load_lora_adapter", "unload_lora_adapter"})
 
 #: Members that steer the request. Each may stand in a body once.
 _STEERING: Final = frozenset(
-    {"model", "stream", "stream_options", "max_tokens", "max_completion_tokens", "max_output_tokens", "n"}
+    {"model", "stream", "stream_options", "max_tokens", "max_completion_tokens", "max_output_tokens", "n", "best_of"}
 )
 #: Members whose text becomes prompt tokens.
 _PROMPT: Final = frozenset(
@@ -68,6 +68,10 @@ _PROMPT: Final = frozenset(
 )
 _READ: Final = _STEERING | _PROMPT
 _DECLARED_MAXIMA: Final = ("max_tokens", "max_completion_tokens", "max_output_tokens")
+#: How many answers are generated: those that are wanted, and those that they are chosen from.
+_ANSWERS: Final = ("n", "best_of")
+#: Longest text that is read as a number, in bytes: a longer one is absurd, or padded.
+_LONGEST_NUMBER: Final = 32
 #: How a JSON value may spell true: pods built on pydantic (vLLM, SGLang) take all of these, whatever their case.
 _TRUE: Final = frozenset({b"true", b"1", b"1.0", b'"true"', b'"1"', b'"t"', b'"yes"', b'"y"', b'"on"'})
 
@@ -152,7 +156,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
 
     ``include_usage``: the client itself asked for usage in the stream. ``max_tokens``: the largest of the maxima it
     declared (where several are given the pods differ in which they obey); None where it declared none that makes
-    sense, which is then the pod's business. ``n``: choices for each prompt; ``prompts``: prompts in the batch of a
+    sense, which is then the pod's business. ``n``: answers generated for each prompt (``best_of`` of them, where that
+    is more than ``n``); ``prompts``: prompts in the batch of a
     completion. ``prompt_bytes``: length of the JSON (or form fields) that becomes the prompt. ``asking``: what
     ``ask_for_usage`` changes, None where it has nothing to change."""
 
@@ -266,7 +271,7 @@ def _read_json(route: Route, body: Body) -> Request:
         stream=stream,
         include_usage=include_usage,
         max_tokens=_declared_maximum(found),
-        n=_choices(found.get("n")),
+        n=_choices(found),
         prompts=prompts,
         prompt_bytes=prompt_bytes,
         asking=asking,
@@ -289,11 +294,20 @@ def _is_true(value: msgspec.Raw | None) -> bool:
     return value is not None and len(value) <= 6 and bytes(value).lower() in _TRUE
 
 
+_NUMBER: Final = msgspec.json.Decoder(int | float | str)
+
+
 def _count(value: msgspec.Raw | None) -> int | None:
-    """A plain number of tokens or choices; None for everything else."""
-    digits = bytes(value) if value is not None and len(value) <= len(str(MAX_TOKENS)) else b""
-    count = int(digits) if digits.isdigit() else None
-    return count if count is not None and count <= MAX_TOKENS else None
+    """A number of tokens or choices, however a JSON value may spell it: pods built on pydantic take whole floats and
+    numbers in strings, too. None for everything else."""
+    if value is None or len(value) > _LONGEST_NUMBER:
+        return None
+    try:
+        told = _NUMBER.decode(value)
+        count = float(told)
+    except (ValueError, msgspec.MsgspecError):
+        return None
+    return int(count) if 0 <= count <= MAX_TOKENS and count.is_integer() else None
 
 
 def _declared_maximum(found: Mapping[str, msgspec.Raw]) -> int | None:
@@ -306,8 +320,9 @@ def _declared_maximum(found: Mapping[str, msgspec.Raw]) -> int | None:
     return declared
 
 
-def _choices(value: msgspec.Raw | None) -> int:
-    return min(max(1, _count(value) or 1), MAX_CHOICES) if value is not None else 1
+def _choices(found: Mapping[str, msgspec.Raw]) -> int:
+    wanted = [_count(found[name]) or 1 for name in _ANSWERS if name in found]
+    return min(max(wanted, default=1), MAX_CHOICES)
 
 
 _STRING: Final = msgspec.json.Decoder(str)
@@ -435,7 +450,7 @@ def _read_form(parameters: str, body: Body) -> Request:
         model=name,
         stream=stream in _TRUE or b'"' + stream + b'"' in _TRUE,
         max_tokens=_declared_maximum(numbers),
-        n=_choices(numbers.get("n")),
+        n=_choices(numbers),
         prompt_bytes=sum(len(fields.get(field, b"")) for field in _FORM_PROMPT),
     )
 

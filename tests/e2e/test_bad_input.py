@@ -38,6 +38,8 @@ from tests.system import DEADLINE, Reply, System, request, until
 
 #: What a user without a record may spend here.
 RPM, TPM = 1000, 20_000
+#: Tokens of users whose requests declare many.
+PLENTY = 1_000_000
 #: Largest body, in bytes: the default.
 MAX_BODY = 32 << 20
 OTHER = "other-model"
@@ -52,7 +54,8 @@ HEAP = 512 << 20
 
 @pytest.fixture(scope="module")
 def system() -> Iterator[System]:
-    config = {"limits": {"default": {"rpm": RPM, "tpm": TPM}}}
+    users = [{"name": f"declares-{number}", "tpm": PLENTY, "reserve": "max"} for number in range(len(MANY))]
+    config = {"limits": {"default": {"rpm": RPM, "tpm": TPM}}, "users": users}
     with System([["--model", MODEL], ["--model", OTHER]], config) as started:
         yield started
 
@@ -173,6 +176,129 @@ def test_each_prompt_of_a_batch_and_each_choice_is_counted(system: System) -> No
     assert len(reply.json["choices"]) == 200
     assert int(reply.headers["x-ratelimit-remaining-tokens"]) <= TPM - 2000
     until(lambda: left(system, "batch") == Left(RPM - 1, TPM - 100 - 2000), "settled")
+
+
+ABSURD = {
+    "negative": "-5",
+    "null": "null",
+    "1e30": "1e30",
+    "a word": '"many"',
+    "no number": '"NaN"',
+    "a list": "[5]",
+    "beyond 64 bits": "9" * 30,
+    "zero": "0",
+}
+
+
+@pytest.mark.parametrize("member", ["max_tokens", "max_completion_tokens", "n"])
+@pytest.mark.parametrize("value", ABSURD.values(), ids=ABSURD)
+def test_numbers_that_make_no_sense_reserve_no_more_than_others_and_cost_what_the_pod_tells(
+    system: System, member: str, value: str
+) -> None:
+    user = f"absurd {member} {value}"
+    body = _body()[:-1].replace(b'"max_tokens": 2', b'"stop": "x"') + f',"{member}":{value}}}'.encode()
+    reply = system.post(CHAT, body, user=user)
+    tokens = reply.json["usage"]["total_tokens"] if reply.status == 200 else 0
+    assert reply.status == (200 if tokens else 400), reply
+    assert reply.headers["x-pod-name"]
+    # A guess of one answer, before the pod says.
+    assert TPM - 1000 < int(reply.headers["x-ratelimit-remaining-tokens"]) < TPM
+    until(lambda: left(system, user) == Left(RPM - 1, TPM - tokens), "settled")
+
+
+MANY: list[tuple[dict[str, Any], int]] = [
+    ({"n": 3}, 3),
+    ({"n": "3"}, 3),
+    ({"n": 3.0}, 3),
+    ({"best_of": 4}, 4),
+    ({"n": 2, "best_of": 4}, 4),
+    ({"prompt": ["one", "two", "three"]}, 3),
+    ({"prompt": [[1, 2], [3]], "n": 2}, 4),
+    ({"n": 10**6}, 128),
+]
+
+
+@pytest.mark.parametrize("number", range(len(MANY)))
+@pytest.mark.parametrize("maximum", [1000, "1000", 1e3], ids=repr)
+def test_all_answers_that_are_asked_for_are_reserved(system: System, number: int, maximum: object) -> None:
+    more, answers = MANY[number]
+    user = f"declares-{number}"
+    reply = system.post(
+        "/v1/completions", {"model": MODEL, "prompt": "hello", "max_tokens": maximum} | more, user=user,
+        x_sim_fault="tokens=1",
+    )  # fmt: skip
+    left_over = int(reply.headers["x-ratelimit-remaining-tokens"])
+    assert (PLENTY - left_over) // 1000 == answers
+    until(lambda: PLENTY - _room(system, user) < 1000, "settled")
+
+
+def _room(system: System, user: str) -> int:
+    """Tokens that are left to a user who may have many, as an answer of one token tells."""
+    body = {"model": MODEL, "prompt": "hello", "max_tokens": 1}
+    return int(system.post("/v1/completions", body, user=user).headers["x-ratelimit-remaining-tokens"])
+
+
+# --- who asks --------------------------------------------------------------------------------------------------------
+
+#: Names that would be each other's, or somebody's window, budget, lease or mark, if a key were only put together.
+ALIKE = [
+    "v", "{v}", "v}", "{user:v}", "user:v", "v}:*", "v}:m:m", "v}:a:id-1", "b:{user:v}:*", "v%7D", "v%7d", "v%257D",
+    "}", "*", "v*", "v?", "[v]", "v\\", 'v"', "v$1", "\uff56", "v\u0301", "日本語", "🦊" * 60, "v:" * 100,
+]  # fmt: skip
+
+
+def test_no_name_is_taken_for_anothers_nor_for_a_key_of_the_store(system: System) -> None:
+    assert system.valkey is not None
+    for turn in (1, 2):
+        for name in ALIKE:
+            reply = ask(system.port, post(b"user: " + name.encode()))
+            assert reply is not None
+            assert reply.headers["x-ratelimit-remaining-requests"] == str(RPM - turn), name
+    with system.valkey.client() as client:
+        windows = {key.decode() for key in client.scan_iter("gw:1:{*}:[*]")}
+    told = [name.replace("%", "%25").replace("{", "%7B").replace("}", "%7D") for name in ALIKE]
+    assert {f"gw:1:{{user:{name}}}:*" for name in told} <= windows
+    assert not [key for key in windows if key.count("{") > 1 or key.count("}") > 1]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [b"x" * 10_240, "日".encode() * 3_500, b"{user:v}:*" * 1_000, b"x" * 257],
+    ids=["ASCII", "Unicode", "keys", "257"],
+)
+def test_a_name_of_ten_kilobytes_is_refused_and_makes_no_key(system: System, name: bytes) -> None:
+    before = _total(system), _keys(system)
+    _refused(system, ask(system.port, post(b"user: " + name)), 400, "invalid_value", "user")
+    assert (_total(system), _keys(system)) == before
+
+
+def _keys(system: System) -> set[bytes]:
+    """Keys that stand for somebody."""
+    assert system.valkey is not None
+    with system.valkey.client() as client:
+        return {key for key in client.scan_iter("*{user:*") if len(key) > 200}
+
+
+@pytest.mark.parametrize("name", [b"a\nb", b"a\r\nb", b"a\x00b"], ids=["LF", "CR LF", "zero"])
+def test_a_name_with_the_end_of_a_line_is_no_http(system: System, name: bytes) -> None:
+    before = _total(system)
+    reply = ask(system.port, post(b"user: " + name))
+    assert reply is not None
+    assert reply.status == 400
+    _alone(system, before)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [b"a\tb", b"a\x7fb", b"\xff", b"\xed\xa0\x80", "a\u00a0b".encode(), "\u2028".encode(), "a\u202eb".encode()],
+    ids=repr,
+)
+def test_a_name_that_cannot_be_shown_is_refused(system: System, name: bytes) -> None:
+    before = _total(system)
+    reply = ask(system.port, post(b"user: " + name))
+    assert reply is not None
+    assert (reply.status, reply.error["code"]) == (400, "invalid_value"), reply
+    assert _total(system) == before
 
 
 # --- size ------------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import aiohttp
 import pytest
 
 from gateway_extproc.simulator import control
-from tests.simulator.client import MODEL, Client, events, serving
+from tests.simulator.client import MODEL, Client, events, serving, until
 
 CHAT: dict[str, Any] = {"model": MODEL, "messages": [{"role": "user", "content": "hello there"}]}
 TOO_SOON = 0.05
@@ -303,6 +303,30 @@ async def test_the_memory_of_requests_is_bounded_and_can_be_emptied() -> None:
         async with client.session.delete(client.url("/sim/requests")) as answer:
             assert answer.status == 200
         assert json.loads(await client.get("/sim/requests")) == {"total": 0, "requests": []}
+
+
+async def test_what_each_request_was_given_is_remembered() -> None:
+    async with serving() as client:
+        asked = {"prompt": "a" * 40, "max_tokens": 8}
+        await client.ask("/v1/completions", asked, x_request_id="plain")
+        await client.ask("/v1/completions", asked | {"n": 2}, x_request_id="twice")
+        await client.ask("/v1/completions", asked, 500, x_request_id="refused", x_sim_fault="status=500")
+        with pytest.raises(aiohttp.ClientPayloadError):
+            await client.stream("/v1/completions", asked, x_request_id="cut", x_sim_fault="cut=3")
+        with pytest.raises(asyncio.TimeoutError):
+            async with asyncio.timeout(0.05):
+                await client.ask("/v1/completions", asked, x_request_id="left", x_sim_fault="hang")
+        await until(lambda: client.pod.pod.control.served()["total"] == 4)
+        found = json.loads(await client.get("/sim/served"))
+        assert found["served"] == [
+            {"id": "plain", "prompt": 10, "sent": 8, "end": True},
+            {"id": "twice", "prompt": 10, "sent": 16, "end": True},
+            {"id": "cut", "prompt": 10, "sent": 3, "end": False},
+            {"id": "left", "prompt": 0, "sent": 0, "end": False},
+        ]
+        async with client.session.delete(client.url("/sim/served")) as answer:
+            assert answer.status == 200
+        assert json.loads(await client.get("/sim/served")) == {"total": 0, "served": []}
 
 
 async def test_probes_are_remembered_apart() -> None:
