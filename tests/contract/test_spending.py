@@ -1,8 +1,6 @@
 """What every store of limits promises of budgets and of what runs at once (core/store.py), asked of each.
 
-All of them count by a clock that the test moves. The scripts on the real Valkey are told it by two keys instead of by
-``TIME``; when it moves, what is left of each key's time to live passes, too.
-"""
+All of them count by a clock that the test moves (tests/clocked.py)."""
 
 from __future__ import annotations
 
@@ -11,7 +9,6 @@ import math
 import random
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
-from importlib import resources
 from typing import Any, Literal
 
 import pytest
@@ -19,9 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gateway_extproc.adapters import redis as adapter
-from gateway_extproc.adapters.guarded import GuardedStore
 from gateway_extproc.adapters.memory import MemoryStore
-from gateway_extproc.adapters.redis import RedisStore
 from gateway_extproc.core.budget import DAY, EXACT, KEPT, MONTH, WEEK, Spending, bounds, coded
 from gateway_extproc.core.store import (
     LEASE,
@@ -32,7 +27,6 @@ from gateway_extproc.core.store import (
     Denied,
     Merge,
     Settlement,
-    Store,
     StoreUnavailable,
     Window,
     chosen,
@@ -40,85 +34,13 @@ from gateway_extproc.core.store import (
     with_leases,
 )
 from tests.asking import admit
+from tests.clocked import PREFIX, START, Clock, Harness, ValkeyHarness, everything
 from tests.valkey import Valkey
 
-SCRIPTS = resources.files("gateway_extproc.adapters")
-PREFIX = "t:"
 KEY = "{alice}:*"
-#: A Thursday, in no period's first or last hour.
-START = datetime(2024, 2, 15, 12, 34, 56, tzinfo=UTC).timestamp() + 0.25
 HOURS_5 = 5 * 3600
 
 _ids = iter(range(10**9))
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = START
-
-    def __call__(self) -> float:
-        return self.now
-
-
-class Harness:
-    """A store whose time the test moves."""
-
-    def __init__(self, store: Store, clock: Clock) -> None:
-        self.store = store
-        self.clock = clock
-
-    def move_to(self, now: float) -> None:
-        self.clock.now = now
-
-    def advance(self, seconds: int) -> None:
-        self.move_to(self.clock.now + seconds)
-
-    async def close(self) -> None:
-        await self.store.flush()
-        await self.store.close()
-
-
-def told_the_time(script: str) -> bytes:
-    """A script that takes two keys for the clock."""
-    return (
-        SCRIPTS.joinpath(script).read_bytes().replace(b"redis.call('TIME')", b"redis.call('MGET', 'second', 'micro')")
-    )
-
-
-class ValkeyHarness(Harness):
-    def __init__(self, server: Valkey, guarded: bool = False) -> None:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(adapter, "_text", told_the_time)
-            self.redis = RedisStore(server.url, prefix=PREFIX, timeout=5.0)
-        clock = Clock()
-        super().__init__(self.redis, clock)
-        if guarded:
-            local = MemoryStore(clock)
-            self.store = GuardedStore(self.redis, local, policy="local", gateway="id-", clock=clock)
-        self.client: Any = server.client()
-        self.tell()
-
-    def tell(self) -> None:
-        second = int(self.clock.now)
-        self.client.mset({"second": second, "micro": round((self.clock.now - second) * 1e6)})
-
-    def move_to(self, now: float) -> None:
-        passed = int(now) - int(self.clock.now)
-        super().move_to(now)
-        self.tell()
-        for key in self.client.scan_iter(f"{PREFIX}*") if passed > 0 else ():
-            left = math.ceil(self.client.pttl(key) / 1000)
-            assert left > 0, f"{key} lives for ever"
-            self.client.expire(key, left - passed)
-
-    def clear(self) -> None:
-        self.client.flushall()
-        self.clock.now = START
-        self.tell()
-
-    async def close(self) -> None:
-        await super().close()
-        self.client.close()
 
 
 @pytest.fixture(params=["memory", "valkey", "guarded"])
@@ -639,16 +561,6 @@ async def test_undoing_gives_each_window_its_own_amount_back(on_valkey: ValkeyHa
 
 
 # --- in Redis --------------------------------------------------------------------------------------------------------
-
-
-def everything(harness: ValkeyHarness) -> dict[bytes, Any]:
-    """What is stored but marks."""
-    keys = [key for key in harness.client.scan_iter(f"{PREFIX}1:*") if b":a:" not in key and b":s:" not in key]
-    return {
-        key: harness.client.zrange(key, 0, -1) if b":c:" in key else harness.client.get(key)
-        for key in keys
-        if not key.endswith(b":gateways")
-    }
 
 
 async def test_undoing_gives_back_all_that_was_taken(on_valkey: ValkeyHarness) -> None:
