@@ -161,8 +161,11 @@ def programs(*steps: st.SearchStrategy[float]) -> st.SearchStrategy[list[Call]]:
 
 
 class Charge(NamedTuple):
+    """``minute`` is the second in which it counts for windows, where that is not the one in which it was made."""
+
     key: str
     second: int
+    minute: int
     requests: int
     tokens: int
     cost: int
@@ -190,15 +193,25 @@ class Book:
     def __init__(self) -> None:
         self.charges: list[Charge] = []
         self.leases: dict[tuple[str, str], int] = {}
+        self._latest = 0
+
+    def step_back(self, then: int, now: int) -> None:
+        """The clock showed ``then``, and shows ``now``: periods stand still, and what is yet to come counts from now.
+        What had left may stay away."""
+        self._latest = max(self._latest, then)
+        self.charges = [
+            each._replace(minute=min(each.minute, now) if each.minute >= then - 60 else 0) for each in self.charges
+        ]
+        self.leases = {name: min(until, now + LEASE) for name, until in self.leases.items() if until > then}
 
     def used(self, key: str, budget: Budget, now: int) -> int:
-        first, _ = period_of(budget.period, now)
+        first, _ = period_of(budget.period, max(now, self._latest))
         spent = [each for each in self.charges if each.key == key and each.second >= first]
         return sum(each.tokens if budget.unit == "tokens" else each.cost for each in spent)
 
     def minute(self, key: str, now: int) -> tuple[int, int]:
         """Requests and tokens of the running second and the 60 before it."""
-        recent = [each for each in self.charges if each.key == key and each.second >= now - 60]
+        recent = [each for each in self.charges if each.key == key and each.minute >= now - 60]
         return sum(each.requests for each in recent), sum(each.tokens for each in recent)
 
     def running(self, key: str, now: int) -> int:
@@ -219,7 +232,7 @@ class Book:
 
     def take(self, admission: Admission, now: int) -> None:
         for window, (tokens, cost) in zip(admission.windows, admission.amounts, strict=True):
-            self.charges.append(Charge(window.key, now, 1, tokens, cost))
+            self.charges.append(Charge(window.key, now, now, 1, tokens, cost))
             if window.concurrency is not None:
                 self.leases[window.key, admission.id] = now + LEASE
 
@@ -228,7 +241,7 @@ class Book:
         for key, amounts in zip(settlement.keys, settlement.amounts, strict=True):
             for requests, tokens, cost in ((settlement.requests, 0, 0), (0, amounts[0], 0), (0, 0, amounts[1])):
                 second = settlement.second if min(requests, tokens, cost) < 0 else now
-                self.charges.append(Charge(key, second, requests, tokens, cost))
+                self.charges.append(Charge(key, second, second, requests, tokens, cost))
 
     def renew(self, leases: Iterable[tuple[str, tuple[str, ...]]], now: int) -> None:
         for id, keys in leases:
@@ -322,9 +335,8 @@ class Fleet:
 
 
 class Run:
-    """One program over the fleet, the twin in memory and the book. Not ``exact``, where the clock steps back: the book
-    begins anew with each such step, the store may know of more than it, and the twin, which has no such clock, is left
-    out."""
+    """One program over the fleet, the twin in memory and the book. Not ``exact``, where the clock steps back: the store
+    may then count more than the book does, never less, and the twin, which has no such clock, is left out."""
 
     def __init__(self, fleet: Fleet, windows: tuple[Window, ...], *, exact: bool) -> None:
         self.exact = exact
@@ -369,10 +381,10 @@ class Run:
             case Restart(loses_data):
                 await self.restart(loses_data)
             case Step(seconds):
-                self.furthest = max(self.furthest, self.fleet.harness.clock())
+                self.furthest, then = max(self.furthest, self.fleet.harness.clock()), self.now
                 self.fleet.harness.move_to(self.fleet.harness.clock() + seconds)
                 if seconds < 0:
-                    self.forget()
+                    self.book.step_back(then, self.now)
         await self.fleet.arrive()
         assert {store.mode for store in self.fleet.stores} == {OK}
 
@@ -446,7 +458,7 @@ class Run:
         now, store = self.now, self.fleet.stores[one.gateway]
         if one.settlement is None:
             settlement = one.settles_as(settle.amounts[: len(one.keys)], back=settle.back)
-            if self.exact and not self.is_known(one, settlement, now):
+            if not self.is_known(one, settlement, now):
                 return
             one.settlement, one.settled = settlement, now
             store.settle(settlement)
