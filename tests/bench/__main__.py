@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.accuracy:
         return accuracy.main()
     if args.storm:
-        return storm.main()
+        return storm.main(args.storm)
     checking = args.check or args.baseline
     rounds, seconds = (1, QUICK) if args.quick else (args.rounds, args.seconds)
     wanted = re.compile(args.only)
@@ -94,7 +94,7 @@ def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--soak", metavar="MINUTES", type=float, help="load with random disconnects, and watch memory")
     parser.add_argument("--accuracy", action="store_true", help="how many requests limits let through")
     parser.add_argument(
-        "--storm", action="store_true", help="whether users are charged what pods served, come what may"
+        "--storm", metavar="REQUESTS", type=int, help="whether users are charged what pods served, come what may"
     )
     args = parser.parse_args(arguments)
     if args.only and (args.check or args.baseline):

@@ -1,4 +1,4 @@
-"""``python -m tests.bench --storm``: whether what users are charged is what pods served, whatever ends a request.
+"""``python -m tests.bench --storm REQUESTS``: whether users are charged what pods served, whatever ends a request.
 
 For each source of usage a gateway of two workers, pods that count what they send, and users with every kind of limit.
 A third of the requests is left by its client at a random moment, a tenth of the answers is cut by its pod, and gateways
@@ -45,7 +45,7 @@ from tests.system import System, request, until
 
 Source = Literal["body", "access_log"]
 
-REQUESTS, WAVE, AT_ONCE = 10_000, 500, 64
+WAVE, AT_ONCE = 500, 64
 #: The output that is set aside, for each source: what each request may have at most, and the default.
 RESERVE: dict[Source, str] = {"body": "max", "access_log": "expected"}
 #: How many of a hundred clients mean to leave, and how many answers go wrong at the pod. Some who mean to leave are
@@ -620,7 +620,7 @@ def printed(storms: Iterable[Storm]) -> str:
     return table(rows)
 
 
-def main(requests: int = REQUESTS) -> int:
+def main(requests: int) -> int:
     """Storm by both sources; 0 where all accounts agree."""
     storms = [Storm(source, requests, patient=True) for source in ("body", "access_log")]
     for storm in storms:

@@ -178,3 +178,9 @@ def test_limits_let_through_what_they_say(clone: Clone) -> None:
     assert rows["rpm 20, a burst"][3] == "20"
     assert rows["tpm 3,000, a burst, max_tokens 16"][3] == "13"
     assert "missed" not in told
+
+
+def test_after_a_storm_all_accounts_agree(clone: Clone) -> None:
+    assert clone.says("docs/limits.md", "make bench ARGS='--storm 10000'")
+    told = clone.run("make bench ARGS='--storm 300'")
+    assert told.count(" 0 faults") == 2

@@ -100,6 +100,7 @@ RUN_BY = {
     r"make bench(-check| ARGS=--baseline)": FIRST_RUN + "test_the_benchmark_compares_with_its_earlier_runs",
     r"make bench ARGS='--soak \d+'": FIRST_RUN + "test_the_soak_leaves_nothing",
     r"make bench ARGS=--accuracy": FIRST_RUN + "test_limits_let_through_what_they_say",
+    r"make bench ARGS='--storm \d+'": FIRST_RUN + "test_after_a_storm_all_accounts_agree",
     r"make requirements": FIRST_RUN + "test_the_pins_are_kept_when_they_are_made_anew",
     # what CI runs, and `make check` in turn
     r"make check": ".ci/run",
