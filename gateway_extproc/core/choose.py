@@ -1,97 +1,122 @@
-"""Choosing a pod: strategies in one table, and the lease that a choice takes.
+"""Choosing a pod: the pick among scored candidates, and the lease that a choice takes.
 
-A strategy is a function from candidates to the ``wanted`` best of them, best first; equals come in random order. It
-reads loads and changes nothing. ``choose`` turns the order into a lease, and that takes: deciding and counting are
-one step, so that a burst that arrives between two polls spreads. Leaves out which pods are candidates
-(core/fleet.py).
+``choose`` lets a strategy score the candidates, picks the best, equals at random, and makes a lease of it. That takes:
+deciding and counting are one step, so that a burst that arrives between two polls spreads. The lease counts at the pod
+what the request has of it, gives that back once, and tells the pod's pace what its answer taught. Leaves out which pods
+are candidates (core/fleet.py) and what makes one better than another (core/strategies/).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from random import Random
 from typing import Final
 
-from .fleet import Pod, faded
+from .fleet import Pod
+from .load import faded
+from .pace import Seen
+from .strategies import Asked, Mixed
 
-Strategy = Callable[[Sequence[Pod], int, float, Random], list[Pod]]
-
-
-def _random(candidates: Sequence[Pod], wanted: int, now: float, rng: Random) -> list[Pod]:
-    return rng.sample(candidates, min(wanted, len(candidates)))
-
-
-def _least(costs: Callable[[Sequence[Pod], float], list[float]]) -> Strategy:
-    def order(candidates: Sequence[Pod], wanted: int, now: float, rng: Random) -> list[Pod]:
-        found = costs(candidates, now)
-        least = min(found, default=0.0)
-        best = [pod for pod, cost in zip(candidates, found, strict=True) if cost == least]
-        if len(best) >= wanted:  # nothing is to be sorted where many are idle
-            return rng.sample(best, wanted)
-        ranked = sorted([(cost, rng.random(), at) for at, cost in enumerate(found)])
-        return [candidates[at] for _, _, at in ranked[:wanted]]
-
-    return order
-
-
-#: Every strategy by the name that clients and configuration use (contract section 4).
-STRATEGIES: Final[Mapping[str, Strategy]] = {
-    "random": _random,
-    "least-request": _least(lambda pods, now: [pod.load.in_flight for pod in pods]),
-    "throughput": _least(lambda pods, now: [pod.load.tokens(now) for pod in pods]),
-}
+#: Seconds of work that a request is taken for where no pod has taught anything.
+_UNKNOWN: Final = 1.0
+#: The score of what is not to be chosen any more.
+_TAKEN: Final = -1.0
 
 
 class Lease:
-    """What a request holds of a pod from the choice to its end: one in flight, and its tokens.
+    """What a request holds of a pod from the choice to its end: one in flight, its tokens and its time.
 
     ``pods`` are the choices in the order in which Envoy tries them; the first is counted until ``moved`` says that
     another one answered. ``release`` gives back, once, however often it is called."""
 
-    __slots__ = ("_at", "_pod", "_released", "_tokens", "pods")
+    __slots__ = ("_ahead", "_at", "_first", "_output", "_pod", "_prompt", "_released", "_seconds", "pods")
 
-    def __init__(self, pods: Sequence[Pod], tokens: int, now: float) -> None:
+    def __init__(self, pods: Sequence[Pod], prompt: int, output: int, now: float) -> None:
         self.pods = tuple(pods)
-        self._tokens = tokens
-        self._at = now
+        self._prompt = prompt
+        self._output = output
         self._released = False
-        self._pod = self.pods[0]
-        self._pod.load.in_flight += 1
-        self._pod.load.add_tokens(tokens, now)
+        self._take(self.pods[0], now)
 
     @property
     def pod(self) -> Pod:
         return self._pod
 
+    def began(self, now: float) -> None:
+        """The answer's first token came."""
+        if self._first is None:
+            self._first = now
+
     def moved(self, pod: Pod, now: float) -> None:
         """A retry went to ``pod``: count there from now on."""
         if pod is self._pod or self._released:
             return
-        self._give_back(0, now)
-        self._pod, self._at = pod, now
-        pod.load.in_flight += 1
-        pod.load.add_tokens(self._tokens, now)
+        self._give_back(0, now, 0.0)
+        self._pod.load.failures.add(1, now)
+        self._take(pod, now)
 
     def release(self, tokens: int, now: float) -> None:
         """The request has ended, having used ``tokens``."""
         if self._released:
             return
         self._released = True
-        self._give_back(tokens, now)
+        self._give_back(tokens, now, now - self._at)
 
-    def _give_back(self, tokens: int, now: float) -> None:
+    def seen(self, prompt: int, output: int, now: float) -> Seen:
+        """What the answer, whole and good, taught; ``prompt`` without what was cached. Before or after release."""
+        first = None if self._first is None else self._first - self._at
+        left = self._pod.load.in_flight - (not self._released)
+        return Seen(self._ahead, left, prompt, output, first, now - self._at)
+
+    def _take(self, pod: Pod, now: float) -> None:
+        load = pod.load
+        pace = load.pace
+        self._pod, self._at, self._first = pod, now, None
+        self._ahead = load.in_flight
+        self._seconds = (
+            _UNKNOWN if pace.answered is None else pace.prefill * self._prompt + pace.decode * self._output
+        )
+        load.in_flight += 1
+        load.prompt += self._prompt
+        load.output += self._output
+        tokens = self._prompt + self._output
+        load.given += tokens
+        load.tokens.add(tokens, now)
+        load.seconds.add(self._seconds, now)
+
+    def _give_back(self, tokens: int, now: float, seconds: float) -> None:
         # What was added has faded since; taking back more would take what other requests added.
-        self._pod.load.in_flight -= 1
-        self._pod.load.add_tokens(tokens - faded(self._tokens, now - self._at), now)
+        load, passed = self._pod.load, now - self._at
+        load.in_flight -= 1
+        load.prompt -= self._prompt
+        load.output -= self._output
+        load.tokens.add(tokens - faded(self._prompt + self._output, passed), now)
+        load.seconds.add(seconds - faded(self._seconds, passed), now)
 
 
-def choose(strategy: str, candidates: Sequence[Pod], choices: int, tokens: int, now: float, rng: Random) -> Lease:
+def choose(
+    strategy: Mixed, candidates: Sequence[Pod], choices: int, asked: Asked, now: float, rng: Random
+) -> Lease:
     """Pick from ``candidates`` (at least one): the strategy's best pod, and up to ``choices - 1`` that can stand in
-    for it. ``tokens`` is what the request is expected to process."""
-    order = STRATEGIES[strategy]
-    best = order(candidates, choices, now, rng)
-    first = best[0]
-    if not all(pod.stands_in_for(first) for pod in best):
-        alike = [pod for pod in candidates if pod is not first and pod.stands_in_for(first)]
-        best = [first, *order(alike, choices - 1, now, rng)]
-    return Lease(best, tokens, now)
+    for it."""
+    scores = strategy.scores(candidates, asked, now, rng)
+    chosen: list[Pod] = []
+    alike = False  # whether only those are left that can stand in for the first
+    while len(chosen) < choices and (best := max(scores)) >= 0.0:
+        if scores.count(best) == 1:
+            at = scores.index(best)
+        else:
+            equal = [at for at, score in enumerate(scores) if score == best]
+            at = equal[int(rng.random() * len(equal))]
+        pod = candidates[at]
+        scores[at] = _TAKEN
+        if chosen and not alike and not pod.stands_in_for(chosen[0]):
+            scores = [
+                score if other.stands_in_for(chosen[0]) else _TAKEN
+                for score, other in zip(scores, candidates, strict=True)
+            ]
+            alike = True
+            continue
+        chosen.append(pod)
+    strategy.routed(asked, chosen[0])
+    return Lease(chosen, asked.prompt, asked.output, now)

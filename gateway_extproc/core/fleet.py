@@ -1,7 +1,7 @@
 """The pods: which are configured, what each serves, which are ready, and how busy each is.
 
 Owns the membership (from configuration and DNS), what the last poll of each pod said, what each Envoy has
-acknowledged, and the loads. Publishes immutable views that requests read without a lock. Promises:
+acknowledged, and each pod's load. Publishes immutable views that requests read without a lock. Promises:
 
 - A model exists while a pod that last named it remains configured, ready or not.
 - A pod is ready only while its last poll succeeded; a failed connection takes it out until the next poll succeeds.
@@ -9,20 +9,19 @@ acknowledged, and the loads. Publishes immutable views that requests read withou
   Envoy whose state is not known (no xDS from us, or not reconnected yet) is not held back.
 - A pod that stays configured keeps its load and its models across every change of the membership.
 
-Leaves out how pods are polled (adapters/scrape.py) and resolved (adapters/dns.py), and choosing (core/choose.py).
+Leaves out how pods are polled (adapters/scrape.py) and resolved (adapters/dns.py), what a load counts (core/load.py), and
+choosing (core/choose.py).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Final
 
 import msgspec
 
-#: Half-life in seconds of the tokens that the `throughput` strategy calls "lately".
-TOKENS_HALF_LIFE: Final = 10.0
-_DECAY: Final = math.log(2) / TOKENS_HALF_LIFE
+from .load import Load
+
 #: The addresses of each model that an Envoy can route; None for a model: an older state of it, not known here.
 Acknowledged = Mapping[str, frozenset[str] | None]
 #: Most models that one pod may name; what a confused pod lists beyond it is left out.
@@ -50,30 +49,6 @@ class PodSpec(msgspec.Struct, frozen=True, kw_only=True):
     api_key: str | None = None
     tls: TLS | None = None
     path_prefix: str = ""
-
-
-class Load:
-    """What this gateway has given a pod and not yet seen finished. Mutable, shared by all views of the pod."""
-
-    __slots__ = ("_at", "_tokens", "in_flight")
-
-    def __init__(self) -> None:
-        self.in_flight = 0
-        self._tokens = 0.0
-        self._at = 0.0
-
-    def tokens(self, now: float) -> float:
-        """Tokens processed lately: a sum in which each token's weight halves every TOKENS_HALF_LIFE seconds."""
-        return faded(self._tokens, now - self._at)
-
-    def add_tokens(self, tokens: float, now: float) -> None:
-        self._tokens = max(0.0, self.tokens(now) + tokens)
-        self._at = now
-
-
-def faded(tokens: float, seconds: float) -> float:
-    """What tokens of ``seconds`` ago still weigh."""
-    return tokens * math.exp(-_DECAY * max(0.0, seconds))
 
 
 class Pod(msgspec.Struct, frozen=True, eq=False):

@@ -1,0 +1,38 @@
+"""least-kv-cache (least-gpu-cache): the pod with the least of its KV cache in use.
+
+What was sent since the pod was last looked at is added as an estimate, so that a burst between two looks spreads. A pod
+without a fresh look counts as the mean of the others; where none has one, requests in flight decide."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from random import Random
+from typing import Final
+
+from ..fleet import Pod
+from .strategy import Asked, Need, Strategy, least, requests
+
+#: Tokens that a pod's KV cache is taken to hold, for what was sent since the last look: an 80 GB GPU with an 8B model in
+#: 16 bit has room for some 450,000.
+KV_TOKENS: Final = 400_000
+#: A share of the cache that makes no difference.
+UNIT: Final = 0.01
+
+
+class LeastKvCache(Strategy):
+    needs = Need.METRICS
+
+    def scores(self, pods: Sequence[Pod], asked: Asked, now: float, rng: Random) -> list[float]:
+        told = [pod.load.fresh(now) for pod in pods]
+        uses = [found.kv_use for found in told if found is not None]
+        if not uses:
+            self.degraded += 1
+            return requests(pods)
+        mean = sum(uses) / len(uses)
+        return least(
+            [
+                (mean if found is None else found.kv_use) + pod.load.given / KV_TOKENS
+                for pod, found in zip(pods, told, strict=True)
+            ],
+            UNIT,
+        )
