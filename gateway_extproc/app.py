@@ -48,6 +48,7 @@ from .core.price import Price, Prices, nano
 from .core.records import Records
 from .core.session import ModelPolicy, Policy, World
 from .core.store import RENEW, Settlement, Store
+from .core.strategies import Need, needs
 from .core.tally import Tally, UsageLog
 from .services.access_log import AccessLogs
 from .services.extproc import ExtProc
@@ -112,6 +113,11 @@ def policy_of(config: Config, directory: Directory) -> Policy:
             name: ModelPolicy(model.strategy or None, model.timeout, model.retries)
             for name, model in config.models.items()
         },
+        keeps_sessions=any(
+            Need.SESSION in needs(text)
+            for text in (config.routing.default, *(model.strategy for model in config.models.values()))
+            if text
+        ),
     )
 
 
@@ -157,7 +163,7 @@ class Gateway:
         self._admissions = 0
         self.world = World(
             policy_of(config, Directory()), self.fleet, clock=time.monotonic, now=time.time, rng=self._rng,
-            new_id=self._new_id, logged=config.usage.source == "access_log",
+            new_id=self._new_id, logged=config.usage.source == "access_log", secret=secrets.token_bytes(32),
         )  # fmt: skip
         url, prefix = config.store.url, config.store.prefix
         self._records: Records = RedisRecords(url, prefix=prefix) if url else MemoryRecords()
@@ -177,7 +183,7 @@ class Gateway:
         self.extproc = ExtProc(self.world, self.store, self, room)
         ledger = Ledger(
             self.world.estimates, self.fleet, gateway=f"{self._name}-", clock=time.monotonic,
-            prices=lambda: self.world.policy.prices,
+            prices=lambda: self.world.policy.prices, ended=self.world.ended,
         )  # fmt: skip
         self.access_logs = AccessLogs(ledger, self.store.settle, self)
         self.xds = XdsServer(self.fleet, self._resources, config.usage.source)
@@ -397,6 +403,7 @@ class Gateway:
                 for address in [known for known in self._numbers if self.fleet.member(known) is None]:
                     del self._numbers[address]
                 self._poller.sync()
+                self.world.strategies.keep([member.pod for member in self.fleet.members() if member.ready])
                 if self._polled:
                     self._publish()
             if not self._polled:
@@ -510,6 +517,7 @@ class Gateway:
         return Sources(
             fleet=lambda: self.fleet,
             streams=lambda: self.extproc.streams,
+            strategies_degraded=lambda: self.world.strategies.degraded(),
             store_mode=lambda: self.store.mode if isinstance(self.store, GuardedStore) else "memory",
             follows=lambda: self.administration.follows,
             settlements_dropped=lambda: self._redis.dropped if self._redis is not None else 0,

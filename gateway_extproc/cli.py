@@ -41,8 +41,9 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     demo.add_argument("--json", action="store_true", help="print one line of JSON once ready, and nothing else")
 
-    # Listed here for --help; main() hands over before parsing, since its options live with the simulator.
+    # Listed here for --help; main() hands over before parsing, since their options live with them.
     commands.add_parser("pod", help="run one simulated pod", add_help=False)
+    commands.add_parser("compare", help="compare strategies on a simulated fleet", add_help=False)
 
     check = commands.add_parser(
         "check", help="validate a configuration file", description="Validate a configuration file, and print all of it."
@@ -87,6 +88,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser = argparse.ArgumentParser(prog="gateway-extproc pod")
         command.add_arguments(parser)
         return command.run(parser.parse_args(given[1:]))
+    if given[:1] == ["compare"]:
+        from .laboratory import command as laboratory
+
+        parser = argparse.ArgumentParser(
+            prog="gateway-extproc compare",
+            description="Replay requests to a simulated fleet, by each strategy, and print what came of it.",
+        )
+        laboratory.add_arguments(parser)
+        return laboratory.run(parser.parse_args(given[1:]))
     args = _parser().parse_args(given)
     if args.command in ("user", "key", "usage"):
         return admin_client.run(args)

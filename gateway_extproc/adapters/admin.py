@@ -163,7 +163,7 @@ def pods_shown(fleet: Fleet, now: float) -> list[PodShown]:
             "why": "" if member.ready else member.why,
             "models": list(member.models),
             "in_flight": member.load.in_flight,
-            "recent_tokens": round(member.load.tokens(now)),
+            "recent_tokens": round(member.load.tokens.read(now)),
             "tls": spec.tls is not None,
             "path_prefix": spec.path_prefix,
         }

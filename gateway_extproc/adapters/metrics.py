@@ -9,7 +9,7 @@ that any label value is escaped. Leaves out serving the page (admin.py) and what
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -21,6 +21,7 @@ from .. import __version__
 from ..core.events import Outcome
 from ..core.fleet import Fleet
 from ..core.store import Settlement
+from ..core.strategies import STRATEGIES
 
 #: What the page is: the text format that every Prometheus since 2014 reads.
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
@@ -36,6 +37,8 @@ TOKEN_MODELS: Final = 500
 PODS: Final = 1024
 #: The model, and strategy, of what has no series of its own.
 OTHER: Final = "other"
+#: The strategy of requests that were decided by several: clients can think of more mixes than can be counted apart.
+MIX: Final = "mix"
 #: Upper bounds in seconds. A decision takes some 100 µs and a near store 300 µs, so the bounds are dense there.
 BUCKETS: Final = (
     10e-6, 20e-6, 50e-6, 100e-6, 200e-6, 500e-6, 1e-3, 2e-3, 5e-3, 10e-3, 20e-3, 50e-3, 100e-3, 200e-3, 500e-3, 1.0,
@@ -50,10 +53,12 @@ _Key = tuple[str, str, int, str]
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sources:
     """Values that live elsewhere, read when the page is rendered. ``streams``: requests in progress;
+    ``strategies_degraded``: how often each strategy had no fresh metrics of pods to decide by;
     ``settlements_dropped`` and ``xds_refused``: how many since the start; ``envoys``: how many are connected."""
 
     fleet: Callable[[], Fleet]
     streams: Callable[[], int]
+    strategies_degraded: Callable[[], Mapping[str, int]]
     store_mode: Callable[[], str]
     follows: Callable[[], bool]
     settlements_dropped: Callable[[], int]
@@ -109,7 +114,10 @@ class Metrics:
     def settled(self, outcome: Outcome, settlement: Settlement | None = None) -> None:
         """A request has ended. What the store was told of it is not counted here: the outcome says what was used."""
         model = outcome.model
-        key = (model, outcome.strategy, outcome.status, outcome.reason)
+        strategy = outcome.strategy
+        if strategy and strategy not in STRATEGIES:
+            strategy = MIX
+        key = (model, strategy, outcome.status, outcome.reason)
         requests = self._requests
         if key in requests:
             requests[key] += 1
@@ -275,6 +283,14 @@ class Metrics:
             "1 while changes of users and keys are not heard of.",
             value=not sources.follows(),
         )
+        degraded = CounterMetricFamily(
+            "gateway_strategy_degraded",
+            "Decisions by requests in flight because no pod's metrics were fresh, by the strategy that wanted them.",
+            labels=("strategy",),
+        )
+        for strategy, count in sources.strategies_degraded().items():
+            degraded.add_metric([strategy], count)
+        yield degraded
         yield CounterMetricFamily(
             "gateway_settlements_dropped",
             "Corrections of charged tokens that could not be brought to the store.",

@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 import msgspec
 
 from ..core.address import HOST_NAME, is_ip, join_address, split_address
-from ..core.choose import STRATEGIES
+from ..core.strategies import STRATEGIES, needs
 from .problems import mask_url
 
 #: Longest name of a user, team, pod or model, in bytes of UTF-8: it becomes a key in the store and a header's value.
@@ -27,12 +27,6 @@ MAX_NAME: Final = 256
 MAX_SOCKET: Final = 107
 #: Largest number a limit may have: what a double, and so Redis's Lua, counts exactly.
 MAX_COUNT: Final = 2**53 - 1
-
-#: The contract's other strategies, which a later version has.
-LATER_STRATEGIES: Final = (
-    "least-latency", "least-kv-cache", "least-gpu-cache", "least-busy-time", "power-of-two", "prefix-cache",
-    "session-affinity", "adaptive",
-)  # fmt: skip
 
 
 class Form(msgspec.Struct, frozen=True):
@@ -196,12 +190,12 @@ def _name(value: object) -> str:
 
 def _strategy(value: object) -> str:
     text = _text(value)
-    if text in STRATEGIES:
-        return text
-    known = ", ".join(STRATEGIES)
-    if any(part.partition(":")[0].strip() in LATER_STRATEGIES for part in text.split(",")):
-        raise ValueError(f"this strategy is not supported by this version (known: {known})")
-    raise ValueError(f"expected a strategy ({known})")
+    try:
+        needs(text)
+    except ValueError:
+        known = ", ".join(STRATEGIES)
+        raise ValueError(f"expected a strategy ({known}) or a mix such as prefix-cache:2,least-request:1") from None
+    return text
 
 
 def number(kind: str, low: int, high: int) -> Form:

@@ -27,6 +27,7 @@ from typing import Final
 
 import msgspec
 
+from .choose import Ended
 from .estimate import Estimates
 from .events import Doubt, Outcome, Settle, Suspect
 from .fleet import Fleet
@@ -287,14 +288,16 @@ class Entry(msgspec.Struct, frozen=True, gc=False):
 
 class Ledger:
     """Settles entries, each request once. ``gateway`` is what the ids of this process's own admissions begin with,
-    ``clock`` gives monotonic seconds, ``prices`` those in force. Called from the event loop only."""
+    ``clock`` gives monotonic seconds, ``prices`` those in force, ``ended`` has the leases that await their entries.
+    Called from the event loop only."""
 
-    __slots__ = ("_clock", "_estimates", "_fleet", "_gateway", "_prices", "_seen")
+    __slots__ = ("_clock", "_ended", "_estimates", "_fleet", "_gateway", "_prices", "_seen")
 
     def __init__(
         self, estimates: Estimates, fleet: Fleet, *, gateway: str, clock: Callable[[], float],
-        prices: Callable[[], Prices],
+        prices: Callable[[], Prices], ended: Ended,
     ) -> None:  # fmt: skip
+        self._ended = ended
         self._estimates = estimates
         self._fleet = fleet
         self._gateway = gateway
@@ -331,7 +334,8 @@ class Ledger:
             if member is not None and found.taken:
                 # The pod was given the estimate when it was chosen.
                 used = settled.outcome.prompt_tokens + settled.outcome.output_tokens
-                member.load.add_tokens(used - note.prompt - note.output, self._clock())
+                member.load.tokens.add(used - note.prompt - note.output, self._clock())
+            self._ended.judge(note.id, settled.outcome, note.answers)
         elif note.second < 0:
             # Admitted while the store was away, by the rules of a gateway that alone knows what it took: its
             # reservation is the charge.

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from random import Random
 from typing import Final
 
+from .events import Outcome
 from .fleet import Pod
 from .load import faded
 from .pace import Seen
@@ -19,6 +20,8 @@ from .strategies import Asked, Mixed
 
 #: Seconds of work that a request is taken for where no pod has taught anything.
 _UNKNOWN: Final = 1.0
+#: Most requests that wait for their usage: Envoy sends it within some seconds. Some 300 bytes each.
+AWAITED: Final = 16_384
 #: The score of what is not to be chosen any more.
 _TAKEN: Final = -1.0
 
@@ -29,27 +32,25 @@ class Lease:
     ``pods`` are the choices in the order in which Envoy tries them; the first is counted until ``moved`` says that
     another one answered. ``release`` gives back, once, however often it is called."""
 
-    __slots__ = ("_ahead", "_at", "_first", "_output", "_pod", "_prompt", "_released", "_seconds", "pods")
+    __slots__ = ("_ahead", "_at", "_ended", "_left", "_output", "_pod", "_prompt", "_seconds", "first", "pods")
 
     def __init__(self, pods: Sequence[Pod], prompt: int, output: int, now: float) -> None:
         self.pods = tuple(pods)
         self._prompt = prompt
         self._output = output
-        self._released = False
+        #: When the answer's first token came, in monotonic seconds; None where that was not seen.
+        self.first: float | None = None
+        self._ended: float | None = None
+        self._left = 0
         self._take(self.pods[0], now)
 
     @property
     def pod(self) -> Pod:
         return self._pod
 
-    def began(self, now: float) -> None:
-        """The answer's first token came."""
-        if self._first is None:
-            self._first = now
-
     def moved(self, pod: Pod, now: float) -> None:
         """A retry went to ``pod``: count there from now on."""
-        if pod is self._pod or self._released:
+        if pod is self._pod or self._ended is not None:
             return
         self._give_back(0, now, 0.0)
         self._pod.load.failures.add(1, now)
@@ -57,25 +58,37 @@ class Lease:
 
     def release(self, tokens: int, now: float) -> None:
         """The request has ended, having used ``tokens``."""
-        if self._released:
+        if self._ended is not None:
             return
-        self._released = True
+        self._ended = now
         self._give_back(tokens, now, now - self._at)
+        self._left = self._pod.load.in_flight
 
-    def seen(self, prompt: int, output: int, now: float) -> Seen:
-        """What the answer, whole and good, taught; ``prompt`` without what was cached. Before or after release."""
-        first = None if self._first is None else self._first - self._at
-        left = self._pod.load.in_flight - (not self._released)
-        return Seen(self._ahead, left, prompt, output, first, now - self._at)
+    def judge(self, outcome: Outcome, answers: int) -> None:
+        """After ``release``: what the request's end says of the pod. ``answers`` shared the output (0: none was
+        generated)."""
+        if outcome.status >= 500 or outcome.reason == "no_pod":
+            self._pod.load.failures.add(1, self._end)
+        elif outcome.reason == "ok" and not outcome.estimated and 200 <= outcome.status < 300:
+            self.taught(outcome.prompt_tokens - outcome.cached_tokens, outcome.output_tokens // max(1, answers))
+
+    def taught(self, prompt: int, output: int) -> None:
+        """After ``release``: the answer was whole and good, and these were its tokens, without cached ones."""
+        first = None if self.first is None else self.first - self._at
+        seen = Seen(self._ahead, self._left, prompt, output, first, self._end - self._at)
+        self._pod.load.pace.learn(seen, self._end)
+
+    @property
+    def _end(self) -> float:
+        assert self._ended is not None
+        return self._ended
 
     def _take(self, pod: Pod, now: float) -> None:
         load = pod.load
         pace = load.pace
-        self._pod, self._at, self._first = pod, now, None
+        self._pod, self._at, self.first = pod, now, None
         self._ahead = load.in_flight
-        self._seconds = (
-            _UNKNOWN if pace.answered is None else pace.prefill * self._prompt + pace.decode * self._output
-        )
+        self._seconds = _UNKNOWN if pace.answered is None else pace.prefill * self._prompt + pace.decode * self._output
         load.in_flight += 1
         load.prompt += self._prompt
         load.output += self._output
@@ -94,9 +107,26 @@ class Lease:
         load.seconds.add(seconds - faded(self._seconds, passed), now)
 
 
-def choose(
-    strategy: Mixed, candidates: Sequence[Pod], choices: int, asked: Asked, now: float, rng: Random
-) -> Lease:
+class Ended:
+    """Leases of requests that ended and whose usage comes later, by the ids of their admissions."""
+
+    def __init__(self) -> None:
+        self._leases: dict[str, Lease] = {}
+
+    def keep(self, id: str, lease: Lease) -> None:
+        """``lease`` was released."""
+        self._leases[id] = lease
+        if len(self._leases) > AWAITED:
+            del self._leases[next(iter(self._leases))]
+
+    def judge(self, id: str, outcome: Outcome, answers: int) -> None:
+        """The usage came, if the request was one of ours."""
+        lease = self._leases.pop(id, None)
+        if lease is not None:
+            lease.judge(outcome, answers)
+
+
+def choose(strategy: Mixed, candidates: Sequence[Pod], choices: int, asked: Asked, now: float, rng: Random) -> Lease:
     """Pick from ``candidates`` (at least one): the strategy's best pod, and up to ``choices - 1`` that can stand in
     for it."""
     scores = strategy.scores(candidates, asked, now, rng)

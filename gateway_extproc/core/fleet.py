@@ -9,8 +9,8 @@ acknowledged, and each pod's load. Publishes immutable views that requests read 
   Envoy whose state is not known (no xDS from us, or not reconnected yet) is not held back.
 - A pod that stays configured keeps its load and its models across every change of the membership.
 
-Leaves out how pods are polled (adapters/scrape.py) and resolved (adapters/dns.py), what a load counts (core/load.py), and
-choosing (core/choose.py).
+Leaves out how pods are polled (adapters/scrape.py) and resolved (adapters/dns.py), what a load counts (load.py), and
+choosing (choose.py).
 """
 
 from __future__ import annotations

@@ -28,8 +28,8 @@ _DECAY: Final = math.log(2) / HALF_LIFE
 KEPT: Final = 0.7
 #: The same for the number of slots, by observation: the last twenty or so decide.
 SLOTS_KEPT: Final = 0.9
-#: A wait shorter than this share of a usual request's time is no sign of a full pod: the first to wait at one of sixteen
-#: slots waits a sixteenth of such a time, and networks and schedulers take some of it always.
+#: A wait shorter than this share of a usual request's time is no sign of a full pod: the first to wait at one of
+#: sixteen slots waits a sixteenth of such a time, and networks and schedulers take some of it always.
 NOTICED: Final = 0.05
 #: Prompt tokens that take as long as one token of the answer, until streams have told: GPUs read a prompt some hundred
 #: times faster than they write.

@@ -66,6 +66,8 @@ _PROMPT: Final = frozenset(
     | {"system"}  # Anthropic's messages
     | {"query", "queries", "texts", "text", "text_1", "text_2", "items", "data_1", "data_2"}  # rerank, score, classify
 )
+#: What is rendered before the messages, wherever it stands in the body.
+_FIRST: Final = frozenset({"system", "instructions", "tools", "functions"})
 _READ: Final = _STEERING | _PROMPT
 _DECLARED_MAXIMA: Final = ("max_tokens", "max_completion_tokens", "max_output_tokens")
 #: How many answers are generated: those that are wanted, and those that they are chosen from.
@@ -78,6 +80,8 @@ _TRUE: Final = frozenset({b"true", b"1", b"1.0", b'"true"', b'"1"', b'"t"', b'"y
 
 #: A request's body as it came: a large one is gathered in place, and not copied to be called bytes.
 Body = bytes | bytearray
+#: A part of one.
+Piece = Body | msgspec.Raw
 
 
 class Kind(enum.Enum):
@@ -171,15 +175,17 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     asking: Splice | None = None
 
 
-def parse_request(route: Route, content_type: str | None, body: Body) -> Request:
+def parse_request(route: Route, content_type: str | None, body: Body, prompt: list[Piece] | None = None) -> Request:
     """Read a body. The content type is not looked at, unless it is ``multipart/form-data``.
+    ``prompt`` is given what becomes the prompt, roughly in the order in which it is rendered: pieces of ``body``, which
+    keep all of it alive.
 
     Raises Refused with 400 ``invalid_json``, ``missing_model`` or ``invalid_value``, and nothing else."""
     if content_type is not None:
         kind, semicolon, parameters = content_type.partition(";")
         if kind.strip().lower() == "multipart/form-data":
-            return _read_form(semicolon + parameters, body)
-    return _read_json(route, body)
+            return _read_form(semicolon + parameters, body, prompt)
+    return _read_json(route, body, prompt)
 
 
 def ask_for_usage(body: Body, request: Request) -> bytes:
@@ -235,7 +241,7 @@ def where(text: Body, values: Sequence[msgspec.Raw], index: int) -> tuple[int, i
     return begin, start, end
 
 
-def _read_json(route: Route, body: Body) -> Request:
+def _read_json(route: Route, body: Body, prompt: list[Piece] | None) -> Request:
     try:
         names, values = members(body)
     except RecursionError:
@@ -257,6 +263,8 @@ def _read_json(route: Route, body: Body) -> Request:
         found[name] = value
         if name in _PROMPT:
             prompt_bytes += len(value)
+            if prompt is not None:
+                prompt.insert(0, value) if name in _FIRST else prompt.append(value)
     stream = _is_true(found.get("stream"))
     include_usage, asking = False, None
     if stream and route.may_ask_usage:
@@ -431,7 +439,7 @@ def _parameters(text: str) -> list[tuple[str, str]] | None:
     return [(found[1].lower(), found[2]) for found in _PARAMETER.finditer(text)]
 
 
-def _read_form(parameters: str, body: Body) -> Request:
+def _read_form(parameters: str, body: Body, prompt: list[Piece] | None) -> Request:
     fields = _fields(body, _boundary(parameters))
     model = fields.get("model", b"")
     if not model:
@@ -444,6 +452,8 @@ def _read_form(parameters: str, body: Body) -> Request:
         raise Refused(invalid_value("model", "it is not UTF-8")) from None
     if len(name) > MODEL_LENGTH:
         raise Refused(_model_too_long())
+    if prompt is not None:
+        prompt += [fields[field] for field in _FORM_PROMPT if field in fields]
     numbers = {field: msgspec.Raw(value) for field, value in fields.items()}
     stream = fields.get("stream", b"").lower()
     return Request(

@@ -18,7 +18,7 @@ import msgspec
 
 from . import refusal as refusals
 from .account import CLIENT_GONE, End, Note, closed, given_back, settle, topped_up, tried
-from .choose import STRATEGIES, Lease, choose
+from .choose import Ended, Lease, choose
 from .directory import Directory
 from .estimate import Estimates
 from .events import (
@@ -57,7 +57,7 @@ from .fleet import Fleet
 from .identify import Mode, identify
 from .keys import PREFIX as KEY_PREFIX
 from .keys import Key
-from .parse import Body, Kind, Request, ask_for_usage, parse_request, route_of
+from .parse import Body, Kind, Piece, Request, ask_for_usage, parse_request, route_of
 from .parse import Route as Target
 from .price import Prices, dollars
 from .refusal import Refusal, Refused
@@ -74,6 +74,9 @@ from .store import (
     with_budgets,
     with_leases,
 )
+from .strategies import STRATEGIES, Asked, Mixed, Need, Strategies
+from .strategies.prefixes import blocks_of
+from .strategies.session_affinity import id_for
 from .usage import JsonUsage, SseUsage, Usage
 
 
@@ -87,7 +90,8 @@ class ModelPolicy(msgspec.Struct, frozen=True):
 
 
 class Policy(msgspec.Struct, frozen=True, kw_only=True):
-    """What the configuration says about requests; replaced whole when it changes."""
+    """What the configuration says about requests; replaced whole when it changes. ``keeps_sessions``: some strategy in
+    it gives out session ids."""
 
     max_body_bytes: int = 32 * 1024 * 1024
     default_strategy: str = "least-request"
@@ -98,6 +102,7 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True):
     directory: Directory = Directory()
     prices: Prices = Prices()
     models: Mapping[str, ModelPolicy] = {}
+    keeps_sessions: bool = False
 
     def model(self, name: str) -> ModelPolicy:
         return self.models.get(name, _DEFAULT_MODEL)
@@ -109,17 +114,23 @@ _DEFAULT_MODEL: Final = ModelPolicy()
 class World:
     """What sessions read and learn; one for each gateway. ``clock`` gives monotonic seconds, ``now`` unix seconds,
     ``new_id`` an id that no other admission of any gateway has. Model lists show the time it was made as ``created``.
-    ``logged``: usage comes with Envoy's access log."""
+    ``logged``: usage comes with Envoy's access log. ``secret`` signs session ids where the gateways share none."""
 
-    __slots__ = ("clock", "estimates", "fleet", "logged", "new_id", "now", "policy", "rng", "started")
+    __slots__ = (
+        "clock", "ended", "estimates", "fleet", "logged", "new_id", "now", "policy", "rng", "secret", "started",
+        "strategies",
+    )  # fmt: skip
 
     def __init__(
         self, policy: Policy, fleet: Fleet, *, clock: Callable[[], float], now: Callable[[], float], rng: Random,
-        new_id: Callable[[], str], logged: bool = False,
+        new_id: Callable[[], str], logged: bool = False, secret: bytes = b"",
     ) -> None:  # fmt: skip
         self.policy = policy
         self.fleet = fleet
         self.estimates = Estimates()
+        self.strategies = Strategies()
+        self.ended = Ended()
+        self.secret = secret
         self.clock = clock
         self.rng = rng
         self.new_id = new_id
@@ -161,10 +172,10 @@ class Session:
     """Feed it events in order; carry out the actions in order. ``node`` names the Envoy that asks."""
 
     __slots__ = (
-        "_admission", "_admitted", "_carry", "_ended", "_headers", "_key", "_lease", "_leaving", "_model", "_node",
-        "_note", "_output", "_parts", "_prompt", "_reader", "_refused", "_request", "_reserved_output", "_shown",
-        "_size", "_state", "_status", "_strategy", "_strip", "_target", "_took", "_topped_up", "_user", "_windows",
-        "_world", "declared_length", "running",
+        "_admission", "_admitted", "_asked", "_carry", "_ended", "_headers", "_key", "_lease", "_leaving", "_model",
+        "_node", "_note", "_output", "_parts", "_prompt", "_reader", "_refused", "_request", "_reserved_output",
+        "_shown", "_size", "_state", "_status", "_strategy", "_strip", "_target", "_took", "_topped_up", "_user",
+        "_windows", "_world", "declared_length", "running",
     )  # fmt: skip
 
     def __init__(self, world: World, node: str = "") -> None:
@@ -176,6 +187,7 @@ class Session:
         self._user: str | None = None
         self._key: Key | None = None
         self._strategy = ""
+        self._asked: Asked | None = None
         self._carry = False
         self._parts: list[Body] = []
         self._size = 0
@@ -256,14 +268,18 @@ class Session:
             self.declared_length = int(length[:20])
             if self.declared_length > policy.max_body_bytes:
                 return self._refuse(refusals.request_too_large(policy.max_body_bytes))
+        keeps_session = policy.keeps_sessions
         if "routing-strategy" in headers:
             strategy = headers["routing-strategy"].decode("latin-1")
-            if strategy and strategy not in STRATEGIES:
+            try:
+                keeps_session = Need.SESSION in world.strategies.named(strategy).needs if strategy else keeps_session
+            except ValueError:
                 return self._refuse(refusals.unknown_strategy(strategy, tuple(STRATEGIES)))
             self._strategy = strategy
         self._carry = event.carry
         self._state = _State.BODY
-        if world.logged and target.generates and not policy.expose and not policy.directory.may_limit(user):
+        adds = policy.expose or keeps_session
+        if world.logged and target.generates and not adds and not policy.directory.may_limit(user):
             self._shown = False  # nothing is to be added to them
         return [Continue(self._shown)]
 
@@ -292,8 +308,11 @@ class Session:
             path = self._headers.get(":path", b"").decode("latin-1").partition("?")[0]
             return self._refuse(refusals.unknown_url("POST", path))
         content_type = self._headers.get("content-type")
+        prompt: list[Piece] = []
         try:
-            request = parse_request(self._target, content_type.decode("latin-1") if content_type else None, body)
+            request = parse_request(
+                self._target, content_type.decode("latin-1") if content_type else None, body, prompt
+            )
         except Refused as refused:
             return self._refuse(refused.refusal)
         self._request = request
@@ -323,6 +342,7 @@ class Session:
         if self._strip or self._carry:  # it is needed again once the question is answered
             self._parts.append(body)
         tokens = self._estimate(request, tightest)
+        self._asked = self._asks(prompt)
         cost = 0
         if spends:
             if policy.prices.of(model) is not None:
@@ -347,6 +367,23 @@ class Session:
         if tightest is not None and reserve == "expected":
             output = min(output, max(0, tightest - prompt))
         return prompt + output
+
+    def _asks(self, prompt: list[Piece]) -> Asked:
+        """The request as the strategy sees it; what it does not need is not computed."""
+        world, needs = self._world, self._chosen_by().needs
+        output = self._output
+        if world.policy.reserve == "max":
+            assert self._request is not None
+            output = self._expected(self._request, "expected")
+        if not needs:
+            return Asked(self._model, self._prompt, output)
+        blocks = blocks_of(self._model, prompt) if Need.PROMPT in needs else ()
+        session = self._headers.get("x-session-id", b"").decode("latin-1") if Need.SESSION in needs else ""
+        return Asked(self._model, self._prompt, output, blocks, session, world.policy.directory.pepper or world.secret)
+
+    def _chosen_by(self) -> Mixed:
+        """The strategy. Its name was read before, where it came from."""
+        return self._world.strategies.named(self._strategy)
 
     def _expected(self, request: Request, reserve: Reserve) -> int:
         """Tokens of output to set aside."""
@@ -426,8 +463,11 @@ class Session:
             self._took = False
             return self._refuse(refusals.no_ready_pods(self._model), self._limit_headers())
         choices = 1 + world.policy.model(self._model).retries
-        lease = choose(self._strategy, pods, choices, admission.tokens, world.clock(), world.rng)
-        self._lease = lease
+        asked = self._asked
+        assert asked is not None
+        lease = self._lease = choose(self._chosen_by(), pods, choices, asked, world.clock(), world.rng)
+        # It may live as long as the answer, and a long prompt has many blocks.
+        self._asked = msgspec.structs.replace(asked, blocks=()) if asked.blocks else asked
         note = self._note = self._write_note(lease)
         body = None
         if self._parts:
@@ -522,6 +562,9 @@ class Session:
         if self._world.policy.expose and lease is not None:
             change["routing-strategy"] = self._strategy
             change["target-pod"] = lease.pod.name
+        asked = self._asked
+        if asked is not None and lease is not None and Need.SESSION in self._chosen_by().needs:
+            change["x-gateway-session-id"] = id_for(asked, lease.pod.address, self._world.rng)
         return change
 
     def _follow(self, event: ResponseHeaders) -> list[Action]:
@@ -540,6 +583,9 @@ class Session:
         reader = self._reader
         if isinstance(reader, SseUsage):
             shown = reader.feed(event.data, event.end)
+            lease = self._lease
+            if lease is not None and lease.first is None and reader.chunks:
+                lease.first = self._world.clock()
             if self._leaving and reader.holding:
                 shown = (shown or b"") + reader.release()
             if reader.chunks >= self._reserved_output and not self._ended:
@@ -674,6 +720,7 @@ class Session:
         self._state = _State.CLOSED
         # The pod's load gets the estimate, which the log's entry corrects.
         lease.release(note.prompt + note.output, self._world.clock())
+        self._world.ended.keep(note.id, lease)
         return [Await(unless), *self._runs_no_more()]
 
     def _on_drain_logged(self, _: Drain) -> list[Action]:
@@ -706,10 +753,13 @@ class Session:
         return self._over(closed(self._note, self._end(whole=False), None, reason, prices, estimated=True))
 
     def _over(self, settled: Settle) -> list[Action]:
-        assert self._lease is not None
+        lease, note = self._lease, self._note
+        assert lease is not None
+        assert note is not None
         self._state = _State.CLOSED
         outcome = settled.outcome
-        self._lease.release(outcome.prompt_tokens + outcome.output_tokens, self._world.clock())
+        lease.release(outcome.prompt_tokens + outcome.output_tokens, self._world.clock())
+        lease.judge(outcome, note.answers)
         return [settled, *self._runs_no_more()]
 
     def _runs_no_more(self) -> list[Action]:

@@ -19,6 +19,7 @@ from ..core.estimate import Estimates
 from ..core.fleet import Pod
 from ..core.load import Load, Metrics
 from ..core.strategies import Asked, Strategies
+from ..simulator.engine import TOKEN_BYTES
 from .machines import TOKENS, Job, Machine, SimulatedPod
 from .traces import Arrival
 
@@ -74,71 +75,93 @@ def replay(
 ) -> list[Done]:
     """What came of each request, in the order of ``trace``. ``streamed``: the gateway sees the first token of each
     answer, and not only its end. Raises ValueError for an unknown strategy."""
-    rng, estimates = Random(seed), Estimates()
-    mixed = Strategies().named(strategy)
-    simulated = [SimulatedPod(machine) for machine in machines]
-    pods = tuple(
-        Pod(f"pod-{number}", f"10.0.{number >> 8}.{number & 255}:8000", Load(), None, "")
-        for number in range(len(machines))
-    )
-    numbers = {pod.name: number for number, pod in enumerate(pods)}
-    prompts = _Prompts()
-    leases: list[Lease | None] = [None] * len(trace)
-    found: list[Done | None] = [None] * len(trace)
-    # What comes next: at a pod (with the number of its last change, so that what was overtaken is known), or a change,
-    # or a look at the metrics.
-    moments: list[tuple[float, int, int, float]] = [(change.at, change.pod, _CHANGE, change.speed) for change in changes]
-    moments += [(0.0, number, _LOOK, 0.0) for number in range(len(pods))]
-    heapq.heapify(moments)
-    turns = [0] * len(pods)
+    return _Run(trace, machines, strategy, seed, changes, streamed).play()
 
-    def plan(number: int) -> None:
-        turns[number] += 1
-        due = simulated[number].due()
-        if due is not None:
-            heapq.heappush(moments, (due, number, turns[number], 0.0))
 
-    left = len(trace)
-    place = 0
-    while left:
-        if place < len(trace) and trace[place].at <= moments[0][0]:
-            arrival = trace[place]
-            now = arrival.at
-            blocks = prompts.blocks(place, arrival)
-            output = estimates.output(MODEL, None, 1, "expected")
-            asked = Asked(MODEL, arrival.prompt, output, blocks, arrival.session)
-            lease = leases[place] = choose(mixed, pods, 1, asked, now, rng)
-            number = numbers[lease.pod.name]
-            simulated[number].arrive(Job(place, now, arrival.prompt, arrival.output, blocks), now)
-            plan(number)
-            place += 1
-            continue
-        now, number, turn, speed = heapq.heappop(moments)
-        pod = simulated[number]
-        if turn == _LOOK:
-            pods[number].load.looked(Metrics(pod.running, pod.waiting, pod.kv_use, now))
-            heapq.heappush(moments, (now + LOOK, number, _LOOK, 0.0))
-        elif turn == _CHANGE:
-            pod.change(speed, now)
-            plan(number)
-        elif turn == turns[number]:
-            job, ends = pod.step(now)
-            plan(number)
-            lease = leases[job.place]
-            assert lease is not None
-            if not ends:
-                if streamed:
-                    lease.began(now)
+class _Run:
+    def __init__(
+        self, trace: Sequence[Arrival], machines: Sequence[Machine], strategy: str, seed: int,
+        changes: Sequence[Change], streamed: bool,
+    ) -> None:  # fmt: skip
+        self._trace = trace
+        self._streamed = streamed
+        self._rng = Random(seed)
+        self._strategy = Strategies().named(strategy)
+        self._estimates = Estimates()
+        self._prompts = _Prompts()
+        self._simulated = [SimulatedPod(machine) for machine in machines]
+        self._pods = tuple(
+            [
+                Pod(f"pod-{number}", f"10.0.{number >> 8}.{number & 255}:8000", Load(), None, "")
+                for number in range(len(machines))
+            ]
+        )
+        self._numbers = {pod.name: number for number, pod in enumerate(self._pods)}
+        self._leases: dict[int, Lease] = {}
+        self._found: dict[int, Done] = {}
+        # What comes next: when, at which pod, and what. A pod's own next step is known by a number that changes with
+        # each of them, so that one that was overtaken is seen to be.
+        self._moments: list[tuple[float, int, int, float]] = []
+        self._turns = [0] * len(machines)
+        for number in range(len(machines)):
+            heapq.heappush(self._moments, (0.0, number, _LOOK, 0.0))
+        for change in changes:
+            heapq.heappush(self._moments, (change.at, change.pod, _CHANGE, change.speed))
+
+    def play(self) -> list[Done]:
+        trace, moments = self._trace, self._moments
+        place = 0
+        while len(self._found) < len(trace):
+            if place < len(trace) and trace[place].at <= moments[0][0]:
+                self._arrive(place, trace[place])
+                place += 1
                 continue
-            left -= 1
-            leases[job.place] = None
-            lease.pod.load.pace.learn(lease.seen(job.prompt - job.cached, job.output, now), now)
-            lease.release(job.prompt + job.output, now)
-            estimates.learn(MODEL, job.prompt * 4, job.prompt, job.output)
-            arrival = trace[job.place]
-            found[job.place] = Done(arrival, number, job.began - arrival.at, now - arrival.at, job.cached)
-    return [done for done in found if done is not None]
+            now, number, turn, speed = heapq.heappop(moments)
+            if turn == _LOOK:
+                self._look(number, now)
+            elif turn == _CHANGE:
+                self._simulated[number].change(speed, now)
+                self._plan(number)
+            elif turn == self._turns[number]:
+                self._step(number, now)
+        return [self._found[place] for place in range(len(trace))]
+
+    def _plan(self, number: int) -> None:
+        self._turns[number] += 1
+        due = self._simulated[number].due()
+        if due is not None:
+            heapq.heappush(self._moments, (due, number, self._turns[number], 0.0))
+
+    def _arrive(self, place: int, arrival: Arrival) -> None:
+        now = arrival.at
+        blocks = self._prompts.blocks(place, arrival)
+        output = self._estimates.output(MODEL, None, 1, "expected")
+        asked = Asked(MODEL, arrival.prompt, output, blocks, arrival.session)
+        lease = self._leases[place] = choose(self._strategy, self._pods, 1, asked, now, self._rng)
+        number = self._numbers[lease.pod.name]
+        self._simulated[number].arrive(Job(place, now, arrival.prompt, arrival.output, blocks), now)
+        self._plan(number)
+
+    def _look(self, number: int, now: float) -> None:
+        pod = self._simulated[number]
+        self._pods[number].load.looked(Metrics(pod.running, pod.waiting, pod.kv_use, now))
+        heapq.heappush(self._moments, (now + LOOK, number, _LOOK, 0.0))
+
+    def _step(self, number: int, now: float) -> None:
+        job, ends = self._simulated[number].step(now)
+        self._plan(number)
+        if not ends:
+            if self._streamed:
+                self._leases[job.place].first = now
+            return
+        lease = self._leases.pop(job.place)
+        lease.release(job.prompt + job.output, now)
+        lease.taught(job.prompt - job.cached, job.output)
+        self._estimates.learn(MODEL, job.prompt * TOKEN_BYTES, job.prompt, job.output)
+        arrival = self._trace[job.place]
+        self._found[job.place] = Done(arrival, number, job.began - arrival.at, now - arrival.at, job.cached)
 
 
+#: What comes that is no pod's own step.
 _LOOK: Final = -1
 _CHANGE: Final = -2

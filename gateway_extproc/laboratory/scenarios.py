@@ -104,7 +104,10 @@ SCENARIOS: Final[dict[str, Scenario]] = {
     "burst": Scenario(
         about=f"8 equal pods, and {BURST:,} requests in {BURST_SECONDS * 1000:.0f} ms after some minutes of calm",
         machines=EQUAL, loads=(0.3,), requests=2_000, make=_burst,
-        phases=lambda end: (Phase("calm", WARM_UP * end, end - BURST_SECONDS), Phase("burst", end - BURST_SECONDS, end + 1)),
+        phases=lambda end: (
+            Phase("calm", WARM_UP * end, end - BURST_SECONDS),
+            Phase("burst", end - BURST_SECONDS, end + 1.0),
+        ),
     ),
     "chat": Scenario(
         about="6 pods of three kinds, conversations of several turns, documents among them, in bursts",

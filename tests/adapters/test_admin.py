@@ -214,7 +214,7 @@ def test_a_pod_is_shown_with_its_state_and_load_and_without_its_key() -> None:
     member = fleet.member("10.0.0.1:1")
     assert member is not None
     member.load.in_flight = 2
-    member.load.add_tokens(100, 0.0)
+    member.load.tokens.add(100, 0.0)
     shown = pods_shown(fleet, 10.0)
     assert shown == [
         {

@@ -22,6 +22,7 @@ class World:
     def __init__(self) -> None:
         self.fleet = Fleet()
         self.streams = 0
+        self.degraded: dict[str, int] = {}
         self.follows = True
         self.mode = "ok"
         self.dropped = 0
@@ -31,6 +32,7 @@ class World:
             Sources(
                 fleet=lambda: self.fleet,
                 streams=lambda: self.streams,
+                strategies_degraded=lambda: self.degraded,
                 store_mode=lambda: self.mode,
                 follows=lambda: self.follows,
                 settlements_dropped=lambda: self.dropped,

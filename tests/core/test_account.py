@@ -22,6 +22,7 @@ from gateway_extproc.core.account import (
     settle,
     tried,
 )
+from gateway_extproc.core.choose import Ended
 from gateway_extproc.core.estimate import PRIOR_OUTPUT, PRIOR_TOKENS_PER_STREAMED_BYTE, Estimates
 from gateway_extproc.core.events import Outcome, Suspect
 from gateway_extproc.core.fleet import Fleet, PodSpec
@@ -265,7 +266,9 @@ class Office:
         self.fleet = Fleet()
         self.fleet.configure("file", [PodSpec(address=at, name=f"pod-{at[7]}") for at in (A, B, C)])
         self.estimates = Estimates()
-        self.ledger = Ledger(self.estimates, self.fleet, gateway=gateway, clock=lambda: 1000.0, prices=lambda: prices)
+        self.ledger = Ledger(
+            self.estimates, self.fleet, gateway=gateway, clock=lambda: 1000.0, prices=lambda: prices, ended=Ended()
+        )
 
     def settle(self, entry: Entry) -> tuple[str, int, int]:
         found = self.ledger.settle(entry)
@@ -280,7 +283,7 @@ class Office:
     def tokens(self, address: str) -> float:
         member = self.fleet.member(address)
         assert member is not None
-        return member.load.tokens(1000.0)
+        return member.load.tokens.read(1000.0)
 
 
 def entry(carried: Note | None = None, **parts: Any) -> Entry:

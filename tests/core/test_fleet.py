@@ -10,12 +10,11 @@ from gateway_extproc.core.fleet import (
     MODEL_NAME,
     MODELS_PER_POD,
     TLS,
-    TOKENS_HALF_LIFE,
     Fleet,
-    Load,
     PodSpec,
     usable_names,
 )
+from gateway_extproc.core.load import HALF_LIFE, Load
 from tests.core.playbook import address, pod
 
 
@@ -303,16 +302,16 @@ def test_pods_stand_in_for_each_other_that_get_the_same_request() -> None:
 
 def test_tokens_weigh_half_after_each_half_life() -> None:
     load = Load()
-    load.add_tokens(800, 100.0)
-    assert load.tokens(100.0) == 800
-    assert load.tokens(100.0 + TOKENS_HALF_LIFE) == pytest.approx(400)
-    load.add_tokens(100, 100.0 + TOKENS_HALF_LIFE)
-    assert load.tokens(100.0 + 3 * TOKENS_HALF_LIFE) == pytest.approx(125)
+    load.tokens.add(800, 100.0)
+    assert load.tokens.read(100.0) == 800
+    assert load.tokens.read(100.0 + HALF_LIFE) == pytest.approx(400)
+    load.tokens.add(100, 100.0 + HALF_LIFE)
+    assert load.tokens.read(100.0 + 3 * HALF_LIFE) == pytest.approx(125)
 
 
 def test_tokens_never_fall_below_zero_nor_grow_when_a_clock_stands_back() -> None:
     load = Load()
-    load.add_tokens(10, 100.0)
-    assert load.tokens(50.0) == 10
-    load.add_tokens(-20, 100.0)
-    assert load.tokens(100.0) == 0
+    load.tokens.add(10, 100.0)
+    assert load.tokens.read(50.0) == 10
+    load.tokens.add(-20, 100.0)
+    assert load.tokens.read(100.0) == 0

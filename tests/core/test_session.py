@@ -343,7 +343,7 @@ def test_a_client_gone_in_the_answer_pays_as_far_as_it_got(kind: str, sent: list
 def test_a_failure_of_ours_after_the_admission_gives_everything_back() -> None:
     world = one_pod()
     play = asked(world)
-    world.rng = None  # type: ignore[assignment]  # whatever breaks between the admission and the route
+    world.strategies = None  # type: ignore[assignment]  # whatever breaks between the admission and the route
     with pytest.raises(AttributeError):
         play >> admitted(LEVEL)
     assert play >> Closed("failed") << settled("internal_error", requests=-1, tokens=-RESERVED, status=500)
@@ -937,11 +937,11 @@ def test_a_retry_moves_the_lease_and_suspects_the_pod_that_was_skipped() -> None
     shown = next(action for action in play.actions if isinstance(action, Respond)).set
     assert shown["target-pod"] == f"pod-{second}"
     assert in_flight(play.world) == {f"pod-{second}": 1}
-    assert view_pod(play.world, first).load.tokens(play.world.clock()) == pytest.approx(0)
+    assert view_pod(play.world, first).load.tokens.read(play.world.clock()) == pytest.approx(0)
     play >> chunk({"usage": usage(9, 3)}, end=True)
     assert play >> Closed("reset") << settled("ok", tokens=12 - RESERVED, pod=f"pod-{second}")
     assert in_flight(play.world) == {}
-    assert view_pod(play.world, second).load.tokens(play.world.clock()) == pytest.approx(12)
+    assert view_pod(play.world, second).load.tokens.read(play.world.clock()) == pytest.approx(12)
 
 
 def test_an_address_that_was_not_chosen_is_no_news() -> None:
@@ -977,7 +977,7 @@ def test_a_request_that_no_pod_took_gives_back_all_it_took(details: str, suspect
         << settled("no_pod", requests=-1, tokens=-RESERVED, status=503, prompt_tokens=0, output_tokens=0)
     )
     assert in_flight(play.world) == {}
-    assert view_pod(play.world, "a").load.tokens(play.world.clock()) == pytest.approx(0)
+    assert view_pod(play.world, "a").load.tokens.read(play.world.clock()) == pytest.approx(0)
 
 
 @pytest.mark.parametrize(

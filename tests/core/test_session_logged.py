@@ -237,10 +237,10 @@ def test_the_entry_settles_what_the_session_took_and_corrects_the_pods_load() ->
     (by,) = (name for name in ("a", "b") if address(name) == note(play).pods[0])
     play >> Closed("reset")
     load = view_pod(made, by).load
-    assert load.tokens(made.clock()) == 30
-    ledger = Ledger(made.estimates, made.fleet, gateway="id-", clock=made.clock, prices=Prices)
+    assert load.tokens.read(made.clock()) == 30
+    ledger = Ledger(made.estimates, made.fleet, gateway="id-", clock=made.clock, prices=Prices, ended=made.ended)
     told = {"usage.prompt_tokens": 9.0, "usage.completion_tokens": 4.0}
     found = ledger.settle(Entry(carried, 200, "via_upstream", address(by), 300, told))
     assert found is not None
     assert found[0] == settled("ok", tokens=13 - 30, pod=f"pod-{by}", user="spender")
-    assert load.tokens(made.clock()) == 13
+    assert load.tokens.read(made.clock()) == 13

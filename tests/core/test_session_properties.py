@@ -43,7 +43,7 @@ from gateway_extproc.core.events import (
     Truncated,
     Unavailable,
 )
-from gateway_extproc.core.fleet import Load
+from gateway_extproc.core.load import Load
 from gateway_extproc.core.price import PER, Price, Prices
 from gateway_extproc.core.session import ProtocolError, World
 from gateway_extproc.core.store import Admission, Admitted, Denied, Level, Settlement
@@ -603,7 +603,7 @@ class Gateway(RuleBasedStateMachine):
     @invariant()
     def loads_are_what_is_on_its_way(self) -> None:
         assert sum(load.in_flight for load in self.loads) == sum(life.on_its_way for life in self.all)
-        assert all(load.in_flight >= 0 and load.tokens(self.clock()) >= 0 for load in self.loads)
+        assert all(load.in_flight >= 0 and load.tokens.read(self.clock()) >= 0 for load in self.loads)
 
     @invariant()
     def what_runs_is_what_is_on_its_way(self) -> None:

@@ -34,7 +34,7 @@ import yaml
 
 from gateway_extproc import bootstrap, config
 from gateway_extproc.core import refusal
-from gateway_extproc.core.choose import STRATEGIES
+from gateway_extproc.core.strategies import STRATEGIES
 from tests.dns_server import NameServer
 from tests.e2e.documents import (
     BLOCK,

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from gateway_extproc.core.choose import STRATEGIES
+from gateway_extproc.core.strategies import STRATEGIES
 from tests.e2e.asking import (
     BODY,
     CHAT,

@@ -8,6 +8,7 @@ from types import MappingProxyType
 import pytest
 
 from gateway_extproc.core.account import Ledger, Note
+from gateway_extproc.core.choose import Ended
 from gateway_extproc.core.estimate import Estimates
 from gateway_extproc.core.events import Outcome
 from gateway_extproc.core.fleet import Fleet, PodSpec
@@ -46,7 +47,7 @@ class Office:
         self.outcomes: list[Outcome] = []
         self.suspects: list[tuple[tuple[str, ...], str]] = []
         self.arrivals = 0
-        ledger = Ledger(Estimates(), fleet, gateway="mine-", clock=lambda: 0.0, prices=Prices)
+        ledger = Ledger(Estimates(), fleet, gateway="mine-", clock=lambda: 0.0, prices=Prices, ended=Ended())
         self.logs = AccessLogs(ledger, self.corrected.append, self)
 
     def settled(self, outcome: Outcome, settlement: Settlement | None) -> None:

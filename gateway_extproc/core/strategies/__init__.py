@@ -5,7 +5,7 @@ A strategy is one file here and one line in ``STRATEGIES``. Leaves out picking b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from random import Random
 from typing import Final
 
@@ -23,10 +23,10 @@ from .session_affinity import SessionAffinity
 from .strategy import Asked, Need, Strategy
 from .throughput import Throughput
 
-__all__ = ["STRATEGIES", "Asked", "Mixed", "Need", "Strategies", "Strategy", "check"]
+__all__ = ["STRATEGIES", "Asked", "Mixed", "Need", "Strategies", "Strategy", "needs"]
 
 #: Every strategy by name (contract section 4).
-STRATEGIES: Final[Mapping[str, Callable[[], Strategy]]] = {
+STRATEGIES: Final[Mapping[str, type[Strategy]]] = {
     "random": Chance,
     "least-request": LeastRequest,
     "throughput": Throughput,
@@ -43,10 +43,12 @@ STRATEGIES: Final[Mapping[str, Callable[[], Strategy]]] = {
 TEXTS: Final = 256
 
 
-def check(text: str) -> None:
-    """Raises ValueError for what names no strategy and is no mix of them."""
-    if text not in STRATEGIES:
-        mix.read(text, STRATEGIES)
+def needs(text: str) -> Need:
+    """What the strategies that ``text`` names need. Raises ValueError where it names none and is no mix of them."""
+    found = Need.NOTHING
+    for name, _ in mix.read(text, STRATEGIES):
+        found |= STRATEGIES[name].needs
+    return found
 
 
 class Mixed:

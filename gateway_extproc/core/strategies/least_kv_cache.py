@@ -12,8 +12,8 @@ from typing import Final
 from ..fleet import Pod
 from .strategy import Asked, Need, Strategy, least, requests
 
-#: Tokens that a pod's KV cache is taken to hold, for what was sent since the last look: an 80 GB GPU with an 8B model in
-#: 16 bit has room for some 450,000.
+#: Tokens that a pod's KV cache is taken to hold, for what was sent since the last look: an 80 GB GPU with an 8B model
+#: in 16 bit has room for some 450,000.
 KV_TOKENS: Final = 400_000
 #: A share of the cache that makes no difference.
 UNIT: Final = 0.01

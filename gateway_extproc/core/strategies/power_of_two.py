@@ -12,7 +12,6 @@ from ..fleet import Pod
 from .strategy import Asked, Strategy
 
 
-
 class PowerOfTwo(Strategy):
     def scores(self, pods: Sequence[Pod], asked: Asked, now: float, rng: Random) -> list[float]:
         chance = rng.random

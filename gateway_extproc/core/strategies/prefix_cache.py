@@ -1,8 +1,8 @@
 """prefix-cache: the pod that has read the longest beginning of the prompt, unless it is much busier than the others.
 
-What a pod has cached is learned from what was sent there (prefixes.py). Where no pod has read any of it, or several have
-read as much, the fewest requests in flight decide. A pod with far more requests in flight than the mean counts as having
-read nothing: a popular beginning then spreads to one more pod, and does not melt the first.
+What a pod has cached is learned from what was sent there (prefixes.py). Where no pod has read any of it, or several
+have read as much, the fewest requests in flight decide. A pod with far more requests in flight than the mean counts as
+having read nothing: a popular beginning then spreads to one more pod, and does not melt the first.
 """
 
 from __future__ import annotations

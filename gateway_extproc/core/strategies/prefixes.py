@@ -15,6 +15,7 @@ from typing import Final
 import xxhash
 
 from ..load import Load
+from ..parse import Piece
 
 #: Bytes of a block: some 128 tokens, eight of vLLM's KV blocks. Smaller ones find no more where prompts are worth
 #: finding, and each takes its time to hash and to keep.
@@ -27,7 +28,7 @@ KEPT: Final = 4096
 ALL: Final = 1 << 19
 
 
-def blocks_of(model: str, parts: Iterable[bytes | memoryview]) -> list[int]:
+def blocks_of(model: str, parts: Iterable[Piece]) -> list[int]:
     """The chained hashes of a prompt's whole blocks, its ``parts`` one after another."""
     link = xxhash.xxh3_64_intdigest
     found: list[int] = []
@@ -64,8 +65,6 @@ class Prefixes:
         self._free: list[int] = []
         self._kept: dict[Load, OrderedDict[int, None]] = {}
         self._blocks: dict[int, int] = {}  # which pods have a block, as a mask
-
-
 
     def __len__(self) -> int:
         """Blocks remembered, of all pods."""

@@ -45,4 +45,12 @@ def seed_of(asked: Asked) -> int:
     return xxhash.xxh3_64_intdigest(f"{asked.model}\0{asked.session}".encode("utf-8", "surrogateescape"))
 
 
+def id_for(asked: Asked, address: str, rng: Random) -> str:
+    """What the client is to send with the session's next request: what it sent, where that names the pod already."""
+    name = named(asked.secret, address)
+    if sessions.read(asked.secret, asked.model, asked.session) == name:
+        return asked.session
+    return sessions.written(asked.secret, asked.model, name, rng.randbytes(sessions.CHANCE))
+
+
 named: Final = lru_cache(maxsize=NAMES)(sessions.name_of)

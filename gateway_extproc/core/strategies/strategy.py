@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from enum import Flag, auto
 from random import Random
-from typing import ClassVar, Final
+from typing import ClassVar
 
 import msgspec
 
@@ -61,9 +61,9 @@ class Strategy:
 
 
 def least(costs: list[float], unit: float) -> list[float]:
-    """Scores by cost: the least gets 1, equals get the same, twice as much gets half. Costs below ``unit`` are too small
-    to be told apart well, so it is added to all; costs are not negative, and ``unit`` is more than 0 unless all costs
-    are."""
+    """Scores by cost: the least gets 1, equals get the same, twice as much gets half. Costs below ``unit`` are too
+    small to be told apart well, so it is added to all; costs are not negative, and ``unit`` is more than 0 unless all
+    costs are."""
     low = min(costs) + unit
     return [low / (cost + unit) for cost in costs]
 
