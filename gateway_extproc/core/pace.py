@@ -23,9 +23,11 @@ import msgspec
 #: Half-life in seconds of what was learned of a pod's speed: a pod that is throttled shows within seconds.
 HALF_LIFE: Final = 15.0
 _DECAY: Final = math.log(2) / HALF_LIFE
-#: However long ago the one before: an observation leaves this much of the older ones' weight, so that where one comes
-#: a minute, not each overturns what was known.
+#: An observation leaves at least this much of the older ones' weight, however long ago they were, so that where one
+#: comes a minute, not each overturns what was known; and at most that much, however fast they came, so that a pod that
+#: was fast, and now is slow and answers seldom, is known by its last fifty or so.
 KEPT: Final = 0.7
+REMEMBERED: Final = 0.98
 #: The same for the number of slots, by observation: the last twenty or so decide.
 SLOTS_KEPT: Final = 0.9
 #: A wait shorter than this share of a usual request's time is no sign of a full pod: the first to wait at one of
@@ -151,7 +153,7 @@ class Pace:
         """``each`` seconds for a token, with so many in flight; ``line``: waiting is not in it, so that more of it
         with more in flight is crowding."""
         among = (seen.ahead + seen.left) / 2
-        self._fade(max(KEPT, math.exp(-_DECAY * max(0.0, now - self._at))))
+        self._fade(min(REMEMBERED, max(KEPT, math.exp(-_DECAY * max(0.0, now - self._at)))))
         self._at = now
         weight = _WEIGHT * seen.output
         self._w += weight

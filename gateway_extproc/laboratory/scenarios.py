@@ -70,7 +70,7 @@ BURST_SECONDS: Final = 0.1
 
 def _burst(rng: Random, rate: float, requests: int) -> list[Arrival]:
     before = _poisson(traces.plain, rng, rate, requests)
-    begin = before[-1].at
+    begin = before[-1].at + 1.0
     at_once = sorted(begin + rng.uniform(0, BURST_SECONDS) for _ in range(BURST))
     return [*before, *(traces.plain(rng, at) for at in at_once)]
 
@@ -105,8 +105,8 @@ SCENARIOS: Final[dict[str, Scenario]] = {
         about=f"8 equal pods, and {BURST:,} requests in {BURST_SECONDS * 1000:.0f} ms after some minutes of calm",
         machines=EQUAL, loads=(0.3,), requests=2_000, make=_burst,
         phases=lambda end: (
-            Phase("calm", WARM_UP * end, end - BURST_SECONDS),
-            Phase("burst", end - BURST_SECONDS, end + 1.0),
+            Phase("calm", WARM_UP * end, end - 0.5),
+            Phase("burst", end - 0.5, end + 1.0),
         ),
     ),
     "chat": Scenario(

@@ -11,6 +11,7 @@ from gateway_extproc.config import forms, parse
 from gateway_extproc.config.schema import Cors
 from gateway_extproc.core.address import join_address, split_address
 from gateway_extproc.core.directory import User
+from gateway_extproc.core.strategies import STRATEGIES
 from tests.config.reading import problem
 
 
@@ -114,11 +115,11 @@ def test_a_choice_is_one_of_its_words(section: str, message: str) -> None:
 @pytest.mark.parametrize("field", ["routing: {default: ", "models: {m: {strategy: "])
 def test_a_strategy_must_exist(field: str) -> None:
     close = "}" * field.count("{")
-    for name in ("random", "least-request", "throughput"):
+    for name in (*STRATEGIES, "'prefix-cache:2,least-request:1'"):
         parse(f"{field}{name}{close}")
-    assert "expected a strategy (random, least-request, throughput), got 'fastest'" in problem(f"{field}fastest{close}")
-    for later in ("adaptive", "'prefix-cache:2,least-request:1'"):
-        assert "this strategy is not supported by this version" in problem(f"{field}{later}{close}")
+    for wrong in ("fastest", "Random", "'prefix-cache:0'", "'prefix-cache:nan'", "'random,random'"):
+        said = problem(f"{field}{wrong}{close}")
+        assert f"expected a strategy ({', '.join(STRATEGIES)}) or a mix such as" in said
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,7 @@ pods:
   - {address: "127.0.0.1:8002", models: ["llama-8b"]}
   - {dns: "vllm:8000"}
 models:
-  llama-8b: {strategy: throughput, timeout: 300s, retries: 2}
+  llama-8b: {strategy: prefix-cache, timeout: 300s, retries: 2}
 usage: {source: body}
 """
 
@@ -93,17 +93,14 @@ def test_the_contracts_example_loads_without_what_is_not_supported_yet(folder: P
     assert [pod.api_key for pod in config.pods] == ["sk-pod", "", ""]
     assert [pod.tls for pod in config.pods] == [PodTls(), None, None]
     assert [pod.models for pod in config.pods] == [None, ("llama-8b",), None]
-    assert config.models == {"llama-8b": ModelConfig(strategy="throughput", timeout=300.0, retries=2)}
+    assert config.models == {"llama-8b": ModelConfig(strategy="prefix-cache", timeout=300.0, retries=2)}
 
 
 def test_the_contracts_example_is_refused_for_exactly_what_is_not_supported(folder: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         parse(CONTRACT, file=str(folder / "gateway.yaml"))
     assert all("not supported by this version" in each.message for each in caught.value.errors)
-    assert [(each.line, each.path) for each in caught.value.errors] == [
-        (25, "models.llama-8b.aliases"),
-        (25, "models.llama-8b.strategy"),
-    ]
+    assert [(each.line, each.path) for each in caught.value.errors] == [(25, "models.llama-8b.aliases")]
     assert {each.file for each in caught.value.errors} == {str(folder / "gateway.yaml")}
 
 
