@@ -335,7 +335,7 @@ class Ledger:
                 # The pod was given the estimate when it was chosen.
                 used = settled.outcome.prompt_tokens + settled.outcome.output_tokens
                 member.load.tokens.add(used - note.prompt - note.output, self._clock())
-            self._ended.judge(note.id, settled.outcome, note.answers)
+            self._ended.judge(note.id, settled.outcome, note.answers, note.stream)
         elif note.second < 0:
             # Admitted while the store was away, by the rules of a gateway that alone knows what it took: its
             # reservation is the charge.

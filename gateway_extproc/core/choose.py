@@ -64,12 +64,12 @@ class Lease:
         self._give_back(tokens, now, now - self._at)
         self._left = self._pod.load.in_flight
 
-    def judge(self, outcome: Outcome, answers: int) -> None:
+    def judge(self, outcome: Outcome, answers: int, stream: bool) -> None:
         """After ``release``: what the request's end says of the pod. ``answers`` shared the output (0: none was
-        generated)."""
+        generated); ``stream``: where the pod did not tell its usage, what was sent was counted."""
         if outcome.status >= 500 or outcome.reason == "no_pod":
             self._pod.load.failures.add(1, self._end)
-        elif outcome.reason == "ok" and not outcome.estimated and 200 <= outcome.status < 300:
+        elif outcome.reason == "ok" and (stream or not outcome.estimated) and 200 <= outcome.status < 300:
             self.taught(outcome.prompt_tokens - outcome.cached_tokens, outcome.output_tokens // max(1, answers))
 
     def taught(self, prompt: int, output: int) -> None:
@@ -119,11 +119,11 @@ class Ended:
         if len(self._leases) > AWAITED:
             del self._leases[next(iter(self._leases))]
 
-    def judge(self, id: str, outcome: Outcome, answers: int) -> None:
+    def judge(self, id: str, outcome: Outcome, answers: int, stream: bool) -> None:
         """The usage came, if the request was one of ours."""
         lease = self._leases.pop(id, None)
         if lease is not None:
-            lease.judge(outcome, answers)
+            lease.judge(outcome, answers, stream)
 
 
 def choose(strategy: Mixed, candidates: Sequence[Pod], choices: int, asked: Asked, now: float, rng: Random) -> Lease:

@@ -759,7 +759,7 @@ class Session:
         self._state = _State.CLOSED
         outcome = settled.outcome
         lease.release(outcome.prompt_tokens + outcome.output_tokens, self._world.clock())
-        lease.judge(outcome, note.answers)
+        lease.judge(outcome, note.answers, note.stream)
         return [settled, *self._runs_no_more()]
 
     def _runs_no_more(self) -> list[Action]:

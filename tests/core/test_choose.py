@@ -178,10 +178,10 @@ def test_when_all_leases_are_back_only_what_was_really_used_weighs(
 # --- what an end says of the pod -----------------------------------------------------------------------------------
 
 
-def ended(lease: Lease, now: float, answers: int = 1, **outcome: Any) -> None:
+def ended(lease: Lease, now: float, answers: int = 1, stream: bool = False, **outcome: Any) -> None:
     given = {"status": 200, "reason": "ok", "prompt_tokens": 100, "output_tokens": 50, **outcome}
     lease.release(150, now)
-    lease.judge(Outcome(**given), answers)
+    lease.judge(Outcome(**given), answers, stream)
 
 
 def test_a_whole_and_good_answer_teaches_the_pods_speed() -> None:
@@ -199,6 +199,12 @@ def test_answers_that_ran_at_the_same_time_are_not_longer_for_it() -> None:
     lease.first = 10.0
     ended(lease, 15.0, answers=5)
     assert pod.load.pace.decode == pytest.approx(0.5)
+
+
+def test_a_stream_whose_tokens_were_counted_teaches_too() -> None:
+    (pod,) = pods(1)
+    ended(Lease([pod], 100, 50, 10.0), 15.0, stream=True, estimated=True)
+    assert pod.load.pace.answered == 15.0
 
 
 @pytest.mark.parametrize(
@@ -233,8 +239,8 @@ def test_a_lease_whose_usage_comes_later_teaches_then_and_once() -> None:
     assert pod.load.pace.answered is None
     failed = Outcome(status=500, reason="upstream_error")
     for _ in range(2):
-        waits.judge("id", failed, 1)
-    waits.judge("of another gateway", failed, 1)
+        waits.judge("id", failed, 1, False)
+    waits.judge("of another gateway", failed, 1, False)
     assert pod.load.failures.read(16.0) == 1
 
 
@@ -246,7 +252,7 @@ def test_leases_whose_usage_never_comes_are_forgotten() -> None:
         lease.release(0, 1.0)
         waits.keep(str(number), lease)
     failed = Outcome(status=500, reason="upstream_error")
-    waits.judge("0", failed, 1)
+    waits.judge("0", failed, 1, False)
     assert pod.load.failures.read(1.0) == 0
-    waits.judge("1", failed, 1)
+    waits.judge("1", failed, 1, False)
     assert pod.load.failures.read(1.0) == 1

@@ -31,7 +31,7 @@ def test_a_streamed_answer_tells_both_speeds() -> None:
     pace = Pace()
     assert pace.answered is None
     streamed(pace, now=7.0)
-    assert (pace.prefill, pace.decode, pace.answered) == (pytest.approx(1e-4), pytest.approx(0.02), 7.0)
+    assert (pace.prefill, pace.decode, pace.answered) == pytest.approx((1e-4, 0.02, 7.0))
 
 
 def test_what_is_old_weighs_less() -> None:

@@ -19,6 +19,7 @@ from gateway_extproc.core.parse import (
     MAX_PARTS,
     MODEL_LENGTH,
     Kind,
+    Piece,
     Request,
     Route,
     ask_for_usage,
@@ -345,6 +346,14 @@ def test_a_batch_of_prompts_is_counted(prompt: Any, indented: bool) -> None:
     body = json.dumps({"prompt": prompt, "model": "m"}, indent=2 if indented else None).encode()
     assert read(body, COMPLETIONS).prompts == (len(prompt) if batch else 1)
     assert read(body, EMBEDDINGS).prompts == 1
+
+
+def test_what_becomes_the_prompt_is_given_as_it_stands_what_is_rendered_first_before_the_rest() -> None:
+    pieces: list[Piece] = []
+    text = b'{"messages": [{"content": "hi"}], "model": "m", "tools": [1], "temperature": 1}'
+    found = parse_request(CHAT, None, text, pieces)
+    assert [bytes(piece) for piece in pieces] == [b"[1]", b'[{"content": "hi"}]']
+    assert sum(map(len, pieces)) == found.prompt_bytes
 
 
 def test_what_becomes_the_prompt_is_measured_as_it_stands() -> None:

@@ -32,13 +32,16 @@ from gateway_extproc.core.events import (
     Truncated,
     Unavailable,
 )
+from gateway_extproc.core.load import Load
 from gateway_extproc.core.session import ModelPolicy, ProtocolError, World, duration, limit_headers
 from gateway_extproc.core.store import Admission, Denied, Level, Settlement, Window
+from gateway_extproc.core.strategies import STRATEGIES
 from tests.core.playbook import (
     DONE,
     EXPECTED,
     NOTHING,
     SECOND,
+    Clock,
     Like,
     Playbook,
     address,
@@ -913,6 +916,127 @@ def test_pods_and_strategy_are_shown_only_where_that_is_asked_for() -> None:
         play = sent_to_pod(make_world(pod("a", "m"), expose=expose), routing_strategy="random")
         shown = {"routing-strategy": "random", "target-pod": "pod-a"} if expose else {}
         assert play >> answer() << Respond(shown, body=True)
+
+
+# --- strategies --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", ["prefix-cache:2,least-request:1", "adaptive", "session-affinity, random:0.5"])
+def test_every_strategy_and_mix_is_taken_by_the_header(text: str) -> None:
+    play = sent_to_pod(make_world(pod("a", "m"), expose=True), routing_strategy=text)
+    play >> answer()
+    (respond,) = [action for action in play.actions if isinstance(action, Respond)]
+    assert respond.set["routing-strategy"] == text
+
+
+@pytest.mark.parametrize(
+    "text", ["prefix-cache:-2", "random:nan", "random:1e9", "random,random", "random:0", "x" * 9999]
+)
+def test_a_malformed_mix_is_refused_with_the_names_that_there_are(text: str) -> None:
+    play = Playbook() >> headers(routing_strategy=text)
+    refuse = next(action for action in play.actions if isinstance(action, Refuse))
+    assert (refuse.refusal.status, refuse.refusal.code) == (400, "unknown_strategy")
+    assert ", ".join(STRATEGIES) in refuse.refusal.message
+
+
+def test_prompts_that_begin_alike_go_to_one_pod_and_other_models_and_prompts_anywhere() -> None:
+    specs = [pod(name, "m", "lora") for name in "abcdefgh"]
+    world = make_world(*specs, default_strategy="prefix-cache")
+
+    def sent(said: str, model: str = "m") -> str:
+        play = Playbook(world).through(headers(), body(model, messages=[{"role": "user", "content": said}]))
+        first = play.route.set["target-pod"].decode().split(",")[0]
+        play >> Closed("reset")
+        return first
+
+    story = "Once upon a time there was a gateway. " * 100
+    assert len({sent(story + f"And then? {number}") for number in range(10)}) == 1
+    assert len({sent(str(number) + story) for number in range(40)}) > 4
+    assert len({sent(story[number:], "lora") for number in range(40)}) > 4
+
+
+def test_a_prompts_blocks_are_kept_no_longer_than_until_it_is_routed() -> None:
+    world = make_world(default_strategy="prefix-cache")
+    play = Playbook(world).through(headers(), body(prompt=100_000))
+    assert play.session._asked is not None
+    assert play.session._asked.blocks == ()
+
+
+def test_a_session_gets_an_id_that_leads_it_to_its_pod_again() -> None:
+    world = make_world(*[pod(name, "m") for name in "abcdefgh"], default_strategy="session-affinity")
+
+    def sent(session: str = "") -> tuple[str, str]:
+        play = Playbook(world).through(headers(x_session_id=session), body())
+        first = play.route.set["target-pod"].decode().split(",")[0]
+        play >> answer()
+        (respond,) = [action for action in play.actions if isinstance(action, Respond)]
+        play >> Closed("reset")
+        return first, respond.set["x-gateway-session-id"]
+
+    chosen, session = sent()
+    assert {sent(session) for _ in range(20)} == {(chosen, session)}
+    assert len({sent()[0] for _ in range(40)}) > 4
+    # What the client makes up itself is as good a name for a session, and gets such an id, too.
+    named, given = sent("chat-42")
+    assert {sent("chat-42")[0] for _ in range(20)} == {named}
+    assert given != "chat-42"
+    assert sent(given) == (named, given)
+
+
+def test_no_other_strategy_gives_session_ids() -> None:
+    play = sent_to_pod(make_world(pod("a", "m")), x_session_id="mine")
+    assert play >> answer() << Respond({}, body=True)
+
+
+# --- what a pod teaches --------------------------------------------------------------------------------------------
+
+
+def timed() -> tuple[Playbook, Clock, Load]:
+    """A request of 10 tokens to a pod, routed; the clock, and the pod's load."""
+    clock = Clock()
+    world = make_world(pod("a", "m"), clock=clock)
+    return Playbook(world), clock, view_pod(world, "a").load
+
+
+def test_a_stream_teaches_when_its_first_token_came_and_how_fast_the_others_did() -> None:
+    play, clock, load = timed()
+    play.through(headers(), body(stream=True, stream_options={"include_usage": True}))
+    assert (load.in_flight, load.prompt, load.output) == (1, 10, EXPECTED)
+    play >> answer(200, "text/event-stream")
+    clock.now += 0.5
+    play >> chunk(delta())
+    clock.now += 2.0
+    play >> chunk(delta() + usage_event(10, 20) + DONE, end=True)
+    play >> Closed("reset")
+    assert (load.pace.prefill, load.pace.decode) == pytest.approx((0.5 / 10, 2.0 / 20))
+    assert (load.in_flight, load.prompt, load.output) == (0, 0, 0)
+
+
+def test_an_answer_that_is_no_stream_teaches_by_its_end() -> None:
+    play, clock, load = timed()
+    play.through(headers(), body())
+    clock.now += 3.0
+    play >> answer() >> chunk({"usage": usage(10, 20)}, end=True) >> Closed("reset")
+    assert load.pace.time(10, 20) == pytest.approx(3.0)
+
+
+def test_a_stream_that_tells_no_usage_is_counted() -> None:
+    play, clock, load = timed()
+    play.through(headers(), body(stream=True))
+    play >> answer(200, "text/event-stream")
+    clock.now += 1.0
+    play >> chunk(delta())
+    clock.now += 2.0
+    play >> chunk(delta() * 9 + DONE, end=True) >> Closed("reset")
+    assert load.pace.decode == pytest.approx(2.0 / 10)
+
+
+def test_an_answer_that_was_cut_off_teaches_nothing() -> None:
+    play, clock, load = timed()
+    play.through(headers(), body(stream=True))
+    clock.now += 1.0
+    play >> answer(200, "text/event-stream") >> chunk(delta()) >> Closed("reset")
+    assert load.pace.answered is None
 
 
 # --- the way to the pod ------------------------------------------------------------------------------------------

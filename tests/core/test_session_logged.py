@@ -32,6 +32,7 @@ from tests.core.playbook import (
     EXPECTED,
     NOTHING,
     SECOND,
+    Clock,
     Like,
     Playbook,
     address,
@@ -244,3 +245,28 @@ def test_the_entry_settles_what_the_session_took_and_corrects_the_pods_load() ->
     assert found is not None
     assert found[0] == settled("ok", tokens=13 - 30, pod=f"pod-{by}", user="spender")
     assert load.tokens.read(made.clock()) == 13
+
+
+def test_the_entry_teaches_the_pods_speed_from_when_the_request_came_until_its_stream_ended() -> None:
+    made = world(clock=(clock := Clock()))
+    play = taken(Playbook(made), user="spender", prompt=10)
+    carried = play.route.note
+    (by,) = (name for name in ("a", "b") if address(name) == note(play).pods[0])
+    load = view_pod(made, by).load
+    clock.now += 2.0
+    play >> Closed("reset")
+    clock.now += 30.0  # entries come when Envoy sends them
+    ledger = Ledger(made.estimates, made.fleet, gateway="id-", clock=clock, prices=Prices, ended=made.ended)
+    told = {"usage.prompt_tokens": 10.0, "usage.completion_tokens": 20.0}
+    assert ledger.settle(Entry(carried, 200, "via_upstream", address(by), 300, told)) is not None
+    assert load.pace.time(10, 20) == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize("sent", [{"routing_strategy": "session-affinity"}, {"x_session_id": "mine"}])
+def test_an_answer_that_is_to_carry_a_session_id_is_looked_at(sent: dict[str, Any]) -> None:
+    made = world(default_strategy="session-affinity", keeps_sessions=True)
+    play = Playbook(made)
+    assert play >> headers(**sent) << Continue(answer=True)
+    play >> body() >> answer()
+    (respond,) = [action for action in play.actions if isinstance(action, Respond)]
+    assert respond.set["x-gateway-session-id"]

@@ -13,7 +13,7 @@ from random import Random
 from typing import Final
 
 from ..fleet import Pod
-from .expectation import Expectation
+from .expectation import Expectation, Line, Terms
 from .strategy import Asked, Strategy, least
 
 #: What a second of waiting in a pod's queue costs all. In a queue that is served at a rate of 1 and filled at a rate of
@@ -26,24 +26,29 @@ DOUBT: Final = 0.1
 
 
 class Adaptive(Strategy):
-    """``waiting`` is what a second in a queue counts."""
+    """``waiting`` is what a second in a queue counts, ``harm`` what a second counts that others lose beside it."""
 
     def __init__(self, waiting: float = WAITING, harm: float = 1.0) -> None:
         super().__init__()
-        self._expectation = Expectation()
+        self._expectation = Expectation(self._terms)
         self._waiting = waiting
-        self._harm = harm
+        self._others = 1.0 + harm
+
+    def _terms(self, line: Line) -> Terms:
+        """What ``scores`` computes with: seconds for each token of the prompt, and of the answer; more of the latter
+        for each request in flight; the share by which it doubts that for each; from how many on there is a queue, and
+        what each place in it costs."""
+        prefill, decode, crowding, slots, turn = line
+        return prefill, decode, crowding * self._others, DOUBT / slots, slots - 1.0, self._waiting * turn
 
     def scores(self, pods: Sequence[Pod], asked: Asked, now: float, rng: Random) -> list[float]:
         prompt, output = asked.prompt, asked.output or 1
-        waiting, others = self._waiting, 1.0 + self._harm
-        costs = []
-        for pod, (prefill, decode, crowding, slots, turn) in zip(
-            pods, self._expectation.lines(asked.model, pods, now), strict=True
-        ):
-            busy = pod.load.in_flight
-            cost = (prefill * prompt + (decode + crowding * others * busy) * output) * (1.0 + DOUBT * busy / slots)
-            if busy >= slots - 1.0:
-                cost += waiting * turn * (busy + 1.0 - slots)
-            costs.append(cost)
+        terms = self._expectation.terms(asked.model, pods, now)
+        costs = [
+            (prefill * prompt + (decode + crowding * busy) * output) * (1.0 + doubt * busy)
+            + (place * (busy - free) if busy > free else 0.0)
+            for (prefill, decode, crowding, doubt, free, place), busy in zip(
+                terms, [pod.load.in_flight for pod in pods], strict=True
+            )
+        ]
         return least(costs, 0.0)

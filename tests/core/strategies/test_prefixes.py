@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from itertools import pairwise
 
 import msgspec
 import pytest
@@ -18,7 +19,7 @@ from gateway_extproc.core.strategies.prefixes import BLOCK, BLOCKS, Prefixes, bl
 def test_hashes_do_not_depend_on_how_a_prompt_is_cut(text: bytes, cuts: list[int], times: int) -> None:
     text *= 1 + times % 3
     at = sorted({0, len(text), *(cut for cut in cuts if cut < len(text))})
-    parts = [text[begin:end] for begin, end in zip(at, at[1:], strict=False)]
+    parts = [text[begin:end] for begin, end in pairwise(at)]
     assert blocks_of("m", parts) == blocks_of("m", [text])
     assert len(blocks_of("m", [text])) == min(BLOCKS, len(text) // BLOCK)
 

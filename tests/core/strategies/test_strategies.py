@@ -147,7 +147,7 @@ def test_what_was_sent_since_the_last_look_counts() -> None:
     assert set(picked.values()) == {50}
 
 
-# --- adaptive and least-latency ------------------------------------------------------------------------------------------
+# --- adaptive and least-latency --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["adaptive", "least-latency"])
@@ -266,7 +266,7 @@ def test_what_a_pod_that_went_had_read_is_forgotten() -> None:
     assert pick(candidates, asked=prompt(1, 2)) is candidates[0]
 
 
-# --- mixes -------------------------------------------------------------------------------------------------------------
+# --- mixes -----------------------------------------------------------------------------------------------------------
 
 
 def test_a_mix_weighs_its_parts() -> None:
