@@ -20,6 +20,8 @@ from .traces import Arrival
 
 #: The pod of most scenarios: 8,000 tokens of prompt and 50 of output a second, 16 requests at once.
 SIXTEEN: Final = Gpu(8000, 50, 16, 28_000)
+#: The same, batching as model servers do on a large GPU: as many as fit, each slower for it.
+MANY: Final = Gpu(8000, 50, 128, 28_000)
 #: What is left out at the beginning: nothing is learned and no queue is filled yet.
 WARM_UP: Final = 0.1
 
@@ -85,6 +87,11 @@ SCENARIOS: Final[dict[str, Scenario]] = {
         about="4 pods, and 4 at a quarter of their speed",
         machines=(Machine(SIXTEEN),) * 4 + (Machine(SIXTEEN, speed=0.25),) * 4,
         loads=(0.7, 0.8, 0.9), requests=30_000, make=partial(_poisson, traces.plain),
+    ),
+    "batched": Scenario(
+        about="the same with 128 slots, where each further request makes the others 3 % slower",
+        machines=(Machine(MANY, crowding=0.03),) * 4 + (Machine(MANY, speed=0.25, crowding=0.03),) * 4,
+        loads=(0.5, 0.8), requests=30_000, make=partial(_poisson, traces.plain),
     ),
     "prefix": Scenario(
         about="8 equal pods, prompts that begin with one of 150 prefixes of 6,000 tokens",

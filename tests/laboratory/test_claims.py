@@ -86,6 +86,14 @@ def test_a_burst_spreads(strategy: str) -> None:
 
 
 @LONG
+@pytest.mark.parametrize(("load", "mean", "p99"), [(0.5, 0.80, 0.55), (0.8, 0.95, 0.65)])
+def test_adaptive_where_requests_slow_each_other_down(load: float, mean: float, p99: float) -> None:
+    base, found = (phases("batched", strategy, load, 1)[""] for strategy in ("least-request", "adaptive"))
+    assert found.latency.mean <= mean * base.latency.mean
+    assert found.latency.p99 <= p99 * base.latency.p99
+
+
+@LONG
 def test_a_mix_of_prefix_cache_and_adaptive_on_conversations() -> None:
     base, found = (phases("chat", name, 0.7, 1)[""] for name in ("least-request", "prefix-cache:1,adaptive:1"))
     assert found.latency.mean <= 0.9 * base.latency.mean

@@ -18,7 +18,7 @@ from .strategy import Asked, Need, Strategy, requests
 #: A pod may have this many times the mean of requests in flight, and this many more, before it is left alone.
 GUARD: Final = 1.5
 SLACK: Final = 4
-#: How much of the score the requests in flight are, so that they decide among equals.
+#: How much of the score the requests in flight are: enough to decide among equals, and little in a mix.
 LOAD: Final = 0.05
 
 
@@ -31,16 +31,14 @@ class PrefixCache(Strategy):
 
     def scores(self, pods: Sequence[Pod], asked: Asked, now: float, rng: Random) -> list[float]:
         loads = [pod.load for pod in pods]
-        idle = requests(pods)
-        if not asked.blocks:
-            return idle
-        depths = self._prefixes.depths(asked.blocks, loads)
+        idle = [LOAD * score for score in requests(pods)]
+        depths = self._prefixes.depths(asked.blocks, loads) if asked.blocks else []
         if not any(depths):
             return idle
         most = GUARD * sum([load.in_flight for load in loads]) / len(loads) + SLACK
         each = (1.0 - LOAD) / len(asked.blocks)
         return [
-            LOAD * rest + (each * depth if load.in_flight <= most else 0.0)
+            rest + (each * depth if load.in_flight <= most else 0.0)
             for rest, depth, load in zip(idle, depths, loads, strict=True)
         ]
 

@@ -21,6 +21,8 @@ from .strategy import Asked, Need, Strategy, requests
 
 #: Names of pods that are kept, so that each is computed once.
 NAMES: Final = 8192
+#: How much of the score the requests in flight are where there is no session: they decide, and weigh little in a mix.
+LOAD: Final = 0.05
 _LARGEST: Final = 2.0**64
 
 
@@ -29,7 +31,7 @@ class SessionAffinity(Strategy):
 
     def scores(self, pods: Sequence[Pod], asked: Asked, now: float, rng: Random) -> list[float]:
         if not asked.session:
-            return requests(pods)
+            return [LOAD * score for score in requests(pods)]
         rank, seed = xxhash.xxh3_64_intdigest, seed_of(asked)
         found = [0.5 * rank(pod.address.encode(), seed=seed) / _LARGEST for pod in pods]
         name = sessions.read(asked.secret, asked.model, asked.session)
