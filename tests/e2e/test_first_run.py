@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from gateway_extproc.core.strategies import STRATEGIES
 from tests.e2e.documents import ROOT, named_commands, typed_commands
 from tests.e2e.readme import curl, curls
 from tests.e2e.terminal import Typed, environment
@@ -166,6 +167,14 @@ def test_the_soak_leaves_nothing(clone: Clone) -> None:
     assert [row[0] for row in rows] == ["gateway h2, body, limits", "gateway h2, access_log, limits"]
     assert all(int(row[1]) > 0 and int(row[2]) > 0 for row in rows)
     assert [(row[3], row[5]) for row in rows] == [("0", "0")] * 2
+
+
+def test_choosing_is_measured_for_every_strategy(clone: Clone) -> None:
+    command = "make bench ARGS=--picks"
+    assert clone.says("docs/routing.md", command)
+    told = clone.run(command)
+    for name in STRATEGIES:
+        assert name in told or name == "least-gpu-cache"
 
 
 def test_limits_let_through_what_they_say(clone: Clone) -> None:

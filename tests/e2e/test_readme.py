@@ -59,6 +59,7 @@ from tests.system import DEADLINE, Process, Reply, request, until
 from tests.valkey import Valkey
 
 FIRST_RUN = "tests/e2e/test_first_run.py::"
+COMPARE = "tests/laboratory/test_command.py::"
 #: What needs an engine; tests/e2e/test_compose.py runs the same services without one.
 DOCKER = "tests/docker/test_compose_docker.py::"
 
@@ -87,6 +88,8 @@ RUN_BY = {
     r"gateway-extproc envoy --workers N": (
         "tests/e2e/test_workers.py::test_limits_are_exact_over_all_workers_and_each_of_them_serves"
     ),
+    r"gateway-extproc compare .*": COMPARE + "test_what_the_document_says_runs",
+    r"pip install 'gateway-extproc\[plot\]'": COMPARE + "test_without_matplotlib_it_says_what_to_install",
     r"gateway-extproc \w+": "test_the_program_has_every_command_that_is_named",
     r"docker compose up --build": DOCKER + "test_the_three_curls_of_the_readme_work_as_they_are",
     r"docker compose up -d --scale pod=\d": DOCKER + "test_scaled_pods_are_found_by_dns_and_no_request_fails",
@@ -101,6 +104,7 @@ RUN_BY = {
     r"make bench ARGS='--soak \d+'": FIRST_RUN + "test_the_soak_leaves_nothing",
     r"make bench ARGS=--accuracy": FIRST_RUN + "test_limits_let_through_what_they_say",
     r"make bench ARGS='--storm \d+'": FIRST_RUN + "test_after_a_storm_all_accounts_agree",
+    r"make bench ARGS=--picks": FIRST_RUN + "test_choosing_is_measured_for_every_strategy",
     r"make requirements": FIRST_RUN + "test_the_pins_are_kept_when_they_are_made_anew",
     # what CI runs, and `make check` in turn
     r"make check": ".ci/run",
