@@ -31,8 +31,9 @@ REMEMBERED: Final = 0.98
 #: The same for the number of slots, by observation: the last twenty or so decide.
 SLOTS_KEPT: Final = 0.9
 #: A wait shorter than this share of a usual request's time is no sign of a full pod: the first to wait at one of
-#: sixteen slots waits a sixteenth of such a time, and networks and schedulers take some of it always.
+#: sixteen slots waits a sixteenth of such a time. Nor is one of so few seconds: networks and schedulers take as much.
 NOTICED: Final = 0.05
+UNNOTICED: Final = 0.05
 #: Prompt tokens that take as long as one token of the answer, until streams have told: GPUs read a prompt some hundred
 #: times faster than they write.
 PREFILL_PER_DECODE: Final = 100.0
@@ -180,7 +181,7 @@ class Pace:
         """By Little's law: where ``at_once`` requests share a pod and a usual one takes ``usual`` and waits ``waited``,
         ``at_once * usual / (usual + waited)`` of them run."""
         usual = self.time(self.prompt, self.output)
-        if waited > NOTICED * usual or (self.full and at_once > self.slots):
+        if waited > max(UNNOTICED, NOTICED * usual) or (self.full and at_once > self.slots):
             self._slots_n = SLOTS_KEPT * self._slots_n + at_once
             self._slots_w = SLOTS_KEPT * self._slots_w + 1.0 + max(0.0, waited) / usual
             self.slots = max(1.0, self._slots_n / self._slots_w)

@@ -75,6 +75,13 @@ def test_how_many_run_at_once_follows_from_how_long_requests_wait(slots: int) ->
     assert pace.slots == pytest.approx(slots, rel=0.15)
 
 
+def test_what_a_network_takes_is_no_wait() -> None:
+    pace = Pace()
+    for now in range(50):
+        streamed(pace, prompt=10, output=2, waited=0.04 * (now % 2), among=3, now=now)
+    assert (pace.slots, pace.full) == (4.0, False)
+
+
 def test_where_nothing_waits_slots_are_what_was_seen_at_once() -> None:
     pace = Pace()
     for among in (3, 9, 5):

@@ -218,7 +218,7 @@ def test_the_table_of_statuses_is_that_of_the_code() -> None:
 def test_the_strategies_are_those_of_the_code() -> None:
     (meaning,) = (meaning for names, meaning in table("request header") if names == "`routing-strategy`")
     assert set(quoted(meaning)) == set(STRATEGIES)
-    (sentence,) = re.findall(r"routing strategy of your choice \((.*?)\)", README)
+    (sentence,) = re.findall(r"routing strategy of your choice \((.*?)\)", README, re.DOTALL)
     assert set(quoted(sentence)) == set(STRATEGIES)
 
 

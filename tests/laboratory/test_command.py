@@ -7,6 +7,7 @@ import json
 import re
 import shlex
 import sys
+from itertools import pairwise
 from pathlib import Path
 from random import Random
 
@@ -67,16 +68,8 @@ def test_every_strategy_and_every_load_has_a_line(capsys: pytest.CaptureFixture[
 
 
 def test_equal_seeds_give_equal_results_and_others_do_not(capsys: pytest.CaptureFixture[str]) -> None:
-    asked = (
-        "--scenario",
-        "chat",
-        "--requests",
-        "300",
-        "--strategy",
-        "prefix-cache:1,adaptive:1",
-        "--strategy",
-        "random",
-    )
+    strategies = ("--strategy", "prefix-cache:1,adaptive:1", "--strategy", "random")
+    asked = ("--scenario", "chat", "--requests", "300", *strategies)
     first = told(capsys, *asked, "--seed", "7")
     assert told(capsys, *asked, "--seed", "7") == first
     assert told(capsys, *asked, "--seed", "8") != first
@@ -102,9 +95,9 @@ def test_each_scenario_has_its_phases(name: str, capsys: pytest.CaptureFixture[s
 
 
 @pytest.mark.parametrize("arguments", [
-    ["--scenario", "nothing"], ["--strategy", "fastest"], ["--strategy", "random:nan"], ["--load", "0"], ["--load", "nan"],
-    ["--load", "3"], ["--requests", "9"], ["--requests", "many"], ["--pod", "abacus"], ["--pod", "l4:0"], ["--pod", "l4:x"],
-    ["--seed", "x"], ["--scenario", "equal", "--trace", "x"],
+    ["--scenario", "nothing"], ["--strategy", "fastest"], ["--strategy", "random:nan"], ["--load", "0"],
+    ["--load", "nan"], ["--load", "3"], ["--requests", "9"], ["--requests", "many"], ["--pod", "abacus"],
+    ["--pod", "l4:0"], ["--pod", "l4:x"], ["--seed", "x"], ["--scenario", "equal", "--trace", "x"],
 ])  # fmt: skip
 def test_wrong_arguments_are_named(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
@@ -196,7 +189,7 @@ def test_bursts_come_together() -> None:
 def test_a_conversation_brings_along_what_was_said() -> None:
     asking, rng = traces.conversations(1, turns=1000), Random(1)
     turns = [asking(rng, float(at)) for at in range(20)]
-    for before, after in zip(turns, turns[1:], strict=False):
+    for before, after in pairwise(turns):
         if after.prefix == before.prefix:
             assert after.prompt > before.prompt + before.output
     assert all(turn.shared == turn.prompt and turn.session == turn.prefix for turn in turns)
