@@ -30,10 +30,13 @@ KEPT: Final = 0.7
 REMEMBERED: Final = 0.98
 #: The same for the number of slots, by observation: the last twenty or so decide.
 SLOTS_KEPT: Final = 0.9
-#: A wait shorter than this share of a usual request's time is no sign of a full pod: the first to wait at one of
-#: sixteen slots waits a sixteenth of such a time. Nor is one of so few seconds: networks and schedulers take as much.
+#: A wait shorter than this share of a usual request's time, or of this one's, is no sign of a full pod: the first to
+#: wait at one of sixteen slots waits a sixteenth of such a time. Nor is one of so few seconds: networks and schedulers
+#: take as much.
 NOTICED: Final = 0.05
 UNNOTICED: Final = 0.05
+#: Share of the slots up to which nobody is taken to have waited, where waits are not seen by themselves.
+FREE: Final = 0.85
 #: Prompt tokens that take as long as one token of the answer, until streams have told: GPUs read a prompt some hundred
 #: times faster than they write.
 PREFILL_PER_DECODE: Final = 100.0
@@ -112,16 +115,17 @@ class Pace:
         self.prompt += gain * (seen.prompt - self.prompt)
         self.output += gain * (seen.output - self.output)
         self.answered = now
+        passed = seen.total if seen.first is None or seen.output <= 1 else seen.first
         if seen.output <= 1:  # nothing is decoded after the first token
-            self._learn_prefill(seen, seen.total)
-            waited = seen.total - self.prefill * seen.prompt
+            self._learn_prefill(seen, passed)
+            took = self.prefill * seen.prompt
         elif seen.first is not None:
-            self._learn_prefill(seen, seen.first)
-            self._learn_decode(seen, (seen.total - seen.first) / seen.output, now, line=True)
-            waited = seen.first - self.prefill * seen.prompt
+            self._learn_prefill(seen, passed)
+            self._learn_decode(seen, (seen.total - passed) / seen.output, now, line=True)
+            took = self.prefill * seen.prompt
         else:
-            waited = self._learn_whole(seen, now)
-        self._learn_slots(seen.ahead + 1, waited)
+            took = self._learn_whole(seen, now)
+        self._learn_slots(seen.ahead + 1, passed - took, took)
 
     def _learn_prefill(self, seen: Seen, first: float) -> None:
         if not seen.prompt:
@@ -136,19 +140,19 @@ class Pace:
 
     def _learn_whole(self, seen: Seen, now: float) -> float:
         """An answer of which only the end was seen: its time is taken for decoding where none can have waited, or
-        where it was quicker than known. What is beyond is what it waited."""
+        where it was quicker than known. How much of it was work, as far as is known then."""
         among = (seen.ahead + seen.left) / 2
         ratio = self.prefill / self.decode if self._decodes and self.decode else 1 / PREFILL_PER_DECODE
         each = seen.total / (seen.output + seen.prompt * ratio)
         known = self.decode + self.crowding * among
         if each < known:  # older ones had waited, unknown to us
             self._fade(KEPT)
-        if not self._w or each < known or seen.ahead < self.slots or not self.full:
+        if not self._w or each < known or seen.ahead < FREE * self.slots or not self.full:
             self._learn_decode(seen, each, now, line=False)
         if not self._decodes:
             self.prefill = self.decode * ratio
         known = self.decode + self.crowding * among
-        return seen.total - self.prefill * seen.prompt - known * seen.output
+        return self.prefill * seen.prompt + known * seen.output
 
     def _learn_decode(self, seen: Seen, each: float, now: float, *, line: bool) -> None:
         """``each`` seconds for a token, with so many in flight; ``line``: waiting is not in it, so that more of it
@@ -177,11 +181,11 @@ class Pace:
         self._y *= factor
         self._ny *= factor
 
-    def _learn_slots(self, at_once: int, waited: float) -> None:
+    def _learn_slots(self, at_once: int, waited: float, took: float) -> None:
         """By Little's law: where ``at_once`` requests share a pod and a usual one takes ``usual`` and waits ``waited``,
         ``at_once * usual / (usual + waited)`` of them run."""
         usual = self.time(self.prompt, self.output)
-        if waited > max(UNNOTICED, NOTICED * usual) or (self.full and at_once > self.slots):
+        if waited > max(UNNOTICED, NOTICED * usual, NOTICED * took) or (self.full and at_once > self.slots):
             self._slots_n = SLOTS_KEPT * self._slots_n + at_once
             self._slots_w = SLOTS_KEPT * self._slots_w + 1.0 + max(0.0, waited) / usual
             self.slots = max(1.0, self._slots_n / self._slots_w)

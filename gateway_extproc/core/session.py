@@ -172,10 +172,10 @@ class Session:
     """Feed it events in order; carry out the actions in order. ``node`` names the Envoy that asks."""
 
     __slots__ = (
-        "_admission", "_admitted", "_asked", "_carry", "_ended", "_headers", "_key", "_lease", "_leaving", "_model",
-        "_node", "_note", "_output", "_parts", "_prompt", "_reader", "_refused", "_request", "_reserved_output",
-        "_shown", "_size", "_state", "_status", "_strategy", "_strip", "_target", "_took", "_topped_up", "_user",
-        "_windows", "_world", "declared_length", "running",
+        "_admission", "_admitted", "_asked", "_carry", "_ended", "_headers", "_key", "_lease", "_leaving", "_mixed",
+        "_model", "_node", "_note", "_output", "_parts", "_prompt", "_reader", "_refused", "_request",
+        "_reserved_output", "_shown", "_size", "_state", "_status", "_strategy", "_strip", "_target", "_took",
+        "_topped_up", "_user", "_windows", "_world", "declared_length", "running",
     )  # fmt: skip
 
     def __init__(self, world: World, node: str = "") -> None:
@@ -188,6 +188,7 @@ class Session:
         self._key: Key | None = None
         self._strategy = ""
         self._asked: Asked | None = None
+        self._mixed: Mixed | None = None
         self._carry = False
         self._parts: list[Body] = []
         self._size = 0
@@ -370,7 +371,9 @@ class Session:
 
     def _asks(self, prompt: list[Piece]) -> Asked:
         """The request as the strategy sees it; what it does not need is not computed."""
-        world, needs = self._world, self._chosen_by().needs
+        world = self._world
+        mixed = self._mixed = world.strategies.named(self._strategy)
+        needs = mixed.needs
         output = self._output
         if world.policy.reserve == "max":
             assert self._request is not None
@@ -380,10 +383,6 @@ class Session:
         blocks = blocks_of(self._model, prompt) if Need.PROMPT in needs else ()
         session = self._headers.get("x-session-id", b"").decode("latin-1") if Need.SESSION in needs else ""
         return Asked(self._model, self._prompt, output, blocks, session, world.policy.directory.pepper or world.secret)
-
-    def _chosen_by(self) -> Mixed:
-        """The strategy. Its name was read before, where it came from."""
-        return self._world.strategies.named(self._strategy)
 
     def _expected(self, request: Request, reserve: Reserve) -> int:
         """Tokens of output to set aside."""
@@ -463,9 +462,10 @@ class Session:
             self._took = False
             return self._refuse(refusals.no_ready_pods(self._model), self._limit_headers())
         choices = 1 + world.policy.model(self._model).retries
-        asked = self._asked
+        asked, mixed = self._asked, self._mixed
         assert asked is not None
-        lease = self._lease = choose(self._chosen_by(), pods, choices, asked, world.clock(), world.rng)
+        assert mixed is not None
+        lease = self._lease = choose(mixed, pods, choices, asked, world.clock(), world.rng)
         # It may live as long as the answer, and a long prompt has many blocks.
         self._asked = msgspec.structs.replace(asked, blocks=()) if asked.blocks else asked
         note = self._note = self._write_note(lease)
@@ -562,8 +562,8 @@ class Session:
         if self._world.policy.expose and lease is not None:
             change["routing-strategy"] = self._strategy
             change["target-pod"] = lease.pod.name
-        asked = self._asked
-        if asked is not None and lease is not None and Need.SESSION in self._chosen_by().needs:
+        asked, mixed = self._asked, self._mixed
+        if mixed is not None and Need.SESSION in mixed.needs and asked is not None and lease is not None:
             change["x-gateway-session-id"] = id_for(asked, lease.pod.address, self._world.rng)
         return change
 

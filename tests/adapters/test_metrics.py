@@ -275,3 +275,16 @@ def test_any_label_value_comes_back_as_it_was(name: str) -> None:
     assert f'model="{escaped}"' in line
     (line,) = [line for line in page.split("\n") if line.startswith("gateway_pod_ready{")]
     assert line == f'gateway_pod_ready{{pod="{escaped}"}} 0.0'
+
+
+def test_mixes_of_strategies_share_one_series_however_many_clients_think_of(world: World) -> None:
+    for weight in range(1, 30):
+        world.metrics.settled(Outcome(model="m", status=200, strategy=f"prefix-cache:{weight},least-request:1"))
+    world.metrics.settled(Outcome(model="m", status=200, strategy="adaptive"))
+    assert labelled(world.metrics, "gateway_requests_total", "strategy") == {"mix": 29, "adaptive": 1}
+
+
+def test_decisions_without_fresh_metrics_are_counted_by_strategy(world: World) -> None:
+    assert labelled(world.metrics, "gateway_strategy_degraded_total", "strategy") == {}
+    world.degraded = {"least-kv-cache": 3}
+    assert labelled(world.metrics, "gateway_strategy_degraded_total", "strategy") == {"least-kv-cache": 3}

@@ -346,7 +346,7 @@ def test_a_client_gone_in_the_answer_pays_as_far_as_it_got(kind: str, sent: list
 def test_a_failure_of_ours_after_the_admission_gives_everything_back() -> None:
     world = one_pod()
     play = asked(world)
-    world.strategies = None  # type: ignore[assignment]  # whatever breaks between the admission and the route
+    world.policy = None  # type: ignore[assignment]  # whatever breaks between the admission and the route
     with pytest.raises(AttributeError):
         play >> admitted(LEVEL)
     assert play >> Closed("failed") << settled("internal_error", requests=-1, tokens=-RESERVED, status=500)

@@ -387,7 +387,7 @@ def test_pods_that_vanish_while_the_store_is_asked_give_the_money_back() -> None
 def test_a_failure_of_ours_after_the_admission_gives_the_money_back() -> None:
     world = spender(concurrency=1)
     play = asked(world)
-    world.strategies = None  # type: ignore[assignment]  # whatever breaks between the admission and the route
+    world.policy = None  # type: ignore[assignment]  # whatever breaks between the admission and the route
     with pytest.raises(AttributeError):
         play >> admitted(LEVEL)
     back = settled("internal_error", requests=-1, tokens=-RESERVED, cost=-COST, status=500)

@@ -5,6 +5,7 @@ The bounds are those that docs/routing.md gives. ``long``: all loads, and other 
 
 from __future__ import annotations
 
+import re
 from functools import lru_cache
 
 import pytest
@@ -12,6 +13,9 @@ import pytest
 from gateway_extproc.laboratory.replay import Done, replay
 from gateway_extproc.laboratory.report import Summary, summary
 from gateway_extproc.laboratory.scenarios import BURST, SCENARIOS
+from tests.e2e.documents import DOCUMENTS
+
+PAGE = DOCUMENTS["docs/routing.md"]
 
 LONG = pytest.mark.long
 
@@ -91,6 +95,26 @@ def test_adaptive_where_requests_slow_each_other_down(load: float, mean: float, 
     base, found = (phases("batched", strategy, load, 1)[""] for strategy in ("least-request", "adaptive"))
     assert found.latency.mean <= mean * base.latency.mean
     assert found.latency.p99 <= p99 * base.latency.p99
+
+
+@LONG
+@pytest.mark.parametrize(
+    ("column", "scenario", "load"),
+    [("90 %", "equal", 0.9), ("unequal, 70 %", "unequal", 0.7), ("chat, 70 %", "chat", 0.7)],
+)
+def test_the_figures_of_the_document_are_those_of_the_laboratory(column: str, scenario: str, load: float) -> None:
+    head, _, *rows = [
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in re.findall(r"^\| mean, 99th percentile .*?\n\n", PAGE, re.MULTILINE | re.DOTALL)[0].splitlines()
+        if line
+    ]
+    place = head.index(column)
+    assert {row[0].strip("`") for row in rows} >= {"random", "least-request", "adaptive", "prefix-cache"}
+    base = phases(scenario, "least-request", load, 1)[""].latency
+    for row in rows:
+        found = phases(scenario, row[0].strip("`"), load, 1)[""].latency
+        said = [float(cell) for cell in row[place].split(", ")]
+        assert [found.mean / base.mean, found.p99 / base.p99] == pytest.approx(said, rel=0.05)
 
 
 @LONG
