@@ -400,7 +400,9 @@ def test_the_table_of_response_headers_is_what_clients_get(demo: Demo, tried: di
     too_large = chat | {"messages": [{"role": "user", "content": "x" * 2_000_000}]}
     refused = demo.ask(too_large, user="your-user-id")
     assert (direct.status, refused.error["code"]) == (200, "request_exceeds_limit")
-    got = {name for answers in tried.values() for answer in answers for name in answer.headers} | refused.headers.keys()
+    kept = demo.ask(chat, routing_strategy="session-affinity")
+    got = {name for answers in tried.values() for answer in answers for name in answer.headers}
+    got |= refused.headers.keys() | kept.headers.keys()
     assert got - (direct.headers.keys() - listed) == listed
 
 
@@ -422,12 +424,23 @@ def test_the_table_of_request_headers_is_what_the_gateway_reads(demo: Demo) -> N
 
         return check
 
+    def leads_back() -> bool:
+        """Whether a session comes to its pod again, by the id that it was given."""
+        pods = set()
+        session = ""
+        for _ in range(8):
+            answer = demo.ask(chat, routing_strategy="session-affinity", x_session_id=session)
+            session = answer.headers["x-gateway-session-id"]
+            pods.add(answer.headers["target-pod"])
+        return len(pods) == 1
+
     trace = "00-{}-00f067aa0ba902b7-01".format("4bf92f3577b34da6a3ce929d0e0e4736")
     checks = {
         "user": refuses("invalid_value", user="x" * 257),
         "authorization": refuses("invalid_api_key", authorization="Bearer sk-gw-unknown"),
         "x-api-key": refuses("invalid_api_key", x_api_key="sk-gw-unknown"),
         "routing-strategy": refuses("unknown_strategy", routing_strategy="fastest"),
+        "x-session-id": leads_back,
         "x-request-id": reaches("x-request-id", "mine", "mine"),
         "traceparent": reaches("traceparent", trace, trace),
         "model": reaches("model", "theirs", "your-model-name"),
