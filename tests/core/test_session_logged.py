@@ -186,7 +186,8 @@ def test_a_client_that_leaves_before_its_answer_pays_its_prompt_though_no_entry_
     due, carried = Settlement("id-1", ("{user:spender}:*",), SECOND, 0, -20), play.route.note
     assert play >> Closed(how) << Await(due)
     # An entry that does come says the same under the same id.
-    ledger = Ledger(play.world.estimates, play.world.fleet, gateway="id-", clock=play.world.clock, prices=Prices)
+    made = play.world
+    ledger = Ledger(made.estimates, made.fleet, gateway="id-", clock=made.clock, prices=Prices, ended=made.ended)
     found = ledger.settle(Entry(carried, 0, "downstream_remote_disconnect", "", 0, {}))
     assert found is not None
     assert found[0].settlement == due
