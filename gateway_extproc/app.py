@@ -499,6 +499,8 @@ class Gateway:
         store: dict[str, Any] = {"mode": "memory", "ok": True}
         if isinstance(self.store, GuardedStore):
             store = {"mode": self.store.mode, "ok": self.store.mode == "ok", "gateways": self.store.gateways}
+            if away := self._store_away():
+                store["reason"] = ", ".join(away)
         users, keys = self.administration.counts
         parts = {
             "pods": {
@@ -513,12 +515,17 @@ class Gateway:
         }
         return self._ready.is_set() and not self._draining, parts
 
+    def _store_away(self) -> tuple[str, ...]:
+        """Why the shared store is away; nothing while it is not."""
+        return (self.store.reason,) if isinstance(self.store, GuardedStore) and self.store.reason else ()
+
     def _sources(self) -> Sources:
         return Sources(
             fleet=lambda: self.fleet,
             streams=lambda: self.extproc.streams,
             strategies_degraded=lambda: self.world.strategies.degraded(),
             store_mode=lambda: self.store.mode if isinstance(self.store, GuardedStore) else "memory",
+            store_away=self._store_away,
             follows=lambda: self.administration.follows,
             settlements_dropped=lambda: self._redis.dropped if self._redis is not None else 0,
             xds_refused=lambda: self.xds.refused,

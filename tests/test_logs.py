@@ -311,6 +311,7 @@ def test_other_fields_are_not(stream: io.StringIO, name: str) -> None:
     [
         (f"redis://:{SECRET}@host:6379/0", "redis://***@host:6379/0"),
         (f"from rediss://user:a@b{SECRET}@host, again", "from rediss://***@host, again"),
+        (f"redis+sentinel://u:{SECRET}@a:1,b:2/m", "redis+sentinel://***@a:1,b:2/m"),
         (f"Authorization: Bearer {SECRET}", "Authorization: *** ***"),
         (f"got 'bearer {SECRET}'", "got 'bearer ***'"),
         (f"x-api-key: {SECRET}", "x-api-key: ***"),

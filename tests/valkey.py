@@ -38,17 +38,18 @@ class Valkey:
         self.url = f"redis://127.0.0.1:{self.port}/0"
         self.unix_url = f"unix://{self._socket}"
 
-    def start(self) -> Valkey:
+    def start(self, *more: str, wait: bool = True) -> Valkey:
+        """With ``more`` options this time. ``wait`` until it serves."""
         self._process = subprocess.Popen(
             [
                 str(get_binary_path()), "--port", str(self.port), "--bind", "127.0.0.1",
                 "--unixsocket", str(self._socket), "--dir", str(self._directory),
-                "--save", "", "--appendonly", "no", "--logfile", str(self._directory / "log"), *self._options,
+                "--save", "", "--appendonly", "no", "--logfile", str(self._directory / "log"), *self._options, *more,
             ],
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
         deadline = time.monotonic() + DEADLINE
-        while not self._answers():
+        while wait and not self._answers():
             if self._process.poll() is not None or time.monotonic() > deadline:
                 log = self._directory / "log"
                 raise RuntimeError(f"valkey did not start: {log.read_text() if log.exists() else 'no log'}")

@@ -61,6 +61,8 @@ SPREAD: Final = 0.25
 MAX_OWED: Final = 20_000
 #: Leases taken here that are known not to be the primary's. Of others it is told in vain.
 MAX_LENT: Final = 20_000
+#: Reasons of one outage that are told: more than there are, but for what says it is Redis and is not.
+MAX_SAID: Final = 16
 
 
 class Primary(Protocol):
@@ -154,7 +156,8 @@ class GuardedStore:
 
     ``gateway`` names this process among all gateways and must be new for each start; the ids of this process's own
     admissions begin with it (settlements may be of others'). ``clock`` is the one that ``local`` counts by (unix
-    seconds). ``on_mode_change(mode, reason)`` hears of every change, for logs and metrics.
+    seconds). ``on_mode_change(mode, reason)`` hears of every change, and of each further reason for which the primary
+    stays away, once: for logs.
     Call ``start`` in the event loop; until the first answer requests go to the primary."""
 
     def __init__(
@@ -178,7 +181,9 @@ class GuardedStore:
         self._beat = beat
         self._on_mode_change = on_mode_change
         self._away = asyncio.Event()
-        self._reason = ""
+        #: Why the primary is away, in few words, without address or secret; "" while it is not.
+        self.reason = ""
+        self._said: set[str] = set()
         self._owed = _Owed()
         # Leases that the primary has not heard of.
         self._lent: OrderedDict[str, None] = OrderedDict()
@@ -207,7 +212,7 @@ class GuardedStore:
         if _known(policy) != self._policy:
             self._policy = policy
             if self._away.is_set():
-                self._on_mode_change(policy, self._reason)
+                self._on_mode_change(policy, self.reason)
 
     def start(self) -> None:
         """Begin the heartbeat."""
@@ -268,7 +273,7 @@ class GuardedStore:
     def _stand_in(self, admission: Admission) -> Answer:
         """Answer by the policy."""
         if self._policy == "refuse":
-            return StoreUnavailable(self._reason)
+            return StoreUnavailable(self.reason)
         if self._policy == "admit":
             self._local.charge(admission)
             return Admitted(self._owe(admission), ())
@@ -325,10 +330,11 @@ class GuardedStore:
 
     def _leave(self, reason: str) -> None:
         """The primary failed: the policy is in force."""
-        self._reason = reason
+        self.reason = reason
         self.ready = True
-        if not self._away.is_set():
-            self._away.set()
+        self._away.set()
+        if reason not in self._said and len(self._said) < MAX_SAID:
+            self._said.add(reason)
             self._on_mode_change(self._policy, reason)
 
     async def _return(self) -> None:
@@ -337,6 +343,8 @@ class GuardedStore:
         await self._primary.flush()
         self._merge_owed()
         self._away.clear()
+        self.reason = ""
+        self._said.clear()
         self._on_mode_change(OK, "")
 
     def _merge_owed(self) -> None:

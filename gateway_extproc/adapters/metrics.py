@@ -9,7 +9,7 @@ that any label value is escaped. Leaves out serving the page (admin.py) and what
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -60,6 +60,7 @@ class Sources:
     streams: Callable[[], int]
     strategies_degraded: Callable[[], Mapping[str, int]]
     store_mode: Callable[[], str]
+    store_away: Callable[[], Collection[str]]
     follows: Callable[[], bool]
     settlements_dropped: Callable[[], int]
     xds_refused: Callable[[], int]
@@ -278,6 +279,14 @@ class Metrics:
         for mode in dict.fromkeys((*STORE_MODES, in_force)):
             modes.add_metric([mode], mode == in_force)
         yield modes
+        away = GaugeMetricFamily(
+            "gateway_store_away",
+            "1 for each reason why the limits' store, or a part of it, is away.",
+            labels=("reason",),
+        )
+        for reason in sources.store_away():
+            away.add_metric([reason], 1)
+        yield away
         yield GaugeMetricFamily(
             "gateway_directory_stale",
             "1 while changes of users and keys are not heard of.",

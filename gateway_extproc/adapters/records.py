@@ -53,8 +53,8 @@ class RedisRecords:
     """``Records`` in Redis. ``url`` and ``prefix`` are the store's. Nothing is connected before the first question."""
 
     def __init__(self, url: str, *, prefix: str = "gw:", full: float = FULL) -> None:
-        self._redis = redis_client(url, CONNECTIONS)
         self._at = f"{prefix}{SCHEMA}:{{directory}}:"
+        self._redis = redis_client(url, CONNECTIONS, self._at)
         self._full = full
         self._put = self._redis.register_script(resources.files(__package__).joinpath("record.lua").read_bytes())
         self._restore = self._redis.register_script(_RESTORE)

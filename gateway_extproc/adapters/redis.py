@@ -16,14 +16,12 @@ from __future__ import annotations
 
 import asyncio
 import random
+import ssl
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from importlib import resources
 from itertools import chain
-from typing import Any, Final, Protocol, TypeAlias, cast
-
-from redis import RedisError
-from redis.asyncio.connection import RedisSSLContext, SSLConnection, parse_url
+from typing import Final, Protocol, TypeAlias, cast
 
 from gateway_extproc.core.store import (
     SETTLED_MEMORY,
@@ -35,8 +33,9 @@ from gateway_extproc.core.store import (
     Settlement,
     StoreUnavailable,
 )
+from gateway_extproc.redis_address import NO_MASTER, Address
 from gateway_extproc.wire.limits import UNEXPECTED, Scripts, decision, pulse, took
-from gateway_extproc.wire.resp import Garbled, Replies, Reply, ReplyError, command
+from gateway_extproc.wire.resp import ELSEWHERE, UNAUTHENTICATED, Garbled, Replies, Reply, ReplyError, command
 
 #: Commands on their way at once: about 25 ms of Redis's time, so that what is sent is answered within any time-out
 #: worth having. More wait here, where those whose caller has gone cost Redis nothing.
@@ -64,7 +63,7 @@ SPREAD: Final = 0.25
 #: Why a question has no answer, in few words, without address or secret: for logs and metrics.
 NO_CONNECTION: Final = "no connection"
 NO_ANSWER: Final = "no answer in time"
-UNAUTHENTICATED: Final = "authentication failed"
+UNTRUSTED: Final = "TLS failed"
 CLOSED: Final = "closed"
 
 
@@ -111,10 +110,10 @@ class _Question:
         if self._tell is not None:
             self._say(decision(reply, len(self.admission.windows)))
         elif took(reply):
-            self._store._undo(self.admission)
+            self._store.undo(self.admission)
 
     def lost(self, reason: str) -> None:
-        self._store._undo(self.admission)
+        self._store.undo(self.admission)
         self.fail(reason)
 
     def fail(self, reason: str) -> None:
@@ -282,19 +281,27 @@ class _Link(asyncio.Protocol):
         self.heard = self._loop.time()
         in_flight = self.in_flight
         unknown: list[_Command] = []
+        elsewhere = ""
         try:
             for reply in self._replies.feed(data):
                 if not in_flight:
                     raise Garbled("a reply to nothing")
                 asked = in_flight.popleft()
-                if type(reply) is ReplyError and reply.code == "NOSCRIPT" and asked.wanted and not asked.repeated:
-                    asked.repeated = True
-                    unknown.append(asked)
-                else:
-                    asked.answered(reply)
+                if type(reply) is ReplyError:
+                    if reply.code == "NOSCRIPT" and asked.wanted and not asked.repeated:
+                        asked.repeated = True
+                        unknown.append(asked)
+                        continue
+                    if reply.code in ELSEWHERE:
+                        elsewhere = reply.reason
+                asked.answered(reply)
         except Garbled:
             in_flight.extend(unknown)
             self.drop(UNEXPECTED)
+            return
+        if elsewhere:
+            in_flight.extend(unknown)
+            self._store._leave(self, elsewhere)
             return
         if unknown:
             # Redis was restarted, or its scripts were flushed; it did nothing for these.
@@ -307,15 +314,15 @@ class _Link(asyncio.Protocol):
 
 
 class RedisStore:
-    """A ``Store`` on Redis >= 6.2 or Valkey.
+    """A ``Store`` on one Redis >= 6.2 or Valkey at a time.
 
-    ``url`` is ``redis://``, ``rediss://`` or ``unix://`` with the options that redis-py takes in it, as far as they are
-    about reaching Redis; ``timeout`` is the longest an answer may take, in seconds. Nothing is connected before the
-    first question. Raises ValueError for a URL of another kind."""
+    ``address`` is where it is (redis_address.py has the forms of its URL, all of them but a cluster's); ``timeout`` is
+    the longest an answer may take, in seconds. Nothing is connected before the first question. Raises ValueError for a
+    URL of another kind."""
 
-    def __init__(self, url: str, *, prefix: str = "gw:", timeout: float = 0.25) -> None:
+    def __init__(self, address: Address | str, *, prefix: str = "gw:", timeout: float = 0.25) -> None:
         self._timeout = timeout
-        self._address = _Address(url)
+        self._address = Address(address) if isinstance(address, str) else address
         counts = _text("window.lua") + _text("spend.lua")
         admit, settle, undo = (counts + _text(name) for name in ("admit.lua", "settle.lua", "undo.lua"))
         renew, beat = _text("renew.lua"), _text("beat.lua")
@@ -438,6 +445,7 @@ class RedisStore:
         reply = await inquiry.reply
         if isinstance(reply, ReplyError):
             raise StoreUnavailable(reply.reason)
+        self._pause = FIRST_PAUSE
         return reply
 
     def _send(self) -> None:
@@ -502,7 +510,8 @@ class RedisStore:
             self._send()
         self._progress.set()
 
-    def _undo(self, admission: Admission) -> None:
+    def undo(self, admission: Admission) -> None:
+        """Give back what was or will be taken for it, if anything; delivered like a settlement."""
         self._note(self._scripts.undo(admission))
 
     def _fail_waiting(self, reason: str) -> None:
@@ -574,10 +583,13 @@ class RedisStore:
         reason = CLOSED
         try:
             async with asyncio.timeout(self._timeout):
-                await self._address.reach(link)
-            self._link, self._away_until, self._pause, reason = link, 0.0, FIRST_PAUSE, ""
+                await self._reach(link)
+            # That it answers well is still to be seen, so the next pause is not the first one's yet.
+            self._link, self._away_until, reason = link, 0.0, ""
         except TimeoutError:
             reason = NO_ANSWER
+        except ssl.SSLError:
+            reason = UNTRUSTED
         except (OSError, ValueError):  # a host name that is none is a ValueError
             reason = NO_CONNECTION
         except StoreUnavailable as error:
@@ -590,6 +602,38 @@ class RedisStore:
             self._unreachable(reason)
         else:
             self._send()
+
+    async def _reach(self, link: _Link) -> None:
+        """Connect ``link`` to the server to ask now, and get in. Raises OSError, ValueError and StoreUnavailable."""
+        loop, address = asyncio.get_running_loop(), self._address
+        host, port = await address.find(self._timeout / 2)
+        if port:
+            tls = None if address.tls is None else address.tls.get()
+            await loop.create_connection(lambda: link, host, port, ssl=tls)
+        else:
+            await loop.create_unix_connection(lambda: link, host)
+        for words in address.greeting():
+            reply = await link.inquire(command(*words))
+            if isinstance(reply, ReplyError):
+                denied = words[0] == b"AUTH" and (not reply.passing or reply.reason == UNAUTHENTICATED)
+                raise StoreUnavailable(UNAUTHENTICATED if denied else reply.reason)
+        if address.master:
+            # Sentinels may not know yet that it is none any more.
+            reply = await link.inquire(command(b"ROLE"))
+            if not (isinstance(reply, list) and reply[:1] == [b"master"]) and not _forbidden(reply):
+                raise StoreUnavailable(NO_MASTER)
+        # Whether it serves at all is learned before anything that matters is sent.
+        reply = await link.inquire(command(b"PING"))
+        if isinstance(reply, ReplyError) and not _forbidden(reply):
+            raise StoreUnavailable(reply.reason)
+        if link.closed.done():
+            raise StoreUnavailable(NO_CONNECTION)
+
+    def _leave(self, link: _Link, reason: str) -> None:
+        """Who was asked is not the one to ask, or does not know us any more: perhaps who is found next is and does."""
+        if link is self._link:
+            link.drop(reason)
+            self._unreachable(reason)
 
     def _unreachable(self, reason: str) -> None:
         loop = asyncio.get_running_loop()
@@ -614,46 +658,9 @@ class RedisStore:
         self._progress.set()
 
 
-class _Address:
-    """Where Redis is and how one gets in, by redis-py's own rules for what may stand in a URL."""
-
-    def __init__(self, url: str) -> None:
-        options: dict[str, Any] = {**parse_url(url)}
-        self._path: str | None = options.get("path")
-        self._host: str = options.get("host", "localhost")
-        self._port: int = options.get("port", 6379)
-        self._tls: RedisSSLContext | None = None
-        if options.get("connection_class") is SSLConnection:
-            named = {name.removeprefix("ssl_"): value for name, value in options.items() if name.startswith("ssl_")}
-            try:
-                self._tls = RedisSSLContext(**{"cert_reqs": "required", "check_hostname": True, **named})
-            except (TypeError, RedisError) as error:
-                raise ValueError(f"TLS options in the store's URL: {error}") from error
-        user, password = options.get("username"), options.get("password")
-        self._greeting: list[tuple[bytes, ...]] = []
-        if user or password:
-            words = (user, password or "") if user else (password,)
-            self._greeting.append((b"AUTH", *(str(word).encode() for word in words)))
-        if options.get("db"):
-            self._greeting.append((b"SELECT", b"%d" % options["db"]))
-        # Whether it serves at all is learned before anything that matters is sent.
-        self._greeting.append((b"PING",))
-
-    async def reach(self, link: _Link) -> None:
-        """Connect ``link`` and get in. Raises OSError, ValueError and StoreUnavailable."""
-        loop = asyncio.get_running_loop()
-        if self._path is not None:
-            await loop.create_unix_connection(lambda: link, self._path)
-        else:
-            tls = None if self._tls is None else self._tls.get()
-            await loop.create_connection(lambda: link, self._host, self._port, ssl=tls)
-        for words in self._greeting:
-            reply = await link.inquire(command(*words))
-            if not isinstance(reply, ReplyError) or (words[0] == b"PING" and reply.code == "NOPERM"):
-                continue
-            raise StoreUnavailable(UNAUTHENTICATED if words[0] == b"AUTH" else reply.reason)
-        if link.closed.done():
-            raise StoreUnavailable(NO_CONNECTION)
+def _forbidden(reply: Reply) -> bool:
+    """Whether what was asked by the way may not be asked, which says nothing about the rest."""
+    return isinstance(reply, ReplyError) and reply.code == "NOPERM"
 
 
 def _text(name: str) -> bytes:

@@ -33,8 +33,8 @@ class RedisUsage:
     Nothing is connected before the first question."""
 
     def __init__(self, url: str, *, prefix: str = "gw:", keep: float) -> None:
-        self._redis = redis_client(url, CONNECTIONS)
         self._at = f"{prefix}{SCHEMA}:{{usage}}:"
+        self._redis = redis_client(url, CONNECTIONS, self._at)
         self._keep = int(keep) + HOUR
         self._add = self._redis.register_script(resources.files(__package__).joinpath("usage.lua").read_bytes())
 

@@ -13,12 +13,12 @@ import re
 from collections.abc import Callable, Mapping
 from decimal import Decimal
 from typing import Any, Final
-from urllib.parse import urlsplit
 
 import msgspec
 
 from ..core.address import HOST_NAME, is_ip, join_address, split_address
 from ..core.strategies import STRATEGIES, needs
+from ..redis_address import Address
 from .problems import mask_url
 
 #: Longest name of a user, team, pod or model, in bytes of UTF-8: it becomes a key in the store and a header's value.
@@ -246,12 +246,12 @@ def matching(pattern: str, expected: str) -> Callable[[object], str]:
 def _url(value: object) -> str:
     text = _text(value)
     try:
-        parts = urlsplit(text)
-        reachable = bool(parts.path) if parts.scheme == "unix" else bool(parts.hostname) and parts.port != 0
-    except ValueError:  # a port that is none, or brackets that are not closed
-        reachable = False
-    if not reachable or parts.scheme not in ("redis", "rediss", "unix"):
-        raise ValueError("expected redis://host:port/0, rediss://host:port/0 or unix:///path")
+        Address(text)
+    except ValueError:  # whose text may repeat a secret
+        raise ValueError(
+            "expected redis://host:port/0, unix:///path, redis+sentinel://host:port,host:port/master or "
+            "redis+cluster://host:port,host:port (rediss for TLS)"
+        ) from None
     return text
 
 

@@ -150,7 +150,13 @@ class StoreConfig(Part, frozen=True, kw_only=True):
     for a single gateway only."""
 
     url: Annotated[
-        str, about("`redis://[user:password@]host:port/0`, `rediss://` for TLS, `unix:///path` for a socket.", URL)
+        str,
+        about(
+            "`redis://[user:password@]host:port/0`, or `unix:///path` for a socket, "
+            "`redis+sentinel://[user:password@]host:26379,host:26379/master/0` for the master that Sentinels name, "
+            "`redis+cluster://[user:password@]host:port,host:port` for a cluster. `rediss` instead of `redis` is TLS.",
+            URL,
+        ),
     ] = ""
     url_file: Annotated[str, about("A file that holds the URL, instead of `url`.", SECRET_FILE)] = ""
     timeout: Annotated[

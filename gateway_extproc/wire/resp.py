@@ -18,22 +18,30 @@ MAX_REPLY: Final = 64 * 1024
 #: windows that limit more than a minute.
 HEADS: Final = 64
 
-#: Codes of errors that pass when Redis recovers (redis.io/docs, "Redis serialization protocol", and Valkey's
-#: server.c), and what each is called here. What is not among them is the command's own fault.
+#: What is wrong where the user or the password is.
+UNAUTHENTICATED: Final = "authentication failed"
+#: Codes of errors that pass when Redis recovers, or is told better (redis.io/docs, "Redis serialization protocol", and
+#: Valkey's server.c), and what each is called here. What is not among them is the command's own fault.
 PASSING: Final = {
-    "BUSY": "BUSY",
-    "CLUSTERDOWN": "CLUSTERDOWN",
-    "LOADING": "LOADING",
-    "MASTERDOWN": "MASTERDOWN",
-    "MISCONF": "MISCONF",
-    "NOAUTH": "authentication failed",
-    "NOPERM": "NOPERM",
-    "NOREPLICAS": "NOREPLICAS",
-    "NOSCRIPT": "NOSCRIPT",
-    "OOM": "OOM",
-    "READONLY": "READONLY",
-    "WRONGPASS": "authentication failed",
+    "BUSY": "busy with a script (BUSY)",
+    "CLUSTERDOWN": "the cluster is down (CLUSTERDOWN)",
+    "LOADING": "loading its data (LOADING)",
+    "MASTERDOWN": "a replica without its master (MASTERDOWN)",
+    "MAXCLIENTS": "too many clients",
+    "MISCONF": "cannot save its data (MISCONF)",
+    "NOAUTH": UNAUTHENTICATED,
+    "NOPERM": "its user lacks a permission (NOPERM)",
+    "NOREPLICAS": "too few replicas (NOREPLICAS)",
+    "NOSCRIPT": "forgets scripts (NOSCRIPT)",
+    "OOM": "out of memory (OOM)",
+    "READONLY": "a read-only replica (READONLY)",
+    "WRONGPASS": UNAUTHENTICATED,
 }
+#: Those that another connection may not meet: to the server that the address leads to by now, or with what is to be
+#: said first.
+ELSEWHERE: Final = frozenset(("MASTERDOWN", "NOAUTH", "READONLY"))
+#: Errors that have no code of their own.
+_UNNAMED: Final = {"ERR max number of clients reached": "MAXCLIENTS"}
 
 
 class Garbled(Exception):
@@ -45,7 +53,7 @@ class ReplyError(Exception):
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
-        code = text.partition(" ")[0]
+        code = _UNNAMED.get(text) or text.partition(" ")[0]
         self.code = code if code.isascii() and code.isupper() else "error"
 
     @property

@@ -25,6 +25,7 @@ class World:
         self.degraded: dict[str, int] = {}
         self.follows = True
         self.mode = "ok"
+        self.away: tuple[str, ...] = ()
         self.dropped = 0
         self.refused = 0
         self.envoys = 0
@@ -34,6 +35,7 @@ class World:
                 streams=lambda: self.streams,
                 strategies_degraded=lambda: self.degraded,
                 store_mode=lambda: self.mode,
+                store_away=lambda: self.away,
                 follows=lambda: self.follows,
                 settlements_dropped=lambda: self.dropped,
                 xds_refused=lambda: self.refused,
@@ -221,6 +223,12 @@ def test_exactly_the_store_mode_in_force_is_one(world: World, mode: str) -> None
     world.mode = mode
     shown = labelled(world.metrics, "gateway_store_mode", "mode")
     assert shown == {name: float(name == mode) for name in {*STORE_MODES, mode}}
+
+
+def test_why_the_store_is_away_is_told_as_long_as_it_is(world: World) -> None:
+    assert labelled(world.metrics, "gateway_store_away", "reason") == {}
+    world.away = ("no connection", "out of memory (OOM)")
+    assert labelled(world.metrics, "gateway_store_away", "reason") == dict.fromkeys(world.away, 1.0)
 
 
 @pytest.mark.parametrize("follows", [True, False])

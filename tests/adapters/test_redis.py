@@ -14,10 +14,12 @@ import pytest
 import uvloop
 
 from gateway_extproc.adapters import redis as adapter
+from gateway_extproc.adapters.records import RedisRecords
 from gateway_extproc.adapters.redis import IN_FLIGHT, RedisStore
 from gateway_extproc.core.store import Admission, Admitted, Answer, Denied, Settlement, StoreUnavailable, Window
 from tests.asking import admit
 from tests.certificates import Authority
+from tests.proxy import Proxy
 from tests.valkey import Valkey
 
 KEY = "{alice}:*"
@@ -69,50 +71,6 @@ async def opened(url: str, timeout: float = TIMEOUT) -> AsyncIterator[RedisStore
 
 def at(server: asyncio.Server) -> str:
     return f"redis://127.0.0.1:{server.sockets[0].getsockname()[1]}"
-
-
-class Proxy:
-    """A TCP hop in front of Valkey that can lose what goes either way, and cut every connection."""
-
-    def __init__(self, port: int, tls: ssl.SSLContext | None = None) -> None:
-        self._port = port
-        self._tls = tls
-        self._writers: set[asyncio.StreamWriter] = set()
-        self._pumps: set[asyncio.Task[None]] = set()
-        self.lose_questions = False
-        self.lose_answers = False
-        self.bytes_lost = 0
-
-    async def __aenter__(self) -> Proxy:
-        self._server = await asyncio.start_server(self._meet, "127.0.0.1", 0, ssl=self._tls)
-        self.url = f"redis{'s' if self._tls else ''}://127.0.0.1:{self._server.sockets[0].getsockname()[1]}/0"
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        self._server.close()
-        self.cut()
-        await asyncio.gather(*self._pumps, return_exceptions=True)
-
-    def cut(self) -> None:
-        for writer in self._writers:
-            writer.transport.abort()
-
-    async def _meet(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        there, back = await asyncio.open_connection("127.0.0.1", self._port)
-        self._writers |= {writer, back}
-        for source, sink, name in ((reader, back, "lose_questions"), (there, writer, "lose_answers")):
-            pump = asyncio.create_task(self._pump(source, sink, name))
-            self._pumps.add(pump)
-            pump.add_done_callback(self._pumps.discard)
-
-    async def _pump(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter, lose: str) -> None:
-        with suppress(OSError):
-            while data := await source.read(65536):
-                if getattr(self, lose):
-                    self.bytes_lost += len(data)
-                else:
-                    sink.write(data)
-        sink.transport.abort()
 
 
 async def test_questions_of_one_turn_share_one_write(valkey: Valkey) -> None:
@@ -178,21 +136,48 @@ async def test_tls_is_checked_as_the_address_says(valkey: Valkey, tmp_path: Path
     context.load_verify_locations(ours.file)
     context.verify_mode = ssl.CERT_REQUIRED
     who = f"ssl_certfile={client.certificate}&ssl_keyfile={client.key}"
-    async with Proxy(int(valkey.port), context) as proxy:
+    async with Proxy(valkey.port, context) as proxy:
         for options, refused in (
-            (f"ssl_ca_certs={ours.file}&{who}", False),
-            (f"ssl_cert_reqs=none&{who}", False),
-            (f"ssl_ca_certs={foreign.file}&{who}", True),
-            (f"ssl_ca_certs={ours.file}", True),
-            (f"ssl_ca_certs={tmp_path / 'none'}&{who}", True),
-            (who, True),
+            (f"ssl_ca_certs={ours.file}&{who}", ""),
+            (f"ssl_cert_reqs=none&{who}", ""),
+            (f"ssl_ca_certs={foreign.file}&{who}", "TLS failed"),
+            (f"ssl_ca_certs={ours.file}", "no connection|TLS failed"),  # TLS 1.3: the server says so afterwards
+            (f"ssl_ca_certs={tmp_path / 'none'}&{who}", "no connection"),
+            (who, "TLS failed"),
         ):
             async with opened(f"{proxy.url}?{options}", timeout=2) as store:
                 if not refused:
                     assert isinstance(await admit(store, asks()), Admitted)
                     continue
-                with pytest.raises(StoreUnavailable, match="no connection"):
+                with pytest.raises(StoreUnavailable, match=refused):
                     await admit(store, asks())
+
+
+@pytest.mark.parametrize("names", [("DNS:localhost",), ("IP:127.0.0.2", "DNS:elsewhere")])
+async def test_a_certificate_for_another_name_is_refused_by_all_who_ask(
+    valkey: Valkey, tmp_path: Path, names: tuple[str, ...]
+) -> None:
+    ours = Authority(tmp_path)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(*ours.signs("server", names))
+    async with Proxy(valkey.port, context) as proxy:
+        for host, options, right in (
+            ("127.0.0.1", "", False),
+            ("127.0.0.1", "&ssl_check_hostname=false", True),
+            ("localhost", "", names == ("DNS:localhost",)),
+        ):
+            url = f"{proxy.url.replace('127.0.0.1', host)}?ssl_ca_certs={ours.file}{options}"
+            records = RedisRecords(url)
+            async with opened(url, timeout=2) as store:
+                if right:
+                    assert isinstance(await admit(store, asks()), Admitted)
+                    assert await records.get("user", "nobody") is None
+                else:
+                    with pytest.raises(StoreUnavailable, match="TLS failed"):
+                        await admit(store, asks())
+                    with pytest.raises(StoreUnavailable):
+                        await records.get("user", "nobody")
+            await records.close()
 
 
 @pytest.mark.parametrize("options", ["ssl_cert_reqs=perhaps", "ssl_color=blue"])
@@ -294,7 +279,7 @@ async def test_a_caller_cancelled_while_the_store_stands_still_is_charged_nothin
 
 @pytest.mark.parametrize("how", ["time-out", "cut"])
 async def test_an_admission_whose_answer_was_lost_is_given_back(valkey: Valkey, how: str) -> None:
-    async with Proxy(int(valkey.port)) as proxy, opened(proxy.url) as store, opened(valkey.url) as direct:
+    async with Proxy(valkey.port) as proxy, opened(proxy.url) as store, opened(valkey.url) as direct:
         await admit(store, asks(tokens=10))
         proxy.lose_answers = True
         caller = asyncio.ensure_future(admit(store, asks(tokens=5)))
@@ -312,7 +297,7 @@ async def test_an_admission_whose_answer_was_lost_is_given_back(valkey: Valkey, 
 
 
 async def test_a_question_that_never_arrived_gives_back_nothing_of_others(valkey: Valkey) -> None:
-    async with Proxy(int(valkey.port)) as proxy, opened(proxy.url) as store, opened(valkey.url) as direct:
+    async with Proxy(valkey.port) as proxy, opened(proxy.url) as store, opened(valkey.url) as direct:
         await admit(store, asks(tokens=10))
         proxy.lose_questions = True
         with pytest.raises(StoreUnavailable):
@@ -330,7 +315,7 @@ async def test_a_question_that_never_arrived_gives_back_nothing_of_others(valkey
 async def test_a_question_undone_before_it_arrives_takes_nothing(valkey: Valkey) -> None:
     async with opened(valkey.url) as store:
         late = asks(tokens=5)
-        store._undo(late)
+        store.undo(late)
         await store.flush()
         with pytest.raises(StoreUnavailable):
             await admit(store, late)
@@ -360,23 +345,31 @@ async def test_a_store_that_never_was_there_is_unavailable_at_once() -> None:
 
 
 @pytest.mark.parametrize(
-    ("commands", "reason"),
+    ("commands", "cure", "reason"),
     [
-        ([("REPLICAOF", "127.0.0.1", "1")], "READONLY"),
-        ([("CONFIG", "SET", "maxmemory", "1")], "OOM"),
-        ([("CONFIG", "SET", "requirepass", "other"), ("CLIENT", "KILL", "TYPE", "normal")], "authentication failed"),
-        ([("ACL", "SETUSER", "default", "-@scripting")], "NOPERM"),
+        ([("REPLICAOF", "127.0.0.1", "1")], ("REPLICAOF", "NO", "ONE"), "a read-only replica (READONLY)"),
+        (
+            [("CONFIG", "SET", "replica-serve-stale-data", "no"), ("REPLICAOF", "127.0.0.1", "1")],
+            ("REPLICAOF", "NO", "ONE"), "a replica without its master (MASTERDOWN)",
+        ),
+        ([("CONFIG", "SET", "maxmemory", "1")], ("CONFIG", "SET", "maxmemory", "0"), "out of memory (OOM)"),
+        (
+            [("CONFIG", "SET", "min-replicas-to-write", "1")], ("CONFIG", "SET", "min-replicas-to-write", "0"),
+            "too few replicas (NOREPLICAS)",
+        ),
+        (
+            [("CONFIG", "SET", "requirepass", "other"), ("CLIENT", "KILL", "TYPE", "normal")],
+            ("CONFIG", "SET", "requirepass", ""), "authentication failed",
+        ),
+        (
+            [("ACL", "SETUSER", "default", "-@scripting")], ("ACL", "SETUSER", "default", "+@scripting"),
+            "its user lacks a permission (NOPERM)",
+        ),
     ],
-)
+)  # fmt: skip
 async def test_errors_of_the_store_are_told_in_few_words_and_settlements_wait_them_out(
-    own_valkey: Valkey, commands: list[tuple[str, ...]], reason: str
+    own_valkey: Valkey, commands: list[tuple[str, ...]], cure: tuple[str, ...], reason: str
 ) -> None:
-    cure = {
-        "READONLY": ("REPLICAOF", "NO", "ONE"),
-        "OOM": ("CONFIG", "SET", "maxmemory", "0"),
-        "authentication failed": ("CONFIG", "SET", "requirepass", ""),
-        "NOPERM": ("ACL", "SETUSER", "default", "+@scripting"),
-    }
     with own_valkey.client() as client:
         async with opened(own_valkey.url) as store:
             await admit(store, asks(tokens=5))
@@ -395,7 +388,7 @@ async def test_errors_of_the_store_are_told_in_few_words_and_settlements_wait_th
             store.settle(Settlement("waits", (KEY,), 0, 0, 3))
             await store.flush()
             assert store.pending == undone + 1
-            client.execute_command(*cure[reason])
+            client.execute_command(*cure)
             await until_counted(store, (1, 8))
             assert store.dropped == 0
 
@@ -493,7 +486,7 @@ async def test_a_settlement_whose_id_redis_may_have_forgotten_is_not_sent_again(
     valkey: Valkey, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(adapter, "SETTLED_MEMORY", 1)
-    async with Proxy(int(valkey.port)) as proxy, opened(proxy.url) as store:
+    async with Proxy(valkey.port) as proxy, opened(proxy.url) as store:
         await store.ping()
         proxy.lose_answers = True
         store.settle(Settlement("s", (KEY,), 0, 0, 5))
@@ -632,7 +625,7 @@ async def test_renewing_needs_no_script_that_is_there_and_no_store_either(own_va
 
 
 async def test_what_was_admitted_while_its_answer_was_lost_runs_no_longer(valkey: Valkey) -> None:
-    async with Proxy(int(valkey.port)) as proxy, opened(proxy.url) as store, opened(valkey.url) as direct:
+    async with Proxy(valkey.port) as proxy, opened(proxy.url) as store, opened(valkey.url) as direct:
         await admit(store, lends())
         proxy.lose_answers = True
         caller = asyncio.ensure_future(admit(store, lends()))

@@ -215,6 +215,10 @@ def test_a_path_prefix_begins_but_does_not_end_with_a_slash(prefix: str, fine: b
         "rediss://u:p@h:1/2?ssl_cert_reqs=none",
         "redis://[::1]:1",
         "unix:///run/r.sock",
+        "redis+sentinel://a:26379,b,[::1]:1/mymaster",
+        "rediss+sentinel://u:p@a/my%20master/3?sentinel_password=x&ssl_ca_certs=/ca.pem",
+        "redis+cluster://:p@a:7000,b:7001",
+        "rediss+cluster://a/0",
     ],
 )
 def test_a_stores_url_is_one_that_redis_clients_know(url: str) -> None:
@@ -222,11 +226,19 @@ def test_a_stores_url_is_one_that_redis_clients_know(url: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "url", ["h:6379", "http://:pw@h", "redis://:pw@", "redis://h:pw", "redis://[pw", "redis:pw", "unix:", "pw"]
-)
+    "url",
+    [
+        "h:6379", "http://:pw@h", "redis://:pw@", "redis://h:pw", "redis://[pw", "redis:pw", "unix:", "pw", "redis://h:0",
+        "redis+sentinel://:pw@h", "redis+sentinel://:pw@h/", "redis+sentinel:///m", "redis+sentinel://h,/m",
+        "redis+sentinel://h:0/m", "redis+sentinel://h:pw/m", "redis+sentinel://h/m/pw", "redis+cluster://h/1",
+        "redis+cluster://h/?db=1", "redis+cluster://", "redis+other://:pw@h", "unix+cluster://:pw@h",
+        "redis+cluster://" + ",".join(["h"] * 65), "rediss://:pw@h?ssl_cert_reqs=pw", "rediss+cluster://h?ssl_pw=1",
+    ],
+)  # fmt: skip
 def test_any_other_url_is_refused_and_not_shown(url: str) -> None:
     message = problem(f"store: {{url: '{url}'}}")
-    assert message == "1: store.url: expected redis://host:port/0, rediss://host:port/0 or unix:///path"
+    assert message.startswith("1: store.url: expected redis://host:port/0, unix:///path, redis+sentinel://")
+    assert "pw" not in message
 
 
 @pytest.mark.parametrize("prefix", ["{gw}:", "a b", "x" * 65, "é", "\n"])

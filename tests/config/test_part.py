@@ -26,6 +26,10 @@ def test_no_secret_is_ever_shown() -> None:
     ("url", "shown"),
     [
         ("redis://h:1/0", "redis://h:1/0"),
+        (
+            "redis+sentinel://u:p@a:1,b:2/m?sentinel_password=p",
+            "redis+sentinel://u:***@a:1,b:2/m?sentinel_password=***",
+        ),
         ("redis://:pw@h", "redis://:***@h"),
         ("redis://pw@h", "redis://***@h"),
         ("redis://u:p@w/x@h", "redis://u:***@h"),

@@ -573,7 +573,7 @@ async def test_undoing_gives_back_all_that_was_taken(on_valkey: ValkeyHarness) -
     on_valkey.advance(200)  # the store was away for long; the minute's windows forgot it
     await released(on_valkey, kept)
     for _ in range(3):
-        on_valkey.redis._undo(gone)
+        on_valkey.redis.undo(gone)
     await on_valkey.redis.flush()
     assert [await used(on_valkey, each) for each in user.budgets] == [6, 5]
     assert (await running(on_valkey), await running(on_valkey, "{team}:*")) == (0, 0)
@@ -581,7 +581,7 @@ async def test_undoing_gives_back_all_that_was_taken(on_valkey: ValkeyHarness) -
 
 async def test_a_question_undone_before_it_arrives_takes_nothing(on_valkey: ValkeyHarness) -> None:
     late = asks(window(usd_of(99), rpm=9, concurrency=9), tokens=5, cost=6)
-    on_valkey.redis._undo(late)
+    on_valkey.redis.undo(late)
     await on_valkey.redis.flush()
     with pytest.raises(StoreUnavailable):
         await admit(on_valkey.redis, late)
@@ -618,7 +618,7 @@ async def test_a_foreign_value_fails_the_whole_call_and_nothing_is_written(
         await admit(on_valkey.redis, asked)
     keys = KEY, "{team}:*"
     on_valkey.redis.settle(Settlement("id-s", keys, int(START), -1, 5, 5, 3))
-    on_valkey.redis._undo(asked)
+    on_valkey.redis.undo(asked)
     await on_valkey.redis.flush()
     # Leases are no settlement's business.
     assert on_valkey.redis.dropped == (1 if "c:" in key else 2)
@@ -805,7 +805,7 @@ async def _follow(there: ValkeyHarness, made: list[tuple[str, Any, int, int]]) -
                 here.renew([(admission.id, lent)])
             elif there.clock.now - second < 60 and admission.id not in undone:
                 undone.add(admission.id)
-                there.redis._undo(admission)
+                there.redis.undo(admission)
                 back = tuple((-max(0, tokens), -max(0, cost)) for tokens, cost in admission.amounts)
                 here.settle(Settlement(f"id-{next(_ids)}", keys, second, -1, 0, 0, budgets, back))
                 here.release(admission.id, lent)

@@ -595,6 +595,27 @@ def test_another_policy_is_taken_up_while_the_store_is_away(pair: Pair) -> None:
     assert pair.one.chat(user="away-4").status == 503
 
 
+def test_why_the_store_is_away_is_said_once_and_shown_as_long_as_it_lasts(pair: Pair) -> None:
+    assert pair.one.valkey is not None
+    policy(pair, "local")
+    why = "its user lacks a permission (NOPERM)"
+    told = f'"reason": "{why}"'
+    with pair.one.valkey.client() as client:
+        before = pair.one.gateway.output().count(told)
+        client.execute_command("ACL", "SETUSER", "default", "-@scripting")
+        try:
+            until(partial(is_mode, pair.one, "local"))
+            assert pair.one.chat(user="away-6").status == 200
+            assert request(pair.one.admin_port, "GET", "/readyz").json["parts"]["store"]["reason"] == why
+            assert pair.one.metric("gateway_store_away", reason=why) == 1
+            assert pair.one.gateway.output().count(told) == before + 1
+        finally:
+            client.execute_command("ACL", "SETUSER", "default", "+@scripting")
+    until(partial(is_mode, pair.one, "ok"))
+    assert pair.one.metric("gateway_store_away") == 0
+    assert "reason" not in request(pair.one.admin_port, "GET", "/readyz").json["parts"]["store"]
+
+
 def test_a_store_that_comes_back_empty_knows_what_was_admitted_meanwhile(pair: Pair) -> None:
     assert pair.one.valkey is not None
     policy(pair, "local")

@@ -92,10 +92,11 @@ def test_many_small_replies_at_once_are_not_one_large_reply() -> None:
 @pytest.mark.parametrize(
     ("text", "reason", "passing"),
     [
-        ("READONLY You can't write against a read only replica.", "READONLY", True),
+        ("READONLY You can't write against a read only replica.", "a read-only replica (READONLY)", True),
         ("NOAUTH Authentication required.", "authentication failed", True),
         ("WRONGPASS invalid username-password pair or user is disabled.", "authentication failed", True),
-        ("LOADING Redis is loading the dataset in memory", "LOADING", True),
+        ("LOADING Redis is loading the dataset in memory", "loading its data (LOADING)", True),
+        ("ERR max number of clients reached", "too many clients", True),
         ("WRONGTYPE Operation against a key holding the wrong kind of value", "WRONGTYPE", False),
         ("ERR at 10.0.0.1:6379", "ERR", False),
         ("at 10.0.0.1:6379", "error", False),
@@ -103,7 +104,7 @@ def test_many_small_replies_at_once_are_not_one_large_reply() -> None:
         ("\ud7ff\xdc", "error", False),
     ],
 )
-def test_an_error_is_told_in_one_word_without_address(text: str, reason: str, passing: bool) -> None:
+def test_an_error_is_told_in_few_words_without_address(text: str, reason: str, passing: bool) -> None:
     error = ReplyError(text)
     assert (error.reason, error.passing) == (reason, passing)
 
