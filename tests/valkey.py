@@ -27,12 +27,13 @@ DEADLINE = 10.0
 
 
 class Valkey:
-    """One server. ``url`` is its TCP address, ``unix_url`` its socket."""
+    """One server, open to who knows ``password``. ``url`` is its TCP address, ``unix_url`` its socket."""
 
-    def __init__(self, *options: str) -> None:
+    def __init__(self, *options: str, password: str = "") -> None:
         self._directory = Path(tempfile.mkdtemp(prefix="valkey-"))
         self._socket = self._directory / "s"
-        self._options = options
+        self._options = (*options, "--requirepass", password, "--masterauth", password) if password else options
+        self._password = password or None
         self._process: subprocess.Popen[bytes] | None = None
         self.port = free_port()
         self.url = f"redis://127.0.0.1:{self.port}/0"
@@ -63,7 +64,9 @@ class Valkey:
 
     def client(self) -> redis.Redis:
         """A plain synchronous client, for looking and for seeding. The caller closes it."""
-        return redis.Redis(port=self.port, protocol=2, retry=Retry(NoBackoff(), 0), socket_timeout=DEADLINE)
+        return redis.Redis(
+            port=self.port, password=self._password, protocol=2, retry=Retry(NoBackoff(), 0), socket_timeout=DEADLINE
+        )
 
     def pause(self) -> None:
         """Stand still: connections stay open, nothing is answered."""

@@ -555,7 +555,7 @@ async def test_undoing_gives_each_window_its_own_amount_back(on_valkey: ValkeyHa
     await admitted(on_valkey, kept)
     before = everything(on_valkey)
     await admitted(on_valkey, gone)
-    on_valkey.redis._undo(gone)
+    on_valkey.redis.undo(gone)
     await on_valkey.redis.flush()
     assert everything(on_valkey) == before
 

@@ -217,7 +217,7 @@ def test_the_answers_of_the_script_are_read() -> None:
 def test_an_error_says_why_there_is_no_answer() -> None:
     unavailable = decision(ReplyError("OOM command not allowed"), 1)
     assert isinstance(unavailable, StoreUnavailable)
-    assert str(unavailable) == "OOM"
+    assert str(unavailable) == "out of memory (OOM)"
 
 
 TAIL = struct.pack("<Bd", 1, 5)
