@@ -16,6 +16,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import count
 from pathlib import Path
 from random import Random
@@ -34,11 +35,12 @@ from .adapters.memory import MemoryStore
 from .adapters.metrics import Metrics, Sources
 from .adapters.records import MemoryRecords, RedisRecords
 from .adapters.redis import RedisStore
+from .adapters.redis_cluster import ClusterStore
 from .adapters.scrape import Poller
 from .adapters.siblings import Siblings
 from .adapters.usage import MemoryUsage, RedisUsage
 from .administration import Administration
-from .config import Config, ConfigError, PodConfig, PriceConfig, load, masked
+from .config import Config, ConfigError, PodConfig, PriceConfig, StoreConfig, load, masked
 from .core.account import Ledger
 from .core.address import is_ip, join_address, split_address
 from .core.directory import Directory
@@ -50,6 +52,7 @@ from .core.session import ModelPolicy, Policy, World
 from .core.store import RENEW, Settlement, Store
 from .core.strategies import Need, needs
 from .core.tally import Tally, UsageLog
+from .redis_address import Address
 from .services.access_log import AccessLogs
 from .services.extproc import ExtProc
 from .services.health import Health
@@ -127,6 +130,17 @@ def price_of(price: PriceConfig) -> Price:
     return Price(nano(price.input), nano(cached), nano(price.output))
 
 
+def shared_store(store: StoreConfig) -> RedisStore | ClusterStore:
+    """The store of limits that all gateways share."""
+    address = Address(store.url)
+    if not address.cluster:
+        return RedisStore(address, prefix=store.prefix, timeout=store.timeout)
+    of_node = partial(RedisStore, prefix=store.prefix, timeout=store.timeout)
+    return ClusterStore(
+        address, lambda node, redirect: of_node(node, redirect=redirect), prefix=store.prefix, timeout=store.timeout
+    )
+
+
 def spec_of(pod: PodConfig, address: str, host: str, name: str) -> PodSpec:
     """A pod at ``address`` (``ip:port``) as the configuration describes it."""
     tls = TLS(pod.tls.ca_file, pod.tls.server_name, pod.tls.verify) if pod.tls is not None else None
@@ -176,7 +190,7 @@ class Gateway:
         self._ready = asyncio.Event()
         self._polled = False
         self._draining = False
-        self._redis: RedisStore | None = None
+        self._shared: RedisStore | ClusterStore | None = None
         self.store: Store = self._make_store(config)
         self.health = Health((extproc.SERVICE, xds.SERVICE))
         room = Room(config.limits.bodies_in_memory)
@@ -208,9 +222,9 @@ class Gateway:
         memory = MemoryStore(_clock)
         if not config.store.url:
             return memory
-        self._redis = RedisStore(config.store.url, prefix=config.store.prefix, timeout=config.store.timeout)
+        self._shared = shared_store(config.store)
         return GuardedStore(
-            self._redis,
+            self._shared,
             memory,
             policy=config.limits.on_store_failure,
             gateway=self._name,
@@ -516,8 +530,10 @@ class Gateway:
         return self._ready.is_set() and not self._draining, parts
 
     def _store_away(self) -> tuple[str, ...]:
-        """Why the shared store is away; nothing while it is not."""
-        return (self.store.reason,) if isinstance(self.store, GuardedStore) and self.store.reason else ()
+        """Why the shared store is away, or nodes of it; nothing while none is."""
+        whole = (self.store.reason,) if isinstance(self.store, GuardedStore) and self.store.reason else ()
+        parts = self._shared.away if isinstance(self._shared, ClusterStore) else ()
+        return tuple(dict.fromkeys((*whole, *parts)))
 
     def _sources(self) -> Sources:
         return Sources(
@@ -527,7 +543,7 @@ class Gateway:
             store_mode=lambda: self.store.mode if isinstance(self.store, GuardedStore) else "memory",
             store_away=self._store_away,
             follows=lambda: self.administration.follows,
-            settlements_dropped=lambda: self._redis.dropped if self._redis is not None else 0,
+            settlements_dropped=lambda: self._shared.dropped if self._shared is not None else 0,
             xds_refused=lambda: self.xds.refused,
             envoys=lambda: len(self.xds.envoys),
         )

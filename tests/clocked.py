@@ -17,7 +17,11 @@ from gateway_extproc.adapters import redis as adapter
 from gateway_extproc.adapters.guarded import GuardedStore
 from gateway_extproc.adapters.memory import MemoryStore
 from gateway_extproc.adapters.redis import RedisStore
+from gateway_extproc.adapters.redis_cluster import ClusterStore
+from gateway_extproc.app import shared_store
+from gateway_extproc.config import StoreConfig
 from gateway_extproc.core.store import Store
+from tests.cluster import Cluster
 from tests.valkey import Valkey
 
 SCRIPTS = resources.files("gateway_extproc.adapters")
@@ -93,6 +97,36 @@ class ValkeyHarness(Harness):
     async def close(self) -> None:
         await super().close()
         self.client.close()
+
+
+class ClusterHarness(ValkeyHarness):
+    """No key lies in every slot, so the clock stands in the scripts themselves."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self._patch = pytest.MonkeyPatch()
+        clock = Clock()
+
+        def told(script: str) -> bytes:
+            second = int(clock.now)
+            time = f"({{'{second}', '{round((clock.now - second) * 1e6)}'}})"
+            return SCRIPTS.joinpath(script).read_bytes().replace(b"redis.call('TIME')", time.encode())
+
+        self._patch.setattr(adapter, "_text", told)
+        store = shared_store(StoreConfig(url=cluster.url, prefix=PREFIX, timeout=5.0))
+        assert isinstance(store, ClusterStore)
+        self._cluster = store
+        Harness.__init__(self, store, clock)
+        self.client = cluster.client()
+
+    def tell(self) -> None:
+        for member in self._cluster._members.values():
+            store: Any = member.store
+            store._scripts = adapter._scripts(PREFIX)
+            store._loads = [adapter._Aside(packed) for packed in store._scripts.loads]
+
+    async def close(self) -> None:
+        await super().close()
+        self._patch.undo()
 
 
 def everything(harness: ValkeyHarness) -> dict[bytes, Any]:

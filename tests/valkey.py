@@ -32,7 +32,7 @@ class Valkey:
     def __init__(self, *options: str, password: str = "") -> None:
         self._directory = Path(tempfile.mkdtemp(prefix="valkey-"))
         self._socket = self._directory / "s"
-        self._options = (*options, "--requirepass", password, "--masterauth", password) if password else options
+        self.options = (*options, "--requirepass", password, "--masterauth", password) if password else options
         self._password = password or None
         self._process: subprocess.Popen[bytes] | None = None
         self.port = free_port()
@@ -45,7 +45,7 @@ class Valkey:
             [
                 str(get_binary_path()), "--port", str(self.port), "--bind", "127.0.0.1",
                 "--unixsocket", str(self._socket), "--dir", str(self._directory),
-                "--save", "", "--appendonly", "no", "--logfile", str(self._directory / "log"), *self._options, *more,
+                "--save", "", "--appendonly", "no", "--logfile", str(self._directory / "log"), *self.options, *more,
             ],
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip

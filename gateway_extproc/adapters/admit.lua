@@ -11,6 +11,8 @@
 -- ARGV[3]: the admission's id. Where it lacks one of these, the answer ends with the index of the budget (1 byte) and what is used
 -- of it, or runs (double).
 --
+-- `looks`, said in front of this: whether to answer only, and take nothing.
+--
 -- The mark says that this admission was taken and when, so undo.lua can tell; where undo.lua came first, the mark
 -- says so, and this question, whose caller is gone, takes nothing.
 
@@ -111,15 +113,15 @@ local outcome, value = 1, now
 if lacking then
   outcome, value = 0, wait_us
   if impossible then value = -1 end
-elseif not redis.call('SET', KEYS[1], now, 'NX', 'EX', mark_ttl) then
+elseif not looks and not redis.call('SET', KEYS[1], now, 'NX', 'EX', mark_ttl) then
   return struct.pack('<BBBd', 2, 0, 0, 0)
 end
 
-if take and outcome == 1 then take() end
+if outcome == 1 and not looks and take then take() end
 local reply = {struct.pack('<BBBd', outcome, lacking or 0, kind, value)}
 for i = 2, last do
   local window = windows[i]
-  if outcome == 1 then
+  if outcome == 1 and not looks then
     add(window, window.second, 1, tokens[i])
     write(KEYS[i], window)
   end

@@ -13,6 +13,10 @@ others had spent more than their parts before, the amount is exceeded by at most
 Leases taken meanwhile are never told to the primary, for a lease says what runs now, not what was spent: from the
 primary's return until those requests have ended, more may run than the limit allows.
 
+Where only a part of the primary is away (``PartUnavailable``: a node of a cluster), the policy answers the requests
+that need that part, and all others go to the primary. What was admitted so is told to the primary with the next
+heartbeat, and arrives when that part is back.
+
 How it knows whose an admission is: a settlement repeats the ``second`` of its admission. The primary's are positive;
 those of admissions that the primary has not seen are this gateway's second, negated; 0 is one that can't be traced.
 """
@@ -39,6 +43,7 @@ from gateway_extproc.core.store import (
     Budget,
     Denied,
     Merge,
+    PartUnavailable,
     Pulse,
     Question,
     Settlement,
@@ -220,15 +225,18 @@ class GuardedStore:
 
     def ask(self, admission: Admission, tell: Callable[[Answer], None]) -> Question | None:
         if self._away.is_set():
-            tell(self._stand_in(admission))
+            tell(self._stand_in(admission, self.reason))
             return None
         return self._primary.ask(admission, partial(self._heard, admission, tell))
 
     def _heard(self, admission: Admission, tell: Callable[[Answer], None], answer: Answer) -> None:
         """The primary's answer: note it here, or answer instead of it."""
         if isinstance(answer, StoreUnavailable):
-            self._leave(str(answer))
-            answer = self._stand_in(admission)
+            if isinstance(answer, PartUnavailable):
+                self.ready = True  # others go on
+            else:
+                self._leave(str(answer))
+            answer = self._stand_in(admission, str(answer))
         else:
             self.ready = True
             if isinstance(answer, Admitted) and admission.windows:
@@ -270,10 +278,10 @@ class GuardedStore:
         await self._primary.close()
         await self._local.close()
 
-    def _stand_in(self, admission: Admission) -> Answer:
+    def _stand_in(self, admission: Admission, reason: str) -> Answer:
         """Answer by the policy."""
         if self._policy == "refuse":
-            return StoreUnavailable(self.reason)
+            return StoreUnavailable(reason)
         if self._policy == "admit":
             self._local.charge(admission)
             return Admitted(self._owe(admission), ())
@@ -337,6 +345,14 @@ class GuardedStore:
             self._said.add(reason)
             self._on_mode_change(self._policy, reason)
 
+    async def _here(self) -> None:
+        """The primary answers: it is told what it missed, all of it or a part."""
+        self.ready = True
+        if self._away.is_set():
+            await self._return()
+        else:
+            self._merge_owed()
+
     async def _return(self) -> None:
         """The primary is back: tell it what it missed, then let requests through."""
         self._merge_owed()
@@ -362,14 +378,14 @@ class GuardedStore:
             asked = self._clock()
             try:
                 pulse = await self._primary.beat(self._gateway)
+            except PartUnavailable:  # where gateways are counted; what is known of them is what was last heard
+                await self._here()
             except StoreUnavailable as error:
                 self._leave(str(error))
             else:
-                self.ready = True
                 self.gateways = max(1, pulse.gateways)
                 self._ahead = pulse.now - asked
-                if self._away.is_set():
-                    await self._return()
+                await self._here()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._beat * random.uniform(1 - SPREAD, 1)):
                     await self._away.wait()

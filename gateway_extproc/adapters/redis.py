@@ -6,7 +6,7 @@ of one event-loop turn goes out in one write, on one connection, where the next 
 an answer or StoreUnavailable within the time-out; a question that was withdrawn, or answered too late, is charged
 nothing; a settlement or release is sent until it arrived and counts once. No task and no future is made for a request.
 Leaves out what to do while Redis is away (adapters/guarded.py), the bytes of questions and answers (wire/limits.py,
-wire/resp.py) and Redis Cluster.
+wire/resp.py), and which of a cluster's nodes is asked (adapters/redis_cluster.py, which has a store for each).
 
 The mark of an admission is what makes undoing exact. When a question stays unanswered (time-out, lost connection), it
 may have been taken, be taken later, or never arrive; ``undo.lua`` is right in all three cases.
@@ -21,7 +21,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from importlib import resources
 from itertools import chain
-from typing import Final, Protocol, TypeAlias, cast
+from typing import Any, Final, Protocol, TypeAlias, cast
 
 from gateway_extproc.core.store import (
     SETTLED_MEMORY,
@@ -60,6 +60,9 @@ GRACE: Final = 0.25
 FIRST_PAUSE: Final = 0.05
 LONGEST_PAUSE: Final = 1.0
 SPREAD: Final = 0.25
+#: Errors after which a command is sent again at once, perhaps elsewhere, and how often that may happen.
+AGAIN: Final = frozenset(("NOSCRIPT", "MOVED", "ASK", "TRYAGAIN"))
+TRIES: Final = 5
 #: Why a question has no answer, in few words, without address or secret: for logs and metrics.
 NO_CONNECTION: Final = "no connection"
 NO_ANSWER: Final = "no answer in time"
@@ -70,8 +73,8 @@ CLOSED: Final = "closed"
 class _Command(Protocol):
     """Something to send, and what becomes of it: exactly one of ``answered`` and ``lost`` once it was sent."""
 
-    #: Whether it was sent again after Redis had no script for it.
-    repeated: bool
+    #: How often it was sent again, to a server that had no script for it, or from one that has not its keys to another.
+    tries: int
 
     @property
     def wanted(self) -> bool: ...
@@ -84,16 +87,16 @@ class _Question:
     """An admission whose answer ``tell`` hears until ``deadline`` (event-loop time); None once it was told or nobody
     wants it any more."""
 
-    __slots__ = ("_store", "_tell", "admission", "deadline", "repeated")
+    __slots__ = ("_tell", "admission", "deadline", "store", "tries")
 
     def __init__(
         self, store: RedisStore, admission: Admission, tell: Callable[[Answer], None], deadline: float
     ) -> None:
-        self._store = store
+        self.store = store
         self._tell: Callable[[Answer], None] | None = tell
         self.admission = admission
         self.deadline = deadline
-        self.repeated = False
+        self.tries = 0
 
     @property
     def wanted(self) -> bool:
@@ -104,16 +107,16 @@ class _Question:
         self._tell = None
 
     def packed(self) -> bytes:
-        return self._store._scripts.admit(self.admission)
+        return self.store._scripts.admit(self.admission)
 
     def answered(self, reply: Reply) -> None:
         if self._tell is not None:
             self._say(decision(reply, len(self.admission.windows)))
         elif took(reply):
-            self._store.undo(self.admission)
+            self.store.undo(self.admission)
 
     def lost(self, reason: str) -> None:
-        self._store.undo(self.admission)
+        self.store.undo(self.admission)
         self.fail(reason)
 
     def fail(self, reason: str) -> None:
@@ -131,15 +134,31 @@ class _Question:
             )
 
 
+class _Look(_Question):
+    """A question that takes nothing."""
+
+    __slots__ = ()
+
+    def packed(self) -> bytes:
+        return self.store._scripts.look(self.admission)
+
+    def answered(self, reply: Reply) -> None:
+        if self.wanted:
+            super().answered(reply)
+
+    def lost(self, reason: str) -> None:
+        self.fail(reason)
+
+
 class _Inquiry:
     """Any other command whose reply somebody awaits; rare."""
 
-    __slots__ = ("_command", "deadline", "repeated", "reply")
+    __slots__ = ("_command", "deadline", "reply", "tries")
 
     def __init__(self, packed: bytes, deadline: float) -> None:
         self._command = packed
         self.deadline = deadline
-        self.repeated = False
+        self.tries = 0
         self.reply: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
 
     @property
@@ -164,12 +183,12 @@ class _Inquiry:
 class _Renewal:
     """A command whose reply nobody awaits, and that is not worth sending later."""
 
-    __slots__ = ("_command", "deadline", "repeated", "wanted")
+    __slots__ = ("_command", "deadline", "tries", "wanted")
 
     def __init__(self, packed: bytes, deadline: float) -> None:
         self._command = packed
         self.deadline = deadline
-        self.repeated = False
+        self.tries = 0
         self.wanted = True
 
     def packed(self) -> bytes:
@@ -191,14 +210,14 @@ _Asked: TypeAlias = _Question | _Inquiry | _Renewal
 class _Note:
     """A command that must arrive. ``sent`` is when it first may have (event-loop time)."""
 
-    __slots__ = ("_command", "_store", "repeated", "sent")
+    __slots__ = ("_command", "sent", "store", "tries")
 
     wanted = True
 
     def __init__(self, store: RedisStore, packed: bytes) -> None:
-        self._store = store
+        self.store = store
         self._command = packed
-        self.repeated = False
+        self.tries = 0
         self.sent: float | None = None
 
     def packed(self) -> bytes:
@@ -206,18 +225,18 @@ class _Note:
 
     def answered(self, reply: Reply) -> None:
         if isinstance(reply, ReplyError) and reply.passing:
-            self._store._hold(self)
+            self.store._hold(self)
         else:
-            self._store._delivered(reply)
+            self.store._delivered(reply)
 
     def lost(self, reason: str) -> None:
-        self._store._hold(self)
+        self.store._hold(self)
 
 
-class _Load:
-    """Puts a script back; whoever needed it tells if that failed."""
+class _Aside:
+    """Prepares the ground for the command behind it, which tells if that failed."""
 
-    wanted = repeated = False
+    wanted, tries = False, 0
 
     def __init__(self, packed: bytes) -> None:
         self._command = packed
@@ -248,6 +267,8 @@ class _Link(asyncio.Protocol):
 
     def send(self, commands: Sequence[_Command]) -> None:
         assert self._transport is not None
+        if self._store._asking:
+            commands = self._store._with_asking(commands)
         packed = b"".join([each.packed() for each in commands])
         if not self.in_flight:
             self.heard = self._loop.time()
@@ -288,10 +309,13 @@ class _Link(asyncio.Protocol):
                     raise Garbled("a reply to nothing")
                 asked = in_flight.popleft()
                 if type(reply) is ReplyError:
-                    if reply.code == "NOSCRIPT" and asked.wanted and not asked.repeated:
-                        asked.repeated = True
-                        unknown.append(asked)
-                        continue
+                    if reply.code in AGAIN and asked.wanted and asked.tries < TRIES:
+                        if reply.code == "NOSCRIPT":
+                            asked.tries += 1
+                            unknown.append(asked)
+                            continue
+                        if self._store._passed_on(asked, reply):
+                            continue
                     if reply.code in ELSEWHERE:
                         elsewhere = reply.reason
                 asked.answered(reply)
@@ -317,21 +341,29 @@ class RedisStore:
     """A ``Store`` on one Redis >= 6.2 or Valkey at a time.
 
     ``address`` is where it is (redis_address.py has the forms of its URL, all of them but a cluster's); ``timeout`` is
-    the longest an answer may take, in seconds. Nothing is connected before the first question. Raises ValueError for a
-    URL of another kind."""
+    the longest an answer may take, in seconds. ``redirect(store, command, error)`` hears of commands that a node of a
+    cluster would have elsewhere, or later: what ``adopt``s them sends them. Nothing is connected before the first
+    question. Raises ValueError for a URL of another kind."""
 
-    def __init__(self, address: Address | str, *, prefix: str = "gw:", timeout: float = 0.25) -> None:
+    def __init__(
+        self,
+        address: Address | str,
+        *,
+        prefix: str = "gw:",
+        timeout: float = 0.25,
+        redirect: Callable[[RedisStore, Any, ReplyError], None] | None = None,
+    ) -> None:
         self._timeout = timeout
+        self._redirect = redirect
         self._address = Address(address) if isinstance(address, str) else address
-        counts = _text("window.lua") + _text("spend.lua")
-        admit, settle, undo = (counts + _text(name) for name in ("admit.lua", "settle.lua", "undo.lua"))
-        renew, beat = _text("renew.lua"), _text("beat.lua")
-        self._scripts = Scripts(prefix, admit=admit, settle=settle, undo=undo, renew=renew, beat=beat)
-        self._loads = [_Load(packed) for packed in self._scripts.loads]
+        self._scripts = _scripts(prefix)
+        self._loads = [_Aside(packed) for packed in self._scripts.loads]
 
         self._link: _Link | None = None
         self._connecting: asyncio.Task[None] | None = None
         self._waiting: deque[_Asked] = deque()
+        # Among them and the notes, those that a node takes only where it is told that it was asked to.
+        self._asking: set[_Command] = set()
         self._sending = False
         self._timer: asyncio.TimerHandle | None = None
         self._late = False
@@ -369,6 +401,13 @@ class RedisStore:
         question = _Question(self, admission, tell, now + self._timeout)
         self._put(question, loop)
         return question if question.wanted else None
+
+    def look(self, admission: Admission, tell: Callable[[Answer], None]) -> _Question | None:
+        """Like ``ask``, but nothing is taken: Admitted says that it would have been."""
+        loop = asyncio.get_running_loop()
+        look = _Look(self, admission, tell, loop.time() + self._timeout)
+        self._put(look, loop)
+        return look if look.wanted else None
 
     def settle(self, settlement: Settlement) -> None:
         packed = self._scripts.settle(settlement)
@@ -514,6 +553,67 @@ class RedisStore:
         """Give back what was or will be taken for it, if anything; delivered like a settlement."""
         self._note(self._scripts.undo(admission))
 
+    # Redirections
+
+    def _passed_on(self, command: _Command, error: ReplyError) -> bool:
+        """Whether somebody else sees to a command that has no answer here."""
+        if self._redirect is None or (error.code == "TRYAGAIN" and isinstance(command, _Note)):
+            return False  # a note tries again by itself
+        command.tries += 1
+        if isinstance(command, _Note):
+            self._carried -= 1
+            self._done += 1
+        self._redirect(self, command, error)
+        return True
+
+    def adopt(self, command: _Command, *, asking: bool = False) -> None:
+        """Send what another store was redirected with, or has given up (``give_up``). ``asking``: the node is to be
+        told that it was asked to take it."""
+        loop = asyncio.get_running_loop()
+        if isinstance(command, _Note):
+            command.store = self
+            if self._closed or len(self._notes) + len(self._held) >= MAX_NOTES:
+                self.dropped += 1
+                return
+            self._notes.append(command)
+        elif isinstance(command, _Asked) and command.wanted:
+            if isinstance(command, _Question):
+                command.store = self
+            now = loop.time()
+            if self._closed:
+                return command.fail(CLOSED)
+            if command.deadline <= now:
+                return command.fail(NO_ANSWER)
+            if self._link is None and now < self._away_until:
+                return command.fail(self._away)
+            self._waiting.appendleft(command)  # it has waited the longest
+        else:
+            return
+        if asking:
+            self._asking = {each for each in self._asking if each.wanted} | {command}
+        if not self._sending:
+            self._sending = True
+            loop.call_soon(self._send)
+
+    def give_up(self, reason: str) -> list[Any]:
+        """End the connection and answer who waits; the settlements and releases that are left for others to adopt."""
+        self._fail_waiting(reason)
+        if self._link is not None:
+            self._link.drop(reason)
+        left = [*self._held, *self._notes]
+        self._held.clear()
+        self._notes.clear()
+        return left
+
+    def _with_asking(self, commands: Sequence[_Command]) -> list[_Command]:
+        words: list[_Command] = []
+        for each in commands:
+            if each in self._asking:
+                self._asking.remove(each)
+                words.append(_ASKING)
+            words.append(each)
+        return words
+
     def _fail_waiting(self, reason: str) -> None:
         waiting, self._waiting = self._waiting, deque()
         for asked in waiting:
@@ -550,7 +650,7 @@ class RedisStore:
                 self._done += 1
                 self.dropped += 1
                 continue
-            note.repeated = False
+            note.tries = 0
             self._carried += 1
             batch.append(note)
 
@@ -661,6 +761,24 @@ class RedisStore:
 def _forbidden(reply: Reply) -> bool:
     """Whether what was asked by the way may not be asked, which says nothing about the rest."""
     return isinstance(reply, ReplyError) and reply.code == "NOPERM"
+
+
+_ASKING: Final = _Aside(command(b"ASKING"))
+
+
+def _scripts(prefix: str) -> Scripts:
+    """The scripts beside this module, put together."""
+    counts = _text("window.lua") + _text("spend.lua")
+    admit, settle, undo = (counts + _text(name) for name in ("admit.lua", "settle.lua", "undo.lua"))
+    return Scripts(
+        prefix,
+        admit=b"local looks = false\n" + admit,
+        look=b"local looks = true\n" + admit,
+        settle=settle,
+        undo=undo,
+        renew=_text("renew.lua"),
+        beat=_text("beat.lua"),
+    )
 
 
 def _text(name: str) -> bytes:

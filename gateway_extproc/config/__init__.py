@@ -19,7 +19,7 @@ from __future__ import annotations
 from .part import effective_yaml, masked
 from .problems import ConfigError
 from .reader import load, parse, part_of, user_of
-from .schema import Config, Listen, PodConfig, PriceConfig
+from .schema import Config, Listen, PodConfig, PriceConfig, StoreConfig
 
 __all__ = [
     "Config",
@@ -27,6 +27,7 @@ __all__ = [
     "Listen",
     "PodConfig",
     "PriceConfig",
+    "StoreConfig",
     "effective_yaml",
     "load",
     "masked",

@@ -45,6 +45,10 @@ class StoreUnavailable(Exception):
     in few words, without address or secret."""
 
 
+class PartUnavailable(StoreUnavailable):
+    """Only the part of the store that was asked is like that: what lies in others is answered as ever."""
+
+
 class Budget(msgspec.Struct, frozen=True, gc=False, cache_hash=True):
     """What may be spent in one period: ``amount`` is tokens, or whole nano-dollars.
 
@@ -202,7 +206,8 @@ class Store(Protocol):
     """What every adapter promises."""
 
     def ask(self, admission: Admission, tell: Callable[[Answer], None]) -> Question | None:
-        """Check and take all windows in one atomic step.
+        """Check and take all windows in one atomic step. (A cluster takes those of one hash tag after another, in the
+        order in which they are given, and gives back what it took where a later one refuses.)
 
         ``tell`` hears the answer exactly once, within the configured time-out, on the event loop: before this returns
         (then there is nothing to withdraw, and it returns None) or later, from whatever brought the answer. It must

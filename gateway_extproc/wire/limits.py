@@ -74,10 +74,12 @@ RENEWED_AT_ONCE: Final = 256
 class Scripts:
     """The calls. ``prefix`` goes before every key; the others are the scripts' texts."""
 
-    def __init__(self, prefix: str, *, admit: bytes, settle: bytes, undo: bytes, renew: bytes, beat: bytes) -> None:
+    def __init__(
+        self, prefix: str, *, admit: bytes, look: bytes, settle: bytes, undo: bytes, renew: bytes, beat: bytes
+    ) -> None:
         self._prefix = f"{prefix}{SCHEMA}:".encode()
-        scripts = admit, settle, undo, renew, beat
-        self._admit, self._settle, self._undo, self._renew, self._beat = map(_digest, scripts)
+        scripts = admit, look, settle, undo, renew, beat
+        self._admit, self._look, self._settle, self._undo, self._renew, self._beat = map(_digest, scripts)
         #: What makes Redis know the scripts.
         self.loads: Final = [command(b"SCRIPT", b"LOAD", text) for text in scripts]
         self._places = lru_cache(maxsize=REMEMBERED)(self._find_places)
@@ -96,6 +98,10 @@ class Scripts:
             return asked
         costs = b"".join([_DOUBLE.pack(_within(cost, EXACT)) for _, cost in amounts])
         return b"%b$%d\r\n%b%b\r\n%b" % (asked, len(costs) + len(more), costs, more, bulk(name))
+
+    def look(self, admission: Admission) -> bytes:
+        """The same call of the script that looks and takes nothing."""
+        return self.admit(admission).replace(self._admit, self._look, 1)
 
     def undo(self, admission: Admission) -> bytes:
         """Give back what was or will be taken for it, if anything."""

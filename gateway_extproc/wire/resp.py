@@ -23,18 +23,22 @@ UNAUTHENTICATED: Final = "authentication failed"
 #: Codes of errors that pass when Redis recovers, or is told better (redis.io/docs, "Redis serialization protocol", and
 #: Valkey's server.c), and what each is called here. What is not among them is the command's own fault.
 PASSING: Final = {
+    "ASK": "a cluster, whose URL is redis+cluster:// (ASK)",
     "BUSY": "busy with a script (BUSY)",
     "CLUSTERDOWN": "the cluster is down (CLUSTERDOWN)",
+    "CROSSSLOT": "a cluster, whose URL is redis+cluster:// (CROSSSLOT)",
     "LOADING": "loading its data (LOADING)",
     "MASTERDOWN": "a replica without its master (MASTERDOWN)",
     "MAXCLIENTS": "too many clients",
     "MISCONF": "cannot save its data (MISCONF)",
+    "MOVED": "a cluster, whose URL is redis+cluster:// (MOVED)",
     "NOAUTH": UNAUTHENTICATED,
     "NOPERM": "its user lacks a permission (NOPERM)",
     "NOREPLICAS": "too few replicas (NOREPLICAS)",
     "NOSCRIPT": "forgets scripts (NOSCRIPT)",
     "OOM": "out of memory (OOM)",
     "READONLY": "a read-only replica (READONLY)",
+    "TRYAGAIN": "a slot that moves (TRYAGAIN)",
     "WRONGPASS": UNAUTHENTICATED,
 }
 #: Those that another connection may not meet: to the server that the address leads to by now, or with what is to be

@@ -25,14 +25,15 @@ _prefixes = count()
 Open = Callable[[], Records]
 
 
-@pytest.fixture(params=["memory", "redis"])
-async def opens(request: pytest.FixtureRequest, valkey: Valkey) -> AsyncIterator[Open]:
+@pytest.fixture(params=["memory", "valkey", "cluster"])
+async def opens(request: pytest.FixtureRequest) -> AsyncIterator[Open]:
     opened: list[Records] = []
     memory = MemoryRecords()
     prefix = f"records-{next(_prefixes)}:"
+    url = "" if request.param == "memory" else request.getfixturevalue(request.param).url
 
     def again() -> Records:
-        opened.append(memory if request.param == "memory" else RedisRecords(valkey.url, prefix=prefix, full=3600.0))
+        opened.append(RedisRecords(url, prefix=prefix, full=3600.0) if url else memory)
         return opened[-1]
 
     yield again

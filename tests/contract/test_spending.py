@@ -34,7 +34,7 @@ from gateway_extproc.core.store import (
     with_leases,
 )
 from tests.asking import admit
-from tests.clocked import PREFIX, START, Clock, Harness, ValkeyHarness, everything
+from tests.clocked import PREFIX, START, Clock, ClusterHarness, Harness, ValkeyHarness, everything
 from tests.valkey import Valkey
 
 KEY = "{alice}:*"
@@ -43,13 +43,17 @@ HOURS_5 = 5 * 3600
 _ids = iter(range(10**9))
 
 
-@pytest.fixture(params=["memory", "valkey", "guarded"])
+@pytest.fixture(params=["memory", "valkey", "guarded", "cluster"])
 async def harness(request: pytest.FixtureRequest) -> AsyncIterator[Harness]:
     if request.param == "memory":
         clock = Clock()
         yield Harness(MemoryStore(clock), clock)
         return
-    on_valkey = ValkeyHarness(request.getfixturevalue("valkey"), request.param == "guarded")
+    on_valkey = (
+        ClusterHarness(request.getfixturevalue("cluster"))
+        if request.param == "cluster"
+        else ValkeyHarness(request.getfixturevalue("valkey"), request.param == "guarded")
+    )
     yield on_valkey
     await on_valkey.close()
 
@@ -448,7 +452,8 @@ async def test_a_lease_that_nobody_renews_ends_by_itself(harness: Harness) -> No
 
 async def renewed(harness: Harness, *leases: tuple[str, tuple[str, ...]]) -> None:
     harness.store.renew(leases)
-    await running(harness)  # answered behind it
+    for key in {key for _, keys in leases for key in keys}:
+        await running(harness, key)  # answered behind it
 
 
 async def test_a_lease_that_is_renewed_lasts_from_then_on(harness: Harness) -> None:
@@ -515,7 +520,7 @@ async def test_a_huge_concurrency_is_no_limit(harness: Harness) -> None:
 
 @pytest.mark.parametrize("name", ["", "a}b", "{", "a b\r\n*3", "日本", "\udcff", "b:{x}:*", "x" * 5000])
 async def test_any_name_has_budgets_and_leases_of_its_own(harness: Harness, name: str) -> None:
-    one, other = f"{{{name}}}:*", f"{{{name}.}}:*"
+    one, other = f"{{user:{name}}}:*", f"{{user:{name}.}}:*"
     await admitted(harness, asks(window(usd_of(5), key=one, concurrency=9), cost=5))
     await denied(harness, asks(window(usd_of(5), key=one, concurrency=9), cost=1))
     await admitted(harness, asks(window(usd_of(5), key=other, concurrency=1), cost=5))

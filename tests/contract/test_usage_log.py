@@ -26,10 +26,12 @@ NOW = 4 * 86400 + 1800
 _prefixes = count()
 
 
-@pytest.fixture(params=["memory", "redis"])
-async def log(request: pytest.FixtureRequest, valkey: Valkey) -> AsyncIterator[UsageLog]:
-    memory = request.param == "memory"
-    keeps = MemoryUsage(keep=HOUR) if memory else RedisUsage(valkey.url, prefix=f"u{next(_prefixes)}:", keep=HOUR)
+@pytest.fixture(params=["memory", "valkey", "cluster"])
+async def log(request: pytest.FixtureRequest) -> AsyncIterator[UsageLog]:
+    keeps: UsageLog = MemoryUsage(keep=HOUR)
+    if request.param != "memory":
+        url = request.getfixturevalue(request.param).url
+        keeps = RedisUsage(url, prefix=f"u{next(_prefixes)}:", keep=HOUR)
     yield keeps
     await keeps.close()
 

@@ -25,7 +25,7 @@ from gateway_extproc.core.window import MOST
 from gateway_extproc.wire.limits import RENEWED_AT_ONCE, Scripts, decision, pulse, took
 from gateway_extproc.wire.resp import Replies, Reply, ReplyError
 
-SCRIPTS = Scripts("gw:", admit=b"admit", settle=b"settle", undo=b"undo", renew=b"renew", beat=b"beat")
+SCRIPTS = Scripts("gw:", admit=b"admit", look=b"look", settle=b"settle", undo=b"undo", renew=b"renew", beat=b"beat")
 
 
 def words(packed: bytes | None) -> list[bytes]:
