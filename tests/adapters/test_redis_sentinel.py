@@ -209,10 +209,12 @@ Said = tuple[int, int] | None
 async def saying(*each: Said, tls: ssl.SSLContext | None = None) -> AsyncIterator[str]:
     """Sentinels that say so; their addresses."""
     servers = []
+    met: set[asyncio.StreamWriter] = set()
     for said in each:
 
         async def meet(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, said: Said = said) -> None:
-            with suppress(OSError, asyncio.IncompleteReadError):
+            met.add(writer)
+            with suppress(OSError):
                 while data := await reader.read(65536):
                     for name, reply in _replies(said).items():
                         if name in data:
@@ -223,6 +225,8 @@ async def saying(*each: Said, tls: ssl.SSLContext | None = None) -> AsyncIterato
     yield ",".join(f"127.0.0.1:{server.sockets[0].getsockname()[1]}" for server in servers)
     for server in servers:
         server.close()
+    for writer in met:
+        writer.transport.abort()
 
 
 def _replies(said: Said) -> Mapping[bytes, bytes]:
