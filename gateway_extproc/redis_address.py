@@ -21,14 +21,17 @@ from __future__ import annotations
 import asyncio
 import copy
 import random
+import ssl
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Any, Final, NamedTuple, TypeVar
 from urllib.parse import unquote, urlsplit
 
 from redis import RedisError
 from redis.asyncio.connection import Connection, RedisSSLContext, SSLConnection, UnixDomainSocketConnection, parse_url
+from redis.exceptions import AuthenticationError, NoPermissionError
 
 from .core.store import StoreUnavailable
+from .wire.resp import PASSING, UNAUTHENTICATED
 
 #: Ports where the URL names none.
 PORT: Final = 6379
@@ -42,6 +45,7 @@ SLOTS: Final = 16384
 
 NO_MASTER: Final = "no master"
 NO_CLUSTER: Final = "no cluster"
+UNTRUSTED: Final = "TLS failed"
 
 Found = TypeVar("Found")
 
@@ -154,20 +158,22 @@ class Address:
     async def slots(self, servers: Sequence[Server], patience: float) -> list[Slots]:
         """Which of a cluster's nodes has which slots, as the first of these ``servers`` says that answers. Raises
         StoreUnavailable."""
+        failed: list[Exception] = []
         order = random.sample(servers, len(servers))
         for at in range(0, len(order), ASKED_AT_ONCE):
             asked = [self._ask_slots(server) for server in order[at : at + ASKED_AT_ONCE]]
-            if told := await _answers(asked, patience, enough=lambda told: bool(told)):
+            if told := await _answers(asked, patience, failed, enough=lambda told: bool(told)):
                 return told[0]
-        raise StoreUnavailable(NO_CLUSTER)
+        raise StoreUnavailable(_why(failed, NO_CLUSTER))
 
     async def _find_master(self, patience: float) -> Server:
         """A Sentinel that was cut off from the others may not know of a failover: of what most say, what was decided
         last holds. Where most are silent, whoever answers must do."""
         asked = [self._ask_master(sentinel) for sentinel in self.servers]
-        told = await _answers(asked, patience, enough=lambda told: 2 * len(told) > len(asked))
+        failed: list[Exception] = []
+        told = await _answers(asked, patience, failed, enough=lambda told: 2 * len(told) > len(asked))
         if not told:
-            raise StoreUnavailable(NO_MASTER)
+            raise StoreUnavailable(_why(failed, NO_MASTER))
         return max(told)[1]
 
     async def _ask_master(self, sentinel: Server) -> tuple[int, Server]:
@@ -207,9 +213,14 @@ class Address:
 
 
 async def _answers(
-    asked: Iterable[Awaitable[Found]], patience: float, *, enough: Callable[[list[Found]], bool]
+    asked: Iterable[Awaitable[Found]],
+    patience: float,
+    failed: list[Exception],
+    *,
+    enough: Callable[[list[Found]], bool],
 ) -> list[Found]:
-    """What was answered, in that order, when it is ``enough``, all are done, or ``patience`` seconds are over."""
+    """What was answered, in that order, when it is ``enough``, all are done, or ``patience`` seconds are over. What
+    ``failed`` is added there."""
     tasks = [asyncio.ensure_future(each) for each in asked]
     told: list[Found] = []
     try:
@@ -218,7 +229,8 @@ async def _answers(
                 told.append(await answer)
             except TimeoutError:
                 break
-            except (RedisError, OSError, ValueError, TypeError, KeyError):  # who is away, and who is no such server
+            except (RedisError, OSError, ValueError, TypeError, KeyError) as error:  # who is away, or is none of these
+                failed.append(error)
                 continue
             if enough(told):
                 break
@@ -227,6 +239,18 @@ async def _answers(
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
     return told
+
+
+def _why(failed: Iterable[Exception], otherwise: str) -> str:
+    """Why nobody answered, where there is more to say than that."""
+    for error in failed:
+        if isinstance(error, AuthenticationError):
+            return UNAUTHENTICATED
+        if isinstance(error, NoPermissionError):
+            return PASSING["NOPERM"]
+        if isinstance(error.__context__, ssl.SSLError):
+            return UNTRUSTED
+    return otherwise
 
 
 def _parsed(url: str) -> dict[str, Any]:

@@ -4,7 +4,7 @@ hand. Whoever starts one stops it; the fixture does."""
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -23,13 +23,13 @@ SLOTS = 16384
 class Cluster:
     """``nodes`` are the masters at first, each with a third of the slots; ``replicas`` follow the first of them."""
 
-    def __init__(self, *options: str, replicas: int = 0, masters: int = 3) -> None:
+    def __init__(self, *options: str, replicas: int = 0, masters: int = 3, password: str = "") -> None:
         self.nodes, self.replicas = (
             [
                 Valkey(
                     "--cluster-enabled", "yes", "--cluster-port", str(free_port()),
                     "--cluster-node-timeout", str(NODE_TIMEOUT), "--cluster-require-full-coverage", "no",
-                    "--repl-diskless-sync-delay", "0", *options,
+                    "--repl-diskless-sync-delay", "0", *options, password=password,
                 )
                 for _ in range(count)
             ]
@@ -166,8 +166,3 @@ def cluster(shared_cluster: Cluster) -> Cluster:
     """The shared cluster, emptied."""
     shared_cluster.flush()
     return shared_cluster
-
-
-def in_slots_of(node: Valkey, cluster: Cluster, names: Sequence[str]) -> list[str]:
-    """Those of the names whose hash tag lies with a node."""
-    return [name for name in names if cluster.owner(f"{{{name}}}") is node]

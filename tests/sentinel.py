@@ -19,7 +19,7 @@ from tests.valkey import DEADLINE, Valkey
 #: The master's name, and milliseconds after which Sentinels take it for dead: far beyond what a busy machine keeps
 #: it from answering.
 NAME = "limits"
-DOWN_AFTER = 600
+DOWN_AFTER = 2000
 
 
 class Sentinels:

@@ -33,7 +33,7 @@ from gateway_extproc.core.store import (
     Settlement,
     StoreUnavailable,
 )
-from gateway_extproc.redis_address import NO_MASTER, Address
+from gateway_extproc.redis_address import NO_MASTER, UNTRUSTED, Address
 from gateway_extproc.wire.limits import UNEXPECTED, Scripts, decision, pulse, took
 from gateway_extproc.wire.resp import ELSEWHERE, UNAUTHENTICATED, Garbled, Replies, Reply, ReplyError, command
 
@@ -66,7 +66,6 @@ TRIES: Final = 5
 #: Why a question has no answer, in few words, without address or secret: for logs and metrics.
 NO_CONNECTION: Final = "no connection"
 NO_ANSWER: Final = "no answer in time"
-UNTRUSTED: Final = "TLS failed"
 CLOSED: Final = "closed"
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import redis
 
 from gateway_extproc.adapters.guarded import GuardedStore
 from gateway_extproc.adapters.memory import MemoryStore
@@ -92,6 +93,7 @@ async def test_after_a_failover_limits_go_on_at_the_new_master_and_nothing_is_co
 ) -> None:
     key = f"{{user:{how}}}:*"
     old, new = master_of(sentinels)
+    await until(lambda: _follows(new))
     async with gateway(sentinels.url) as (store, primary):
         asked = [asks(20, 10, key) for _ in range(6)]
         answers = [await admit(store, each) for each in asked]
@@ -111,13 +113,16 @@ async def test_after_a_failover_limits_go_on_at_the_new_master_and_nothing_is_co
             old.start("--replicaof", f"127.0.0.1 {new.port}")
         else:
             old.resume()
-        with old.client() as client:
-            await until(lambda: _follows(client))  # what it had to itself is gone
+        await until(lambda: _follows(old))  # what it had to itself is gone
         assert (await counted(primary, key), primary.dropped) == ((11, 40), 0)
 
 
-def _follows(client: Any) -> bool:
-    told = client.info("replication")
+def _follows(server: Valkey) -> bool:
+    try:
+        with server.client() as client:
+            told = client.info("replication")
+    except redis.RedisError:  # Sentinels end the connections of a server that they demote
+        return False
     return bool(told["role"] == "slave" and told["master_link_status"] == "up")
 
 
@@ -136,8 +141,7 @@ async def test_users_keys_and_usage_follow_the_master(sentinels: Sentinels) -> N
     await replicated(old)
     with sentinels.sentinel(sentinels.ports[0]) as client:
         await until(lambda: _failed_over(client))
-    with old.client() as client:
-        await until(lambda: _follows(client))  # what it was told before that would be lost with it
+    await until(lambda: _follows(old))  # what it was told before that would be lost with it
     with suppress(StoreUnavailable):  # their connections may be as old
         await records.get("user", "before")
     await records.put("user", "after", b"2", entry=b"y")
@@ -182,7 +186,7 @@ async def test_sentinels_have_a_password_of_their_own() -> None:
         await records.close()
         for wrong in (url + "servers", running.url, url.replace("servers@", "wrong@") + "sentinels"):
             store = RedisStore(wrong, timeout=TIMEOUT)
-            with pytest.raises(StoreUnavailable, match=r"no master|authentication failed"):
+            with pytest.raises(StoreUnavailable, match="authentication failed"):
                 await admit(store, asks())
             await store.close()
 
@@ -306,6 +310,6 @@ async def test_tls_is_spoken_with_sentinels_and_servers(valkey: Valkey, tmp_path
         await store.close()
         await records.close()
         store = RedisStore(url.partition("?")[0], timeout=2)
-        with pytest.raises(StoreUnavailable, match=NO_MASTER):
+        with pytest.raises(StoreUnavailable, match="TLS failed"):
             await admit(store, asks())
         await store.close()
