@@ -130,14 +130,20 @@ def price_of(price: PriceConfig) -> Price:
     return Price(nano(price.input), nano(cached), nano(price.output))
 
 
-def shared_store(store: StoreConfig) -> RedisStore | ClusterStore:
-    """The store of limits that all gateways share."""
+def shared_store(
+    store: StoreConfig, on_change: Callable[[str, int, int], None] = lambda reason, away, nodes: None
+) -> RedisStore | ClusterStore:
+    """The store of limits that all gateways share. ``on_change`` hears of nodes that go and come back."""
     address = Address(store.url)
     if not address.cluster:
         return RedisStore(address, prefix=store.prefix, timeout=store.timeout)
     of_node = partial(RedisStore, prefix=store.prefix, timeout=store.timeout)
     return ClusterStore(
-        address, lambda node, redirect: of_node(node, redirect=redirect), prefix=store.prefix, timeout=store.timeout
+        address,
+        lambda node, redirect: of_node(node, redirect=redirect),
+        prefix=store.prefix,
+        timeout=store.timeout,
+        on_change=on_change,
     )
 
 
@@ -222,7 +228,7 @@ class Gateway:
         memory = MemoryStore(_clock)
         if not config.store.url:
             return memory
-        self._shared = shared_store(config.store)
+        self._shared = shared_store(config.store, self._nodes_changed)
         return GuardedStore(
             self._shared,
             memory,
@@ -240,6 +246,12 @@ class Gateway:
             log.info("store is back", mode=mode)
         else:
             log.warning("store is away", mode=mode, reason=reason)
+
+    def _nodes_changed(self, reason: str, away: int, nodes: int) -> None:
+        if reason:
+            log.warning("a node of the store is away", reason=reason, away=away, nodes=nodes)
+        else:
+            log.info("a node of the store is back", away=away, nodes=nodes)
 
     def _resources(self, endpoints: Endpoints, routed: frozenset[str]) -> Resources:
         envoy = self.config.envoy

@@ -443,10 +443,10 @@ class RedisStore:
         """Ask for a sign of life. Raises StoreUnavailable."""
         await self._inquire(command(b"PING"))
 
-    async def beat(self, gateway: str) -> Pulse:
-        """Say that ``gateway`` lives, for the next 10 s. It writes, so it fails where an admission would. Raises
-        StoreUnavailable."""
-        return pulse(await self._inquire(self._scripts.beat(gateway)))
+    async def beat(self, gateway: str, tag: str = "") -> Pulse:
+        """Say that ``gateway`` lives, for the next 10 s. It writes, so it fails where an admission would. Where there
+        is a ``tag`` it is said in a key of that tag, which counts nothing. Raises StoreUnavailable."""
+        return pulse(await self._inquire(self._scripts.beat(gateway, tag)))
 
     async def close(self) -> None:
         """Drop what still waits (``flush`` first) and close the connection."""

@@ -62,11 +62,17 @@ LOOK: Final = 10.0
 #: Pause before a question is asked again whose slot moves, in seconds; twice as long each time. With the tries that a
 #: command has (adapters/redis.py) that is 150 ms.
 MOVES: Final = 0.01
+#: Slots whose leases are renewed at once, each by a call of its own, and seconds between so many: questions must not
+#: wait for all of them.
+RENEWALS: Final = 512
+PACE: Final = 0.05
 #: Callers whose windows' slots are remembered: as many as have their keys packed (wire/limits.py).
 REMEMBERED: Final = 4096
 #: Admissions whose parts were taken in different seconds, some 200 bytes each: what runs at once, if clocks differ.
 MAX_APART: Final = 20_000
 NO_ANSWER: Final = "no answer in time"
+#: The key in which gateways are counted (wire/limits.py).
+_BEATS: Final = "gateways"
 #: What is wrong with a slot, and not with the node that says so.
 _OF_A_SLOT: Final = frozenset(PASSING[code] for code in ("ASK", "MOVED", "TRYAGAIN"))
 
@@ -90,7 +96,7 @@ class Node(Protocol):
     def renew(self, leases: Iterable[tuple[str, tuple[str, ...]]]) -> None: ...
     def adopt(self, command: Any, *, asking: bool = False) -> None: ...
     def give_up(self, reason: str) -> list[Any]: ...
-    async def beat(self, gateway: str) -> Pulse: ...
+    async def beat(self, gateway: str, tag: str = "") -> Pulse: ...
     async def ping(self) -> None: ...
     async def flush(self) -> None: ...
     async def close(self) -> None: ...
@@ -246,17 +252,25 @@ class _Split:
 
 class ClusterStore:
     """A ``Store`` on a cluster. ``address`` names some of its nodes; ``make(address, redirect)`` gives the store of one
-    of them. ``timeout``, in seconds, and ``prefix`` are those that it has. Nothing is connected before the first
-    question."""
+    of them. ``timeout``, in seconds, and ``prefix`` are those that it has. ``on_change(reason, away, nodes)`` hears why
+    a node went away, or "" where one is back, how many are away then, and of how many: for logs. Nothing is connected
+    before the first question."""
 
     def __init__(
-        self, address: Address, make: Callable[[Address, Redirect], Node], *, prefix: str = "gw:", timeout: float = 0.25
+        self,
+        address: Address,
+        make: Callable[[Address, Redirect], Node],
+        *,
+        prefix: str = "gw:",
+        timeout: float = 0.25,
+        on_change: Callable[[str, int, int], None] = lambda reason, away, nodes: None,
     ) -> None:
         self.timeout = timeout
         self._address = address
         self._make = make
+        self._on_change = on_change
         self._prefix = f"{prefix}{SCHEMA}:"
-        self._beats = key_slot(f"{self._prefix}gateways".encode())
+        self._beats = self._slot(_BEATS)
         self._members: dict[Server, _Member] = {}
         self._slots: list[_Member | None] = [None] * SLOTS
         for server in address.servers:
@@ -332,7 +346,14 @@ class ClusterStore:
         for id, keys in leases:
             for part in self._parts_of(keys):
                 by_slot.setdefault(part.slot, []).append((id, tuple([keys[place] for place in part.places])))
-        for slot, those in by_slot.items():
+        groups = [*by_slot.items()]
+        self._renew(groups[:RENEWALS])
+        for at in range(RENEWALS, len(groups), RENEWALS):
+            pause = at // RENEWALS * PACE
+            asyncio.get_running_loop().call_later(pause, self._renew, groups[at : at + RENEWALS])
+
+    def _renew(self, groups: list[tuple[int, list[tuple[str, tuple[str, ...]]]]]) -> None:
+        for slot, those in groups:
             self.member(slot).store.renew(those)
 
     async def beat(self, gateway: str) -> Pulse:
@@ -344,7 +365,7 @@ class ClusterStore:
             pulse = await member.store.beat(gateway)
         except StoreUnavailable as error:
             raise self._failed(member, str(error)) from None
-        member.away = ""
+        self._mark(member, "")
         self._watch()
         return pulse
 
@@ -414,9 +435,15 @@ class ClusterStore:
         """A node did not answer as it should: until it does again, nobody waits for it."""
         if reason in _OF_A_SLOT:
             return PartUnavailable(reason)
-        member.away = reason
+        self._mark(member, reason)
         self._look_again()
         return self._unavailable(reason)
+
+    def _mark(self, member: _Member, reason: str) -> None:
+        was, member.away = member.away, reason
+        if bool(was) != bool(reason):
+            members = self._members.values()
+            self._on_change(reason, sum(bool(each.away) for each in members), len(members))
 
     def _unavailable(self, reason: str) -> StoreUnavailable:
         everybody = all(member.away for member in self._members.values())
@@ -495,12 +522,18 @@ class ClusterStore:
                 await asyncio.sleep(PROBE * random.uniform(1 - SPREAD, 1 + SPREAD))
 
     async def _call(self, member: _Member) -> None:
+        """Ask a node that is away whether it still is: by writing, for that is what it failed at."""
+        tags = (str(number) for number in range(SLOTS))
+        tag = next((tag for tag in tags if self._slots[self._slot(_BEATS + tag)] is member), None)
         try:
-            await member.store.ping()
+            if tag is None:
+                await member.store.ping()
+            else:
+                await member.store.beat("", tag)
         except StoreUnavailable as error:
-            member.away = str(error)
+            self._mark(member, str(error))
         else:
-            member.away = ""
+            self._mark(member, "")
 
     async def _learn(self) -> None:
         """Ask who has which slots. Raises StoreUnavailable."""

@@ -7,8 +7,9 @@ as if there were none. Leaves out the protocol beneath (wire/resp.py), the scrip
 
 Keys, under the configured prefix and the schema version, all with the hash tag of the (first) window:
 ``gw:1:{alice}:*`` a window, ``gw:1:b:{alice}:*`` its budgets' counters, ``gw:1:c:{alice}:*`` its leases,
-``gw:1:{alice}:a:ID`` the mark of an admission, ``gw:1:{alice}:s:ID`` the mark of a settled id; and ``gw:1:gateways``.
-Each has a time to live. A window's own key begins with its tag, so none is taken for another's.
+``gw:1:{alice}:a:ID`` the mark of an admission, ``gw:1:{alice}:s:ID`` the mark of a settled id; and ``gw:1:gateways``
+(in a cluster also ``gw:1:gatewaysN``, by which a node is asked whether it can write). Each has a time to live. A
+window's own key begins with its tag, so none is taken for another's.
 """
 
 from __future__ import annotations
@@ -157,9 +158,9 @@ class Scripts:
         pairs = [(self._leases(key), id.encode()) for id, keys in leases for key in keys]
         return [self._renewed(pairs[at : at + RENEWED_AT_ONCE]) for at in range(0, len(pairs), RENEWED_AT_ONCE)]
 
-    def beat(self, gateway: str) -> bytes:
+    def beat(self, gateway: str, tag: str = "") -> bytes:
         """``gateway`` lives. ``pulse`` reads the answer."""
-        parts = self._prefix + b"gateways", gateway.encode("utf-8", "surrogatepass"), b"%d" % GATEWAY_TTL
+        parts = self._prefix + b"gateways" + tag.encode(), gateway.encode("utf-8", "surrogatepass"), b"%d" % GATEWAY_TTL
         return evalsha(self._beat, 1, 2) + b"".join([bulk(part) for part in parts])
 
     def _correct(self, settled: str, keys: tuple[str, ...], changes: bytes) -> bytes | None:

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 
 import pytest
 
@@ -23,6 +24,7 @@ from gateway_extproc.core.store import (
     Budget,
     Denied,
     Merge,
+    PartUnavailable,
     Pulse,
     Settlement,
     StoreUnavailable,
@@ -258,6 +260,9 @@ class Recorded:
 
     def __init__(self) -> None:
         self.away = False
+        #: Windows whose part is away, and whether that of the heartbeat is.
+        self.gone: set[str] = set()
+        self.silent = False
         self.ahead = 0.0
         self.gateways = 1
         self.now: Callable[[], float] = time.time
@@ -268,7 +273,12 @@ class Recorded:
         self.flushing: Callable[[], Awaitable[None]] | None = None
 
     def ask(self, admission: Admission, tell: Callable[[Answer], None]) -> None:
-        tell(StoreUnavailable("away") if self.away else Admitted(int(self.now() + self.ahead), ()))
+        if self.away:
+            tell(StoreUnavailable("away"))
+        elif any(window.key in self.gone for window in admission.windows):
+            tell(PartUnavailable("a part"))
+        else:
+            tell(Admitted(int(self.now() + self.ahead), ()))
 
     def settle(self, settlement: Settlement) -> None:
         self.settled.append(settlement)
@@ -285,6 +295,8 @@ class Recorded:
     async def beat(self, gateway: str) -> Pulse:
         if self.away:
             raise StoreUnavailable("away")
+        if self.silent:
+            raise PartUnavailable("a part")
         return Pulse(self.gateways, self.now() + self.ahead)
 
     async def flush(self) -> None:
@@ -396,6 +408,51 @@ async def test_the_heartbeat_goes_on_after_every_outage(stage: Stage) -> None:
         stage.primary.away = True
         await until(lambda: stage.store.mode == "local")
         await stage.back()
+
+
+async def test_where_a_part_is_away_the_policy_answers_those_who_need_it(stage: Stage) -> None:
+    await shared(stage, 2)
+    stage.primary.gone = {"{bob}:*"}
+    bob = partial(asks, rpm=4, tokens=9, key="{bob}:*")
+    answers = [await admit(stage.store, bob()) for _ in range(3)]
+    admitted = [answer for answer in answers if isinstance(answer, Admitted)]
+    assert [answer.second < 0 for answer in admitted] == [True, True]  # this gateway's half
+    assert (stage.store.mode, stage.store.reason) == ("ok", "")
+    alice = await admit(stage.store, asks(tokens=1))
+    assert isinstance(alice, Admitted)
+    assert alice.second == int(stage.clock)
+    # With the next heartbeat it is told, and settled there from then on.
+    await until(lambda: bool(stage.primary.merged))
+    await until(lambda: sum(merge.spent[0][1] for merge in stage.primary.merged) == 2)
+    assert {merge.key for merge in stage.primary.merged} == {"{bob}:*"}
+    stage.store.settle(Settlement("g-1", ("{bob}:*",), admitted[0].second, 0, -5))
+    assert [(each.second, each.tokens) for each in stage.primary.settled] == [(int(stage.clock), -5)]
+    stage.primary.gone = set()
+    assert isinstance(await admit(stage.store, bob()), Admitted)
+    stage.store.change_policy("refuse")
+    stage.primary.gone = {"{bob}:*"}
+    with pytest.raises(StoreUnavailable, match="a part"):
+        await admit(stage.store, bob())
+
+
+async def test_the_part_of_the_heartbeat_alone_does_not_make_the_primary_away(stage: Stage) -> None:
+    await shared(stage, 3)
+    stage.primary.away = True
+    await admit(stage.store, asks())
+    assert stage.store.mode == "local"
+    stage.primary.away, stage.primary.silent = False, True
+    await until(lambda: stage.store.mode == "ok")
+    assert stage.store.gateways == 3
+    assert [merge.spent[0][1] for merge in stage.primary.merged] == [1]
+
+
+async def test_a_primary_of_which_a_part_is_away_at_the_start_is_ready(stage: Stage) -> None:
+    fresh = Stage()
+    fresh.primary.silent = True
+    fresh.store.start()
+    await until(lambda: fresh.store.ready)
+    assert (fresh.store.mode, fresh.store.gateways) == ("ok", 1)
+    await fresh.store.close()
 
 
 def spends(

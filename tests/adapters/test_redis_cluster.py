@@ -337,6 +337,55 @@ async def test_refuse_refuses_only_those_who_need_a_node_that_is_away(own_cluste
         assert isinstance(await admit(store, asks(here)), Admitted)
 
 
+async def test_a_node_that_cannot_write_is_away_until_it_can(own_cluster: Cluster) -> None:
+    told: list[tuple[str, int, int]] = []
+    beats = own_cluster.owner("gw:1:gateways")
+    full = next(node for node in own_cluster.nodes if node is not beats)
+    here, there = next(keys_of(full, own_cluster)), next(keys_of(beats, own_cluster))
+    store = shared_store(StoreConfig(url=own_cluster.url, timeout=TIMEOUT), lambda *change: told.append(change))
+    assert isinstance(store, ClusterStore)
+    await store.beat("gateway")
+    with full.client() as client:
+        client.config_set("maxmemory", "1")
+        with pytest.raises(PartUnavailable, match="OOM"):
+            await admit(store, asks(here))
+        asked = client.info("commandstats")["cmdstat_evalsha"]["calls"]
+        # It is asked again and again whether it can write by now, and by nobody else.
+        await until(lambda: client.info("commandstats")["cmdstat_evalsha"]["calls"] >= asked + 2)
+        with pytest.raises(PartUnavailable, match="OOM"):
+            await admit(store, asks(here))
+        assert isinstance(await admit(store, asks(there)), Admitted)
+        assert told == [("out of memory (OOM)", 1, 3)]
+        client.config_set("maxmemory", "0")
+    await until(lambda: store.away == ())
+    assert isinstance(await admit(store, asks(here)), Admitted)
+    assert told[1:] == [("", 0, 3)]
+    assert (await store.beat("gateway")).gateways == 1
+    await store.close()
+
+
+async def test_leases_in_thousands_of_slots_are_renewed_in_turns(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(adapter, "RENEWALS", 50)
+    keys = [f"{{user:{next(_names)}}}:*" for _ in range(300)]
+    async with opened(cluster.url, 5) as store:
+        asked = [asks(window(key, concurrency=2)) for key in keys]
+        answers = await asyncio.gather(*(admit(store, each) for each in asked))
+        assert all(isinstance(answer, Admitted) for answer in answers)
+        with cluster.client() as client:
+            for key, each in zip(keys, asked, strict=True):
+                client.zincrby(f"gw:1:c:{key}", -50, each.id)
+            before = {key: client.zscore(f"gw:1:c:{key}", each.id) for key, each in zip(keys, asked, strict=True)}
+            store.renew([(each.id, (key,)) for key, each in zip(keys, asked, strict=True)])
+
+            def renewed() -> bool:
+                found = [client.zscore(f"gw:1:c:{key}", each.id) for key, each in zip(keys, asked, strict=True)]
+                return all(score > before[key] + 40 for key, score in zip(keys, found, strict=True))
+
+            await until(renewed)
+
+
 async def test_when_all_nodes_are_gone_the_store_is_and_when_one_is_back_it_is(own_cluster: Cluster) -> None:
     for node in own_cluster.replicas:
         node.kill()
