@@ -229,7 +229,7 @@ class Gateway:
         if not config.store.url:
             return memory
         self._shared = shared_store(config.store, self._nodes_changed)
-        return GuardedStore(
+        guarded = GuardedStore(
             self._shared,
             memory,
             policy=config.limits.on_store_failure,
@@ -237,6 +237,9 @@ class Gateway:
             clock=_clock,
             on_mode_change=self._store_changed,
         )
+        if isinstance(self._shared, ClusterStore):
+            self._shared.before_return = guarded.tell_owed
+        return guarded
 
     def _directory_changed(self) -> None:
         self.world.policy = msgspec.structs.replace(self.world.policy, directory=self.administration.directory)

@@ -191,8 +191,10 @@ class Address:
         (ranges,) = await self._ask(server, self.options, ("CLUSTER", "SLOTS"))
         found = []
         for first, last, (host, port, *_), *_ in ranges:
+            if not 0 <= first <= last < SLOTS:
+                raise ValueError("no such slots")
             if host != b"?":  # a name that the node has not learned yet
-                found.append(Slots(first, last, Server(host.decode() if host else server.host, port)))
+                found.append(Slots(first, last, Server(host.decode() if host else server.host, int(port))))
         if not found:
             raise ValueError(NO_CLUSTER)
         return found
@@ -229,7 +231,8 @@ async def _answers(
                 told.append(await answer)
             except TimeoutError:
                 break
-            except (RedisError, OSError, ValueError, TypeError, KeyError) as error:  # who is away, or is none of these
+            except (RedisError, OSError, ValueError, TypeError, LookupError, AttributeError) as error:
+                # Whoever is away, and whoever answers something else.
                 failed.append(error)
                 continue
             if enough(told):

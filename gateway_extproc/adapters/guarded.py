@@ -14,8 +14,8 @@ Leases taken meanwhile are never told to the primary, for a lease says what runs
 primary's return until those requests have ended, more may run than the limit allows.
 
 Where only a part of the primary is away (``PartUnavailable``: a node of a cluster), the policy answers the requests
-that need that part, and all others go to the primary. What was admitted so is told to the primary with the next
-heartbeat, and arrives when that part is back.
+that need that part, and all others go to the primary. What was admitted so is told to the primary before that part is
+asked again (``tell_owed``), and with the next heartbeat at the latest.
 
 How it knows whose an admission is: a settlement repeats the ``second`` of its admission. The primary's are positive;
 those of admissions that the primary has not seen are this gateway's second, negated; 0 is one that can't be traced.
@@ -351,19 +351,20 @@ class GuardedStore:
         if self._away.is_set():
             await self._return()
         else:
-            self._merge_owed()
+            self.tell_owed()
 
     async def _return(self) -> None:
         """The primary is back: tell it what it missed, then let requests through."""
-        self._merge_owed()
+        self.tell_owed()
         await self._primary.flush()
-        self._merge_owed()
+        self.tell_owed()
         self._away.clear()
         self.reason = ""
         self._said.clear()
         self._on_mode_change(OK, "")
 
-    def _merge_owed(self) -> None:
+    def tell_owed(self) -> None:
+        """Tell the primary what was admitted here and it has not heard of. Returns at once."""
         for key, count, spending in self._owed.drain():
             self._merges += 1
             spent = tuple((self._second_there(second), requests, tokens) for second, requests, tokens in count.spent())

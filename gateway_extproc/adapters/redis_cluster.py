@@ -71,6 +71,7 @@ REMEMBERED: Final = 4096
 #: Admissions whose parts were taken in different seconds, some 200 bytes each: what runs at once, if clocks differ.
 MAX_APART: Final = 20_000
 NO_ANSWER: Final = "no answer in time"
+TAKES_OVER: Final = "takes over from another"
 #: The key in which gateways are counted (wire/limits.py).
 _BEATS: Final = "gateways"
 #: What is wrong with a slot, and not with the node that says so.
@@ -280,6 +281,8 @@ class ClusterStore:
         self._parts = lru_cache(maxsize=REMEMBERED)(self._find_parts_of_windows)
         # Seconds by which each part was taken after the first, by the nodes' clocks.
         self._apart: OrderedDict[str, tuple[int, ...]] = OrderedDict()
+        #: Called when a node is about to be asked again: what was admitted without it is to be told (``merge``) first.
+        self.before_return: Callable[[], None] = lambda: None
         self._amiss = asyncio.Event()
         self._watcher: asyncio.Task[None] | None = None
         # Those that have no slots any more, until what they were not told is with others.
@@ -365,7 +368,6 @@ class ClusterStore:
             pulse = await member.store.beat(gateway)
         except StoreUnavailable as error:
             raise self._failed(member, str(error)) from None
-        self._mark(member, "")
         self._watch()
         return pulse
 
@@ -434,6 +436,7 @@ class ClusterStore:
     def _failed(self, member: _Member, reason: str) -> StoreUnavailable:
         """A node did not answer as it should: until it does again, nobody waits for it."""
         if reason in _OF_A_SLOT:
+            asyncio.get_running_loop().call_soon(self.before_return)  # it may be back at once
             return PartUnavailable(reason)
         self._mark(member, reason)
         self._look_again()
@@ -532,8 +535,11 @@ class ClusterStore:
                 await member.store.beat("", tag)
         except StoreUnavailable as error:
             self._mark(member, str(error))
-        else:
-            self._mark(member, "")
+            return
+        self.before_return()
+        await member.store.flush()
+        self.before_return()  # goes ahead of the questions that come now
+        self._mark(member, "")
 
     async def _learn(self) -> None:
         """Ask who has which slots. Raises StoreUnavailable."""
@@ -542,22 +548,33 @@ class ClusterStore:
         slots: list[_Member | None] = [None] * SLOTS
         for first, last, server in found:
             slots[first : last + 1] = [self._member_at(server)] * (last + 1 - first)
+        heirs = {old: new for old, new in zip(self._slots, slots, strict=True) if old is not None and new is not old}
         self._slots = slots
         self._learned = True
         there = {each.server for each in found}
         for server in [known for known in self._members if known not in there]:
             member = self._members.pop(server)
-            self._leaving[member] = asyncio.get_running_loop().create_task(self._leave(member))
+            heir = heirs.get(member) or self.member(self._beats)
+            if member.away:
+                self._hand_over(member, heir)
+            self._leaving[member] = asyncio.get_running_loop().create_task(self._leave(member, heir))
+        for old, new in heirs.items():
+            if old.away and new is not None and not new.away:
+                self._mark(new, TAKES_OVER)  # what was admitted without the old one comes before any question
+                self._amiss.set()
 
-    async def _leave(self, member: _Member) -> None:
-        """A node has no slots any more: once its questions are answered, what it was not told goes to others."""
+    def _hand_over(self, member: _Member, heir: _Member) -> None:
+        """What a node was not told goes to another, who knows, at least, who is to have it."""
+        for note in member.store.give_up("the node has left the cluster"):
+            self._moved += 1
+            heir.store.adopt(note)
+
+    async def _leave(self, member: _Member, heir: _Member) -> None:
+        """A node has no slots any more: its questions get to be answered, then it is left."""
         try:
             await asyncio.sleep(2 * self.timeout)
         finally:
-            heir = self.member(self._beats).store
-            for note in member.store.give_up("the node has left the cluster"):
-                self._moved += 1
-                heir.adopt(note)  # which knows, at least, who is to have it
+            self._hand_over(member, heir)
             await member.store.close()
             self._dropped += member.store.dropped
             del self._leaving[member]
