@@ -83,6 +83,13 @@ class Cluster:
             with node.client() as client:
                 client.flushall()
 
+    def has(self, node: Valkey, slot: int) -> bool:
+        """Whether all nodes see that a node has a slot."""
+        ranges = [_say(each, "CLUSTER", "SLOTS") for each in self.nodes]
+        return all(
+            any(first <= slot <= last and owner[1] == node.port for first, last, owner, *_ in told) for told in ranges
+        )
+
     def owner(self, key: str) -> Valkey:
         """Who has a key's slot, as the first node that runs sees it."""
         slot = key_slot(key.encode())
@@ -121,6 +128,21 @@ class Migration:
             pass
         for node in (self._target, self._source, *self._cluster.nodes):
             _say(node, "CLUSTER", "SETSLOT", self._slot, "NODE", node_id(self._target))
+
+
+class AtomicMigration(Migration):
+    """The same as Valkey does it since version 9: in the background, and then all at once."""
+
+    def begin(self) -> None:
+        _say(
+            self._source, "CLUSTER", "MIGRATESLOTS", "SLOTSRANGE", self._slot, self._slot, "NODE", node_id(self._target)
+        )
+
+    def move(self, most: int = 1000) -> int:
+        return 0
+
+    def end(self) -> None:
+        _until(lambda: self._cluster.has(self._target, self._slot))
 
 
 def node_id(node: Valkey) -> str:

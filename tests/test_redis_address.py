@@ -116,7 +116,7 @@ async def test_slots_that_nobody_has_are_not_to_be_found() -> None:
 @pytest.mark.parametrize(
     "answer",
     [
-        b"*0\r\n", b"$-1\r\n", b":1\r\n", b"+OK\r\n", b"-ERR This instance has cluster support disabled\r\n", b"HTTP/1.1\r\n",
+        b"*0\r\n", b"$-1\r\n", b":1\r\n", b"+OK\r\n", b"-ERR not a cluster\r\n", b"HTTP/1.1\r\n\r\n",
         b"*1\r\n*0\r\n", b"*1\r\n" + node(5, 4, b"a"), b"*1\r\n" + node(-1, 4, b"a"), b"*1\r\n" + node(0, 16384, b"a"),
         b"*1\r\n" + node(0, 1, b"\xff\xfe"), b"*1\r\n*3\r\n:0\r\n:1\r\n:2\r\n", b"*1\r\n" + node(0, 1, b"?"), b"",
     ],

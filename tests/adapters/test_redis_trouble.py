@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -15,6 +16,10 @@ from gateway_extproc.adapters.guarded import GuardedStore
 from gateway_extproc.adapters.memory import MemoryStore
 from gateway_extproc.adapters.records import RedisRecords
 from gateway_extproc.adapters.redis import LONGEST_PAUSE, RedisStore
+from gateway_extproc.adapters.usage import RedisUsage
+from gateway_extproc.app import shared_store
+from gateway_extproc.config import StoreConfig
+from gateway_extproc.core.records import Change
 from gateway_extproc.core.store import (
     Admission,
     Admitted,
@@ -27,7 +32,9 @@ from gateway_extproc.core.store import (
     with_budgets,
     with_leases,
 )
+from gateway_extproc.core.tally import Group, Used
 from tests.asking import admit
+from tests.cluster import Cluster
 from tests.ports import free_port
 from tests.proxy import Proxy
 from tests.valkey import Valkey
@@ -301,6 +308,48 @@ async def test_a_right_that_is_missing_is_named_and_is_enough_when_it_is_given(o
             assert [reason for mode, reason in ours.told if mode != "ok"] == [
                 "forgets scripts (NOSCRIPT)", "its user lacks a permission (NOPERM)",
             ]  # fmt: skip
+
+
+async def test_the_rights_that_are_documented_are_enough(own_valkey: Valkey, cluster: Cluster) -> None:
+    """docs/limits.md names them."""
+    rights = ("~gw:*", "-@all", "+@read", "+@write", "+@scripting", "+@connection", "+time", "+role")
+    for server in (own_valkey, *cluster.nodes):
+        more = () if server is own_valkey else ("+cluster|slots",)
+        with server.client() as client:
+            client.execute_command("ACL", "SETUSER", "gateway", "reset", "on", ">pw", *rights, *more)
+    for url in (own_valkey.url, cluster.url):
+        entered = url.replace("://", "://gateway:pw@")
+        store = shared_store(StoreConfig(url=entered, timeout=5))
+        await store.beat("gateway")
+        budget = Budget(9, "tokens", "day")
+        windows = tuple(
+            Window(f"{{{scope}:a}}:*", "", 5, 5, 5, (budget,)) for scope in ("user", "team", "model", "another")
+        )
+        asked = Admission(f"id-{next(_ids)}", windows, 1)
+        answer = await admit(store, asked)
+        assert isinstance(answer, Admitted)
+        keys = tuple(window.key for window in windows)
+        store.renew([(asked.id, keys)])
+        store.settle(Settlement(asked.id, keys, answer.second, 0, 2, 0, with_budgets(windows)))
+        store.release(asked.id, keys)
+        assert isinstance(await admit(store, Admission(f"id-{next(_ids)}", windows, 6)), Denied)
+        await store.flush()
+        assert store.dropped == 0
+        await store.close()
+        records, usage = RedisRecords(entered), RedisUsage(entered, keep=3600)
+        async with contextlib.aclosing(records.changes()) as changes:
+            assert await anext(changes) is None
+            await records.pepper()
+            await records.put("user", "a", b"1", entry=b"x")
+            assert await anext(changes) == Change("user", "a")
+        assert (await records.all("user"), await records.audit(1)) == ({"a": b"1"}, [b"x"])
+        await usage.add(7, [(Group("a", "", "m", ""), Used(1))])
+        assert [used.requests async for _, used in usage.read(7)] == [1]
+        await records.close()
+        await usage.close()
+    for server in cluster.nodes:
+        with server.client() as client:
+            client.execute_command("ACL", "DELUSER", "gateway")
 
 
 # --- busy -------------------------------------------------------------------------------------------------------------
