@@ -193,8 +193,10 @@ class GuardedStore:
         # Leases that the primary has not heard of.
         self._lent: OrderedDict[str, None] = OrderedDict()
         self._merges = 0
-        #: The primary's time less ours, in seconds, when it was last reached.
+        # The primary's time less ours, in seconds, when it was last reached: at most, and at least, for who knows when
+        # between question and answer it told.
         self._ahead = 0.0
+        self._ahead_for_sure = 0.0
         # The second of ours in which each of the primary's was first heard of: where local counts what it admitted.
         self._seconds: OrderedDict[int, int] = OrderedDict()
         # The reverse, for what the primary was told: a refund must find the second that was charged.
@@ -334,7 +336,7 @@ class GuardedStore:
 
     def _second_by_clock(self, here: int) -> int:
         """Rather late than early, but none that is yet to come."""
-        return min(math.ceil(here + self._ahead), int(self._clock() + self._ahead))
+        return min(math.ceil(here + self._ahead), int(self._clock() + self._ahead_for_sure))
 
     def _leave(self, reason: str) -> None:
         """The primary failed: the policy is in force."""
@@ -385,7 +387,7 @@ class GuardedStore:
                 self._leave(str(error))
             else:
                 self.gateways = max(1, pulse.gateways)
-                self._ahead = pulse.now - asked
+                self._ahead, self._ahead_for_sure = pulse.now - asked, pulse.now - self._clock()
                 await self._here()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._beat * random.uniform(1 - SPREAD, 1)):

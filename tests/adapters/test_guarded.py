@@ -264,6 +264,8 @@ class Recorded:
         self.gone: set[str] = set()
         self.silent = False
         self.ahead = 0.0
+        #: Happens while the next heartbeat is on its way there.
+        self.meanwhile: Callable[[], None] | None = None
         self.gateways = 1
         self.now: Callable[[], float] = time.time
         self.settled: list[Settlement] = []
@@ -297,6 +299,9 @@ class Recorded:
             raise StoreUnavailable("away")
         if self.silent:
             raise PartUnavailable("a part")
+        if self.meanwhile is not None:
+            meanwhile, self.meanwhile = self.meanwhile, None
+            meanwhile()
         return Pulse(self.gateways, self.now() + self.ahead)
 
     async def flush(self) -> None:
@@ -351,6 +356,21 @@ async def test_clocks_that_differ_change_no_second(stage: Stage) -> None:
         ("g-1", 1_700_001_000),
         ("g-2", 1_700_001_007),
     ]
+
+
+async def test_what_is_told_is_told_of_no_second_to_come_however_long_the_heartbeat_took(stage: Stage) -> None:
+    """One to come would be counted as the running one, where no refund would find it."""
+    stage.primary.away = True
+    await admit(stage.store, asks())
+    stage.clock += SLOTS + 0.75
+
+    def meanwhile() -> None:
+        stage.clock += 0.75
+        stage.store.ask(asks(tokens=30), lambda answer: None)
+
+    stage.primary.meanwhile = meanwhile
+    await stage.back()
+    assert [merge.spent for merge in stage.primary.merged] == [((int(stage.clock), 1, 30),)]
 
 
 async def test_what_another_gateway_admitted_and_this_one_settles_changes_nothing_here(stage: Stage) -> None:
