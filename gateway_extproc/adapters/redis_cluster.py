@@ -115,10 +115,12 @@ class _Member:
 
 
 class _Part(NamedTuple):
-    """Those of an admission's windows, or a settlement's keys, that lie in one slot: their places among all."""
+    """Those of an admission's windows, or of a settlement's keys, that lie in one slot, and their places among all."""
 
     slot: int
     places: tuple[int, ...]
+    keys: tuple[str, ...]
+    windows: tuple[Window, ...] = ()
 
 
 class _Split:
@@ -325,15 +327,18 @@ class ClusterStore:
             self.member(parts[0].slot).store.settle(settlement)
             return
         apart = self._apart.get(settlement.id) or (0,) * len(parts)
+        second = settlement.second
         for part, later in zip(parts, apart, strict=True):
-            budgets = sum(1 << index for index, place in enumerate(part.places) if settlement.budgets >> place & 1)
             self.member(part.slot).store.settle(
-                msgspec.structs.replace(
-                    settlement,
-                    keys=tuple([settlement.keys[place] for place in part.places]),
-                    second=settlement.second and settlement.second + later,
-                    budgets=budgets,
-                    shares=_picked(settlement.shares, part.places),
+                Settlement(
+                    settlement.id,
+                    part.keys,
+                    second and second + later,
+                    settlement.requests,
+                    settlement.tokens,
+                    settlement.cost,
+                    sum([1 << index for index, place in enumerate(part.places) if settlement.budgets >> place & 1]),
+                    _picked(settlement.shares, part.places),
                 )
             )
 
@@ -342,13 +347,13 @@ class ClusterStore:
 
     def release(self, id: str, keys: tuple[str, ...]) -> None:
         for part in self._parts_of(keys):
-            self.member(part.slot).store.release(id, tuple([keys[place] for place in part.places]))
+            self.member(part.slot).store.release(id, part.keys)
 
     def renew(self, leases: Iterable[tuple[str, tuple[str, ...]]]) -> None:
         by_slot: dict[int, list[tuple[str, tuple[str, ...]]]] = {}
         for id, keys in leases:
             for part in self._parts_of(keys):
-                by_slot.setdefault(part.slot, []).append((id, tuple([keys[place] for place in part.places])))
+                by_slot.setdefault(part.slot, []).append((id, part.keys))
         groups = [*by_slot.items()]
         self._renew(groups[:RENEWALS])
         for at in range(RENEWALS, len(groups), RENEWALS):
@@ -406,8 +411,8 @@ class ClusterStore:
 
     def part_of(self, admission: Admission, part: _Part) -> Admission:
         """What an admission asks of one slot. It has the same id everywhere: its marks lie in different slots."""
-        windows = tuple([admission.windows[place] for place in part.places])
-        return msgspec.structs.replace(admission, windows=windows, shares=_picked(admission.shares, part.places))
+        shares = _picked(admission.shares, part.places)
+        return Admission(admission.id, part.windows, admission.tokens, admission.cost, shares)
 
     def taken(self, id: str, parts: Sequence[Admitted]) -> None:
         """All parts of an admission were."""
@@ -462,10 +467,13 @@ class ClusterStore:
         places: dict[int, list[int]] = {}
         for place, key in enumerate(keys):
             places.setdefault(self._slot(key), []).append(place)
-        return tuple([_Part(slot, tuple(those)) for slot, those in places.items()])
+        return tuple(
+            [_Part(slot, tuple(those), tuple([keys[place] for place in those])) for slot, those in places.items()]
+        )
 
     def _find_parts_of_windows(self, windows: tuple[Window, ...]) -> tuple[_Part, ...]:
-        return self._find_parts(tuple([window.key for window in windows]))
+        parts = self._find_parts(tuple([window.key for window in windows]))
+        return tuple([part._replace(windows=tuple([windows[place] for place in part.places])) for part in parts])
 
     # --- the cluster --------------------------------------------------------------------------------------------------
 
