@@ -66,6 +66,9 @@ MOVES: Final = 0.01
 #: wait for all of them.
 RENEWALS: Final = 512
 PACE: Final = 0.05
+#: Seconds by which a time-out may be looked at late before that is the event loop's doing, and what the answers then
+#: get to be read: as with a node's own.
+LATE: Final = 0.02
 #: Callers whose windows' slots are remembered: as many as have their keys packed (wire/limits.py).
 REMEMBERED: Final = 4096
 #: Admissions whose parts were taken in different seconds, some 200 bytes each: what runs at once, if clocks differ.
@@ -154,8 +157,9 @@ class _Split:
             self._asked[at] = question
 
     def withdraw(self) -> None:
-        self._tell = None
-        self._end()
+        if self._tell is not None:
+            self._tell = None
+            self._end()
 
     def _part(self, at: int) -> Admission:
         return self._store.part_of(self._admission, self._parts[at])
@@ -226,11 +230,15 @@ class _Split:
             levels.append(known[place])
         return tuple(levels)
 
-    def _late(self) -> None:
-        if self._denial is not None:
+    def _late(self, waited: bool = False) -> None:
+        loop = asyncio.get_running_loop()
+        if not waited and loop.time() - self._timer.when() > LATE:
+            # The loop was busy: the answer may be here already.
+            self._timer = loop.call_later(LATE, self._late, True)
+        elif self._denial is not None:
             self._say(self._refusal())
-            return
-        self._say(self._store.failed(self._parts[len(self._taken)].slot, NO_ANSWER))
+        else:
+            self._say(self._store.failed(self._parts[len(self._taken)].slot, NO_ANSWER))
 
     def _say(self, answer: Answer) -> None:
         tell, self._tell = self._tell, None
@@ -389,7 +397,7 @@ class ClusterStore:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        await asyncio.gather(*(member.store.close() for member in self._members.values()))
+        await asyncio.gather(*(member.store.close() for member in self._everybody()))
 
     # --- parts --------------------------------------------------------------------------------------------------------
 
@@ -440,6 +448,8 @@ class ClusterStore:
 
     def _failed(self, member: _Member, reason: str) -> StoreUnavailable:
         """A node did not answer as it should: until it does again, nobody waits for it."""
+        if self._closed:
+            return StoreUnavailable(reason)
         if reason in _OF_A_SLOT:
             asyncio.get_running_loop().call_soon(self.before_return)  # it may be back at once
             return PartUnavailable(reason)
