@@ -341,7 +341,7 @@ async def test_the_rights_that_are_documented_are_enough(own_valkey: Valkey, clu
             assert await anext(changes) is None
             await records.pepper()
             await records.put("user", "a", b"1", entry=b"x")
-            assert await anext(changes) == Change("user", "a")
+            assert await anext(changes) == Change("user", ("a",))
         assert (await records.all("user"), await records.audit(1)) == ({"a": b"1"}, [b"x"])
         await usage.add(7, [(Group("a", "", "m", ""), Used(1))])
         assert [used.requests async for _, used in usage.read(7)] == [1]
