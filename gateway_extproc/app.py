@@ -323,7 +323,6 @@ class Gateway:
         self._tasks.append(asyncio.create_task(self._reports.run(), name="deliver usage"))
         resolver = Resolver(config.discovery.dns_servers)
         self._watcher = Watcher(resolver, config.discovery.dns_refresh, self._resolved, self._rng)
-        await self._poller.start()
         self._configure_pods()
         self._tasks.append(asyncio.create_task(self._follow_fleet(), name="follow the fleet"))
         self._tasks.append(asyncio.create_task(self._renew(), name="renew leases"))

@@ -1,9 +1,18 @@
-"""Polling the pods: which models each serves, and whether it answers at all.
+"""Asking the pods: which models each serves, whether it answers at all, and how busy it says it is.
 
-Owns one loop for each configured pod and one HTTP session for all. Promises that a pod which stops answering is
-known to be away within two seconds of its last good poll (contract section 2) as long as ``poll`` is at most one
-second, that a pod is never polled twice at a time, and that a page of any size or kind costs no more than its own
-freshness. Leaves out what readiness means for requests (core/fleet.py).
+Owns one loop and one connection for each configured pod: some servers have a thread for each connection, and few of
+those. The list of models comes every ``poll`` seconds and says whether the pod is ready. Its metrics are looked at in
+between, often while it has requests of ours, and in any case often enough not to turn stale. Promises that
+
+- a pod which stops answering is known to be away within two seconds of its last good list (contract section 2) as long
+  as ``poll`` is at most one second: a look at metrics never delays a list by more than ``SHORTEST``;
+- a pod is never asked two things at a time;
+- a page of any size or kind, or one that never comes, costs no more than its own freshness: a pod without metrics is
+  ready all the same;
+- the looks at pods that are in use take some ``SHARE`` of a core, however many there are.
+
+Leaves out HTTP (wire/http1.py), what a page says (wire/prom.py), and what readiness and load mean for requests
+(core/fleet.py, core/load.py).
 """
 
 from __future__ import annotations
@@ -11,21 +20,37 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ssl
+from collections.abc import Iterator
 from random import Random
-from typing import Final
+from typing import Final, cast
 
-import aiohttp
 import msgspec
 
+from ..core.address import split_address
 from ..core.fleet import TLS, Fleet, PodSpec
+from ..core.load import STALE
+from ..wire import http1, prom
+from ..wire.http1 import Answer, BadAnswer
 
-#: Seconds from the start of a pod's last good poll to the moment it is taken out: just under the contract's 2 s.
+#: Seconds from the start of a pod's last good list to the moment it is taken out: just under the contract's 2 s.
 READY_FOR: Final = 1.9
-#: Shortest time-out in seconds that a poll is given, however late it starts.
+#: Shortest time-out in seconds that a list is given, however late it starts, and a look at metrics before a list.
 SHORTEST: Final = 0.25
-#: Shortest pause in seconds between polls of one pod, however often it is suspected.
+#: Shortest pause in seconds between lists of one pod, however often it is suspected.
 PAUSE: Final = 0.05
-#: Largest list of models that is read, in bytes.
+#: Seconds between two looks at the metrics of a pod that has requests of ours, and that has none. The second is short
+#: of STALE by what a slow pod takes to answer.
+FAST: Final = 0.1
+IDLE: Final = 1.5
+#: What the looks at pods in use may take of a core. Where there are many pods, they are looked at less often, down to
+#: once in IDLE seconds.
+SHARE: Final = 0.1
+#: What a look takes in seconds: by itself, and for each byte of the page (measured on one core of 3 GHz, rounded up).
+LOOK: Final = 100e-6
+LOOK_BYTE: Final = 2.5e-9
+#: Longest pause in seconds before a pod that has no metrics is asked again: it may have been started anew, with some.
+AGAIN: Final = 30.0
+#: Largest list of models, and largest page of metrics, that is read, in bytes.
 PAGE: Final = 1 << 20
 #: What a pod that has no list answers: it is alive, and its stated models hold.
 _NO_LIST: Final = frozenset({401, 403, 404, 405})
@@ -33,133 +58,322 @@ _NO_LIST: Final = frozenset({401, 403, 404, 405})
 
 class _Named(msgspec.Struct):
     id: str
+    #: vLLM and SGLang: the model that this one is an adapter of.
+    parent: object = None
 
 
 class _Models(msgspec.Struct):
     data: list[_Named]
 
 
+_models: Final = msgspec.json.Decoder(_Models).decode
+
+
 class PollFailed(Exception):
     """The pod did not answer as it should; the message is for operators."""
 
 
+class _Link(asyncio.Protocol):
+    """A connection to a pod, for one question after another."""
+
+    def __init__(self) -> None:
+        self._transport: asyncio.Transport | None = None
+        self._reader: http1.Reader | None = None
+        self._answer: asyncio.Future[Answer] | None = None
+        #: Whether another question can be asked, and whether one was answered.
+        self.open = False
+        self.used = False
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's is one in all but name
+        self.open = True
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.open = False
+        if self._reader is not None:
+            with self._failing():
+                self._answered(self._reader.ended())
+
+    def data_received(self, data: bytes) -> None:
+        if self._reader is None:  # nobody asked
+            self.close()
+            return
+        with self._failing():
+            answer = self._reader.feed(data)
+            if answer is not None:
+                self._answered(answer)
+
+    @contextlib.contextmanager
+    def _failing(self) -> Iterator[None]:
+        try:
+            yield
+        except BadAnswer as error:
+            self.close()
+            if self._answer is not None and not self._answer.done():
+                self._answer.set_exception(error)
+
+    def _answered(self, answer: Answer) -> None:
+        self._reader = None
+        self.used = True
+        if not answer.keep:
+            self.close()
+        if self._answer is not None and not self._answer.done():
+            self._answer.set_result(answer)
+
+    async def ask(self, question: bytes) -> Answer:
+        """Raises BadAnswer. Cancelled, it closes the connection."""
+        assert self._transport is not None
+        reader = self._reader = http1.Reader(PAGE)
+        self._answer = asyncio.get_running_loop().create_future()
+        self._transport.write(question)
+        try:
+            return await self._answer
+        except BadAnswer as error:
+            # RFC 9112, 9.3.1: a server may close a connection that idles just as a question is sent.
+            if self.used and not reader.began:
+                raise _Idled from error
+            raise
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        self.open = False
+        self._reader = None
+        if self._transport is not None:
+            self._transport.abort()
+
+
+class _Idled(Exception):
+    """The connection had been closed before the question came."""
+
+
 class Poller:
-    """Keeps one loop for each pod of ``fleet``; call ``sync`` when its members change. ``period`` and ``timeout``
-    in seconds."""
+    """Keeps one loop for each pod of ``fleet``; call ``sync`` when its members change. ``period`` of lists and
+    ``timeout`` of each question in seconds."""
 
     def __init__(self, fleet: Fleet, period: float, timeout: float, rng: Random) -> None:
-        self._fleet = fleet
-        self._period = period
-        self._timeout = min(timeout, max(SHORTEST, READY_FOR - period)) if period < READY_FOR else timeout
-        self._rng = rng
-        self._loops: dict[str, tuple[PodSpec, asyncio.Task[None], asyncio.Event]] = {}
-        self._session: aiohttp.ClientSession | None = None
-        self._contexts: dict[TLS, ssl.SSLContext | bool] = {}
-
-    async def start(self) -> None:
-        connector = aiohttp.TCPConnector(limit=0, ttl_dns_cache=0, keepalive_timeout=30)
-        self._session = aiohttp.ClientSession(
-            connector=connector, auto_decompress=True, cookie_jar=aiohttp.DummyCookieJar(), trust_env=False
-        )
-        self.sync()
+        self.fleet = fleet
+        self.period = period
+        self.timeout = min(timeout, max(SHORTEST, READY_FOR - period)) if period < READY_FOR else timeout
+        self.rng = rng
+        #: What a look at each pod that is in use takes, in seconds, and the sum.
+        self._costs: dict[str, float] = {}
+        self._cost = 0.0
+        self._watches: dict[str, tuple[_Watch, asyncio.Task[None]]] = {}
+        self._leaving: set[asyncio.Task[None]] = set()
+        self._contexts: dict[TLS, ssl.SSLContext] = {}
 
     def sync(self) -> None:
         """Follow the fleet: a loop for each pod, none for those that left."""
-        specs = {member.spec.address: member.spec for member in self._fleet.members()}
-        for address, (spec, task, _) in list(self._loops.items()):
-            if specs.get(address) != spec:
+        specs = {member.spec.address: member.spec for member in self.fleet.members()}
+        for address, (watch, task) in list(self._watches.items()):
+            if specs.get(address) != watch.spec:
                 task.cancel()
-                del self._loops[address]
+                self._leaving.add(task)
+                task.add_done_callback(self._leaving.discard)
+                self.in_use(address, None)
+                del self._watches[address]
         for address, spec in specs.items():
-            if address not in self._loops:
-                poke = asyncio.Event()
-                task = asyncio.create_task(self._loop(spec, poke), name=f"poll {spec.name}")
-                self._loops[address] = (spec, task, poke)
+            if address not in self._watches:
+                watch = _Watch(self, spec)
+                self._watches[address] = watch, asyncio.create_task(watch.run(), name=f"poll {spec.name}")
 
     def probe(self, address: str) -> None:
         """Poll this pod now."""
-        found = self._loops.get(address)
+        found = self._watches.get(address)
         if found is not None:
-            found[2].set()
+            found[0].poke.set()
 
     async def close(self) -> None:
-        for _, task, _ in self._loops.values():
+        tasks = [task for _, task in self._watches.values()] + list(self._leaving)
+        for task in tasks:
             task.cancel()
-        for _, task, _ in self._loops.values():
+        for task in tasks:
             with contextlib.suppress(asyncio.CancelledError):
                 await task
-        self._loops.clear()
-        if self._session is not None:
-            await self._session.close()
+        self._watches.clear()
 
-    async def _loop(self, spec: PodSpec, poke: asyncio.Event) -> None:
-        loop = asyncio.get_running_loop()
-        while True:
-            began = loop.time()
-            try:
-                async with asyncio.timeout(self._timeout):
-                    models = await self._poll(spec)
-            except TimeoutError:
-                self._fleet.failed(spec.address, f"no answer within {self._timeout:g} s")
-            except PollFailed as error:
-                self._fleet.failed(spec.address, str(error))
-            except (aiohttp.ClientError, OSError) as error:
-                self._fleet.failed(spec.address, type(error).__name__)
-            else:
-                self._fleet.answered(spec.address, models)
-            # Early by up to a tenth, so that pods are not polled in step; never late.
-            pause = self._period * (1 - 0.1 * self._rng.random()) - (loop.time() - began)
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(max(0.0, pause)):
-                    await poke.wait()
-            poke.clear()
-            await asyncio.sleep(max(0.0, PAUSE - (loop.time() - began)))
+    def in_use(self, address: str, page: int | None) -> float:
+        """A pod is in use, and its page has so many bytes; None: it is not. Gives the seconds between two looks."""
+        cost = 0.0 if page is None else LOOK + LOOK_BYTE * page
+        self._cost += cost - self._costs.pop(address, 0.0)
+        if page is None:
+            self._cost = self._cost if self._costs else 0.0  # what rounding left
+            return IDLE
+        self._costs[address] = cost
+        return min(IDLE, max(FAST, self._cost / SHARE))
 
-    async def _poll(self, spec: PodSpec) -> list[str] | None:
-        assert self._session is not None
-        scheme = "https" if spec.tls is not None else "http"
-        headers = {}
-        if spec.host:
-            headers["host"] = spec.host
-        if spec.api_key is not None:
-            headers["authorization"] = f"Bearer {spec.api_key}"
-        async with self._session.get(
-            f"{scheme}://{spec.address}{spec.path_prefix}/v1/models",
-            headers=headers,
-            allow_redirects=False,
-            ssl=await self._context(spec.tls),
-            server_hostname=self._server_name(spec),
-        ) as response:
-            if response.status != 200:
-                if spec.models is not None and response.status in _NO_LIST:
-                    return None
-                raise PollFailed(f"/v1/models answered {response.status}")
-            page = await response.content.read(PAGE + 1)
-            while len(page) <= PAGE and (more := await response.content.read(PAGE + 1 - len(page))):
-                page += more
-            if len(page) > PAGE:
-                raise PollFailed(f"/v1/models is larger than {PAGE} bytes")
-        if spec.models is not None:
-            return None
-        try:
-            return [model.id for model in msgspec.json.decode(page, type=_Models).data]
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-            raise PollFailed("/v1/models is not a list of models") from None
-
-    @staticmethod
-    def _server_name(spec: PodSpec) -> str | None:
-        if spec.tls is None:
-            return None
-        return spec.tls.server_name or spec.host or None
-
-    async def _context(self, tls: TLS | None) -> ssl.SSLContext | bool:
-        if tls is None:
-            return True
+    async def context(self, tls: TLS) -> ssl.SSLContext:
+        """Raises OSError for files that cannot be read."""
         context = self._contexts.get(tls)
         if context is None:
             context = await asyncio.to_thread(_make_context, tls)
             self._contexts[tls] = context
         return context
+
+
+class _Watch:
+    """The loop of one pod."""
+
+    def __init__(self, poller: Poller, spec: PodSpec) -> None:
+        self.spec = spec
+        self.poke = asyncio.Event()
+        self._poller = poller
+        self._link: _Link | None = None
+        self._headers = {} if spec.api_key is None else {"authorization": f"Bearer {spec.api_key}"}
+        self._list = self._question("/v1/models")
+        self._pages = [(path, self._question(path)) for path in spec.metrics]
+        self._page = 0  # which of them is asked for
+        self._size = 0  # of the last page, in bytes
+        self._misses = 0  # how often there was no such page
+
+    def _question(self, path: str) -> bytes:
+        spec = self.spec
+        return http1.get(spec.path_prefix + path, spec.host or spec.address, self._headers)
+
+    async def run(self) -> None:
+        loop = asyncio.get_running_loop()
+        poller, poke = self._poller, self.poke
+        list_at = look_at = loop.time()  # when each is due
+        try:
+            while True:
+                began = loop.time()
+                looking = began >= look_at and self._can_look
+                # A list that would be due while the pod is looked at comes first.
+                if poke.is_set() or began >= list_at or (looking and list_at - began < SHORTEST):
+                    poke.clear()
+                    await self._poll()
+                    # Early by up to a tenth, so that pods are not polled in step; never late.
+                    list_at = began + poller.period * (1 - 0.1 * poller.rng.random())
+                    looking = looking or (loop.time() >= look_at and self._can_look)
+                if looking:
+                    asked = loop.time()
+                    pause = await self._look(max(SHORTEST, list_at - asked))
+                    # As above; and sooner where the pod is slow, so that its last answer is fresh until the next comes.
+                    slow = STALE - 1.1 * (loop.time() - asked)
+                    look_at = asked + min(pause, slow if pause <= IDLE else pause) * (1 - 0.1 * poller.rng.random())
+                due = min(list_at, look_at) if self._can_look else list_at
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(max(0.0, due - loop.time())):
+                        await poke.wait()
+                await asyncio.sleep(max(0.0, PAUSE - (loop.time() - began)))
+        finally:
+            if self._link is not None:
+                self._link.close()
+
+    # --- the list of models -----------------------------------------------------------------------------------------
+
+    async def _poll(self) -> None:
+        fleet, spec = self._poller.fleet, self.spec
+        try:
+            async with asyncio.timeout(self._poller.timeout):
+                models, adapters = self._listed(await self._ask(self._list))
+        except TimeoutError:
+            fleet.failed(spec.address, f"no answer within {self._poller.timeout:g} s")
+        except http1.TooLarge:
+            fleet.failed(spec.address, f"/v1/models is larger than {PAGE} bytes")
+        except (PollFailed, BadAnswer) as error:
+            fleet.failed(spec.address, str(error))
+        except OSError as error:
+            fleet.failed(spec.address, _reason(error))
+        else:
+            fleet.answered(spec.address, models, adapters)
+
+    def _listed(self, answer: Answer) -> tuple[list[str] | None, list[str]]:
+        """The models that are told, and which of them are adapters. Raises PollFailed."""
+        stated = self.spec.models is not None
+        if answer.status != 200:
+            if stated and answer.status in _NO_LIST:
+                return None, []
+            raise PollFailed(f"/v1/models answered {answer.status}")
+        try:
+            data = _models(answer.body).data
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            if stated:
+                return None, []
+            raise PollFailed("/v1/models is not a list of models") from None
+        adapters = [model.id for model in data if isinstance(model.parent, str)]
+        return None if stated else [model.id for model in data], adapters
+
+    # --- metrics ----------------------------------------------------------------------------------------------------
+
+    @property
+    def _can_look(self) -> bool:
+        """A pod that is not ready gets no requests: how busy it is does not matter, and asking may take long."""
+        member = self._poller.fleet.member(self.spec.address)
+        return bool(self._pages) and member is not None and member.ready
+
+    async def _look(self, patience: float) -> float:
+        """Look at the pod's metrics, within so many seconds; gives the seconds to the next look."""
+        poller, address = self._poller, self.spec.address
+        fleet = poller.fleet
+        member = fleet.member(address)
+        assert member is not None  # _can_look
+        load = member.load
+        given = load.given
+        used = bool(load.in_flight or given)
+        path, question = self._pages[self._page]
+        at = asyncio.get_running_loop().time()
+        why = ""
+        missing = False
+        try:
+            async with asyncio.timeout(min(patience, poller.timeout)):
+                answer = await self._ask(question)
+        except TimeoutError:
+            why = "no answer in time"
+        except http1.TooLarge:
+            why, missing = f"larger than {PAGE} bytes", True
+        except BadAnswer as error:
+            why, missing = str(error), True
+        except OSError as error:
+            why = _reason(error)
+        else:
+            metrics = prom.read(answer.body, at) if answer.status == 200 else None
+            if metrics is not None:
+                self._misses, self._size = 0, len(answer.body)
+                fleet.looked(address, metrics, given)
+                return poller.in_use(address, self._size if used else None)
+            missing = True
+            why = f"answered {answer.status}" if answer.status != 200 else "not a page of a known server"
+        fleet.overlooked(address, f"{path}: {why}")
+        if not missing:
+            return poller.in_use(address, self._size if used else None)
+        poller.in_use(address, None)
+        self._page = (self._page + 1) % len(self._pages)
+        if self._page:
+            return 0.0
+        self._misses += 1
+        return min(AGAIN, IDLE * 2.0 ** min(self._misses, 16))
+
+    # --- the connection ---------------------------------------------------------------------------------------------
+
+    async def _ask(self, question: bytes) -> Answer:
+        """Raises BadAnswer, and OSError where there is no connection to be had."""
+        if self._link is not None and self._link.open:
+            try:
+                return await self._link.ask(question)
+            except _Idled:
+                pass
+        self._link = await self._connect()
+        return await self._link.ask(question)
+
+    async def _connect(self) -> _Link:
+        spec = self.spec
+        host, port = split_address(spec.address)
+        loop = asyncio.get_running_loop()
+        if spec.tls is None:
+            return (await loop.create_connection(_Link, host, port))[1]
+        name = spec.tls.server_name or spec.host or host
+        context = await self._poller.context(spec.tls)
+        return (await loop.create_connection(_Link, host, port, ssl=context, server_hostname=name))[1]
+
+
+def _reason(error: OSError) -> str:
+    """For operators."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"Certificate: {error.verify_message}"
+    return type(error).__name__
 
 
 def _make_context(tls: TLS) -> ssl.SSLContext:

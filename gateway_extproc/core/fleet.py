@@ -20,7 +20,7 @@ from typing import Final
 
 import msgspec
 
-from .load import Load
+from .load import Load, Metrics
 
 #: The addresses of each model that an Envoy can route; None for a model: an older state of it, not known here.
 Acknowledged = Mapping[str, frozenset[str] | None]
@@ -28,6 +28,8 @@ Acknowledged = Mapping[str, frozenset[str] | None]
 MODELS_PER_POD: Final = 1024
 #: Longest model name in characters, as in core/parse.py.
 MODEL_NAME: Final = 256
+#: Where a pod's metrics may be, the likelier first. TensorRT-LLM has them at the second, and JSON at the first.
+METRICS: Final = ("/metrics", "/prometheus/metrics")
 
 
 class TLS(msgspec.Struct, frozen=True):
@@ -40,7 +42,8 @@ class TLS(msgspec.Struct, frozen=True):
 
 class PodSpec(msgspec.Struct, frozen=True, kw_only=True):
     """A pod as the operator described it. ``address`` is ``ip:port`` (``[v6]:port``); ``host`` the name it was
-    found under, for TLS and the Host header; ``models`` None means: ask the pod."""
+    found under, for TLS and the Host header; ``models`` None means: ask the pod. ``metrics`` are the paths, after the
+    prefix, at one of which they are; none: it is not asked for any."""
 
     address: str
     name: str
@@ -49,6 +52,7 @@ class PodSpec(msgspec.Struct, frozen=True, kw_only=True):
     api_key: str | None = None
     tls: TLS | None = None
     path_prefix: str = ""
+    metrics: tuple[str, ...] = METRICS
 
 
 class Pod(msgspec.Struct, frozen=True, eq=False):
@@ -72,7 +76,8 @@ class View(msgspec.Struct, frozen=True):
 
 
 class Member(msgspec.Struct):
-    """A configured pod's state. ``models`` is what it last named, ``polled`` whether a first poll has ended."""
+    """A configured pod's state. ``models`` is what it last named, ``polled`` whether a first poll has ended, ``blind``
+    why its metrics were not to be had when they were last asked for; empty if they were."""
 
     spec: PodSpec
     load: Load
@@ -81,6 +86,7 @@ class Member(msgspec.Struct):
     ready: bool = False
     polled: bool = False
     why: str = "not polled yet"
+    blind: str = ""
 
 
 class Fleet:
@@ -135,11 +141,13 @@ class Fleet:
 
     # --- polls -----------------------------------------------------------------------------------------------------
 
-    def answered(self, address: str, models: Iterable[str] | None) -> None:
-        """A poll succeeded. ``models`` is what the pod named; None where it does not tell (stated models hold)."""
+    def answered(self, address: str, models: Iterable[str] | None, adapters: Iterable[str] = ()) -> None:
+        """A poll succeeded. ``models`` is what the pod named; None where it does not tell (stated models hold).
+        ``adapters`` are those that it called LoRA adapters of another."""
         member = self._members.get(address)
         if member is None:
             return
+        member.load.adapters = frozenset(usable_names(adapters))
         named = member.spec.models
         if named is None:
             named = usable_names(models or ())
@@ -158,6 +166,19 @@ class Fleet:
         member.ready, member.polled, member.why = False, True, why
         if was != (False, True):
             self._changed()
+
+    def looked(self, address: str, metrics: Metrics, given: int) -> None:
+        """A pod's metrics were read; ``given`` is what its load said of itself when it was asked."""
+        member = self._members.get(address)
+        if member is not None:
+            member.blind = ""
+            member.load.looked(metrics, given)
+
+    def overlooked(self, address: str, why: str) -> None:
+        """A pod's metrics could not be read: what was known turns stale. ``why`` is for operators."""
+        member = self._members.get(address)
+        if member is not None:
+            member.blind = why
 
     @property
     def all_polled(self) -> bool:
