@@ -40,7 +40,7 @@ class Answer(NamedTuple):
     """``keep``: the connection is good for another question."""
 
     status: int
-    body: bytes
+    body: bytes | bytearray
     keep: bool
 
 
@@ -56,8 +56,9 @@ class Reader:
 
     def __init__(self, most: int) -> None:
         self._most = most
-        self._held = bytearray()  # what was not yet understood
-        self._body = bytearray()
+        self._held = b""
+        self._at = 0  # where in that what was not yet understood begins
+        self._body: bytes | bytearray = b""
         self._read: Callable[[], bool] = self._head
         self._status = 0
         self._left = 0  # bytes of the body, or of the chunk, that are to come
@@ -70,10 +71,11 @@ class Reader:
     def feed(self, data: bytes) -> Answer | None:
         """The answer, once it is whole. Raises BadAnswer."""
         self.began = True
-        self._held += data
+        left = self._held[self._at :]
+        self._held, self._at = left + data if left else data, 0
         while self._read():
             if self._read == self._over:
-                return self._answer(keep=self._keep and not self._held)
+                return self._answer(keep=self._keep and self._at == len(self._held))
         return None
 
     def ended(self) -> Answer:
@@ -86,16 +88,17 @@ class Reader:
     # ``_read``.
 
     def _head(self) -> bool:
-        held = self._held
-        end = held.find(b"\r\n\r\n")
-        if end < 0 or end > HEAD:
-            if len(held) > HEAD:
-                raise BadAnswer("its head is too large")
-            if not b"HTTP/1."[: len(held)] == held[:7]:
+        held, at = self._held, self._at
+        end = held.find(b"\r\n\r\n", at, at + HEAD)
+        if end < 0:
+            begun = held[at : at + 7]
+            if b"HTTP/1."[: len(begun)] != begun:
                 raise BadAnswer("not HTTP/1")
+            if len(held) - at >= HEAD:
+                raise BadAnswer("its head is too large")
             return False
-        status_line, *lines = bytes(held[:end]).split(b"\r\n")
-        del held[: end + 4]
+        status_line, *lines = held[at:end].split(b"\r\n")
+        self._at = end + 4
         status = _STATUS.fullmatch(status_line)
         if status is None:
             raise BadAnswer("not HTTP/1")
@@ -137,22 +140,23 @@ class Reader:
         else:
             self._read = self._until_end
 
-    def _take(self, most: int) -> None:
-        """Some of what is held is the body's."""
-        held = self._held
-        if len(self._body) + min(len(held), most) > self._most:
+    def _take(self, most: int) -> int:
+        """As much of what is held is the body's; gives how much that was."""
+        body = self._body
+        taken = self._held[self._at : self._at + most]
+        self._at += len(taken)
+        if len(body) + len(taken) > self._most:
             raise TooLarge
-        if len(held) <= most:
-            self._body += held
-            held.clear()
+        if not body:
+            self._body = taken  # which often is all of it, and needs no copy
+        elif isinstance(body, bytearray):
+            body += taken
         else:
-            self._body += held[:most]
-            del held[:most]
+            self._body = bytearray(body) + taken
+        return len(taken)
 
     def _sized(self) -> bool:
-        taken = min(self._left, len(self._held))
-        self._take(self._left)
-        self._left -= taken
+        self._left -= self._take(self._left)
         if self._left:
             return False
         self._read = self._over
@@ -170,20 +174,18 @@ class Reader:
         return True
 
     def _chunk(self) -> bool:
-        taken = min(self._left, len(self._held))
-        self._take(self._left)
-        self._left -= taken
+        self._left -= self._take(self._left)
         if self._left:
             return False
         self._read = self._chunk_end
         return True
 
     def _chunk_end(self) -> bool:
-        if len(self._held) < 2:
+        if len(self._held) - self._at < 2:
             return False
-        if self._held[:2] != b"\r\n":
+        if not self._held.startswith(b"\r\n", self._at):
             raise BadAnswer("its chunks are not chunks")
-        del self._held[:2]
+        self._at += 2
         self._read = self._chunk_size
         return True
 
@@ -206,18 +208,17 @@ class Reader:
         return True
 
     def _line(self) -> bytes | None:
-        held = self._held
-        end = held.find(b"\r\n", 0, CHUNK_LINE)
+        held, at = self._held, self._at
+        end = held.find(b"\r\n", at, at + CHUNK_LINE)
         if end < 0:
-            if len(held) >= CHUNK_LINE:
+            if len(held) - at >= CHUNK_LINE:
                 raise BadAnswer("its chunks are not chunks")
             return None
-        line = bytes(held[:end])
-        del held[: end + 2]
-        return line
+        self._at = end + 2
+        return held[at:end]
 
     def _answer(self, *, keep: bool) -> Answer:
-        body = bytes(self._body)
+        body = self._body
         return Answer(self._status, _unpacked(body, self._most) if self._gzip and body else body, keep)
 
 
@@ -236,7 +237,7 @@ def _listed(values: list[bytes]) -> list[bytes]:
     return [part for value in values for each in value.split(b",") if (part := each.strip(b" \t").lower())]
 
 
-def _unpacked(packed: bytes, most: int) -> bytes:
+def _unpacked(packed: bytes | bytearray, most: int) -> bytes:
     """Raises BadAnswer for what is not one gzip member, whole, of at most ``most`` bytes."""
     work = zlib.decompressobj(_GZIP)
     try:

@@ -160,6 +160,7 @@ def _tgi(page: Families) -> dict[str, object]:
     return {
         "running": _requests(page, b"batch_current_size"),
         "waiting": _requests(page, b"queue_size"),
+        "kv_use": None,
         "prompt_tokens": _count(page, b"request_input_length_sum"),
         "output_tokens": _count(page, b"request_generated_tokens_sum"),
     }
@@ -223,7 +224,7 @@ _ANY: Final = re.compile(rb"\n(%b)[a-z]" % b"|".join(re.escape(server.prefix) fo
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
-def read(page: bytes, at: float) -> Metrics | None:
+def read(page: bytes | bytearray, at: float) -> Metrics | None:
     """What a page says; ``at`` is when the pod was asked, in monotonic seconds. None for a page of no known server, and
     for one that tells nothing of its load."""
     page = b"\n" + page

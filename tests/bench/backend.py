@@ -1,7 +1,7 @@
 """A model server that costs almost nothing: fixed answers, so that a benchmark measures what stands before it.
 
 ``python -m tests.bench.backend PORT``. A path's query says what it answers: ``chunks=N`` an event stream of N chunks,
-``gap=S`` with S seconds between them, else a chat completion of 16 tokens.
+``gap=S`` with S seconds between them, else a chat completion of 16 tokens. ``/metrics`` is a page as large as vLLM's.
 """
 
 from __future__ import annotations
@@ -33,6 +33,27 @@ CHAT = _answer(
         }
     ).encode()
 )  # fmt: skip
+
+
+def _page() -> bytes:
+    """What vLLM tells of one engine: a dozen numbers that are wanted, and some thirty histograms that are not."""
+    labels = f'engine="0",model_name="{MODEL}"'
+    lines = []
+    for number in range(30):
+        name = f"vllm:request_{number}_seconds"
+        lines += [f"# HELP {name} Histogram of request time {number} in seconds.", f"# TYPE {name} histogram"]
+        lines += [f'{name}_bucket{{engine="0",le="{0.3 * n:.1f}",model_name="{MODEL}"}} {n}.0' for n in range(22)]
+        lines += [f"{name}_count{{{labels}}} 22.0", f"{name}_sum{{{labels}}} 70.5"]
+    for name in (
+        "num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "prompt_tokens_total",
+        "generation_tokens_total", "prefix_cache_queries_total", "prefix_cache_hits_total",
+    ):  # fmt: skip
+        lines += [f"# HELP vllm:{name} Number.", f"# TYPE vllm:{name} gauge", f"vllm:{name}{{{labels}}} 1.0"]
+    lines.append(f'vllm:cache_config_info{{block_size="16",engine="0",num_gpu_blocks="27000"}} 1.0')
+    return ("\n".join(lines) + "\n").encode()
+
+
+METRICS = _answer(_page(), b"text/plain; version=0.0.4")
 STREAM_HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
 
 
@@ -96,6 +117,9 @@ class Backend(asyncio.Protocol):
         path, _, query = self._path.partition(b"?")
         if path == b"/v1/models":
             self._transport.write(MODELS)
+            return
+        if path == b"/metrics":
+            self._transport.write(METRICS)
             return
         asked = parse_qs(query.decode())
         if "chunks" in asked:
