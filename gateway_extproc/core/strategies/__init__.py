@@ -10,7 +10,7 @@ from random import Random
 from typing import Final
 
 from ..fleet import Pod
-from . import mix
+from . import adapters, mix
 from .adaptive import Adaptive
 from .chance import Chance
 from .least_busy_time import LeastBusyTime
@@ -52,7 +52,7 @@ def needs(text: str) -> Need:
 
 
 class Mixed:
-    """One strategy, or several that share the decision."""
+    """One strategy, or several that share the decision; pods that have a request's LoRA adapter loaded come first."""
 
     __slots__ = ("_parts", "label", "needs")
 
@@ -65,6 +65,10 @@ class Mixed:
         self.label = label
 
     def scores(self, pods: Sequence[Pod], asked: Asked, now: float, rng: Random) -> list[float]:
+        found = self._scores(pods, asked, now, rng)
+        return adapters.favoured(found, pods, asked, now) if adapters.concerns(pods, asked) else found
+
+    def _scores(self, pods: Sequence[Pod], asked: Asked, now: float, rng: Random) -> list[float]:
         (strategy, share), *more = self._parts
         if not more:
             return strategy.scores(pods, asked, now, rng)
@@ -77,6 +81,8 @@ class Mixed:
     def routed(self, asked: Asked, pod: Pod) -> None:
         for strategy, _ in self._parts:
             strategy.routed(asked, pod)
+        if asked.model in pod.load.adapters:
+            adapters.sent(pod.load, asked.model)
 
 
 class Strategies:
