@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gzip
 import json
 import shutil
@@ -16,8 +17,9 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from gateway_extproc.adapters.scrape import PAGE, PAUSE, READY_FOR, Poller
+from gateway_extproc.adapters.scrape import FAST, IDLE, LOOK, LOOK_BYTE, PAGE, PAUSE, READY_FOR, SHARE, Poller
 from gateway_extproc.core.fleet import TLS, Fleet, Member, PodSpec
+from gateway_extproc.core.load import Metrics
 from gateway_extproc.simulator import RunningPod, Settings, start_pod
 from tests.certificates import Authority
 from tests.simulator.client import MODEL, Client, serving, until
@@ -431,6 +433,301 @@ async def test_an_authority_that_cannot_be_read_is_a_pod_that_is_away_until_it_c
         await polled.until_away(client.pod.address, "SSLError")
         shutil.copy(authority.file, file)
         await polled.until_ready(client.pod.address, MODEL)
+
+
+Speak = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+
+
+@asynccontextmanager
+async def speaking(speak: Speak) -> AsyncIterator[str]:
+    """The address of a server that does so with each connection, and closes it then."""
+    tasks: set[asyncio.Task[None]] = set()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        tasks.add(task)
+        try:
+            with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+                await speak(reader, writer)
+        finally:
+            writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    host, port = server.sockets[0].getsockname()
+    try:
+        yield f"{host}:{port}"
+    finally:
+        server.close()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def answer_of(page: bytes) -> bytes:
+    return b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n%b" % (len(page), page)
+
+
+# --- metrics ---------------------------------------------------------------------------------------------------------
+
+PAGES = "/metrics"
+RUNNING = b'vllm:num_requests_running{engine="0"} %d\n'
+
+
+def looks(pod: RunningPod) -> list[dict[str, str]]:
+    """The headers of each look at a pod's metrics."""
+    seen = pod.pod.control.seen(probes=True)["requests"]
+    return [{name.lower(): value for name, value in one["headers"]} for one in seen if PAGES in one["path"]]
+
+
+def known(polled: Polled, address: str) -> Metrics | None:
+    return polled.member(address).load.metrics
+
+
+async def until_blind(polled: Polled, address: str, why: str) -> None:
+    """Wait until a pod's metrics are not to be had for this reason; it is ready all the same."""
+    await until(lambda: why in polled.member(address).blind)
+    assert polled.member(address).ready
+    assert known(polled, address) is None
+
+
+async def test_a_pods_metrics_are_known() -> None:
+    async with serving(slots=1) as client, polling(spec(client.pod.address)) as polled:
+        await until(lambda: known(polled, client.pod.address) is not None)
+        told = known(polled, client.pod.address)
+        assert told is not None
+        assert (told.running, told.waiting, told.kv_use) == (0, 0, 0.0)
+        assert told.kv_tokens
+        assert told.max_adapters
+        await client.chat()
+        await until(lambda: bool((now := known(polled, client.pod.address)) and now.output_tokens))
+        assert polled.member(client.pod.address).blind == ""
+
+
+async def test_models_that_have_a_parent_are_adapters() -> None:
+    async with serving() as client, polling(spec(client.pod.address)) as polled:
+        await polled.until_ready(client.pod.address, MODEL)
+        assert polled.member(client.pod.address).load.adapters == frozenset()
+        await client.post("/v1/load_lora_adapter", {"lora_name": "tuned", "lora_path": "/x"})
+        await polled.until_ready(client.pod.address, MODEL, "tuned")
+        assert polled.member(client.pod.address).load.adapters == {"tuned"}
+
+
+async def test_stated_models_may_be_adapters_too() -> None:
+    async with serving() as client:
+        await client.post("/v1/load_lora_adapter", {"lora_name": "tuned", "lora_path": "/x"})
+        async with polling(spec(client.pod.address, "tuned")) as polled:
+            await polled.until_ready(client.pod.address, "tuned")
+            assert polled.member(client.pod.address).load.adapters == {"tuned"}
+
+
+class Server:
+    """A pod of the test's own. ``page`` is what it answers to each path with, a status or a body; ``at_once`` the most
+    questions at one time."""
+
+    def __init__(self) -> None:
+        self.pages: dict[str, int | bytes] = {LIST: listed("a")}
+        self.asked: list[str] = []
+        self.hosts: set[str] = set()
+        self.ports: set[int] = set()
+        self.headers: dict[str, str] = {}
+        self.at_once = self.most = 0
+
+    async def serve(self, request: web.Request) -> web.StreamResponse:
+        assert request.transport is not None
+        self.ports.add(request.transport.get_extra_info("peername")[1])
+        self.asked.append(request.path)
+        self.at_once += 1
+        self.most = max(self.most, self.at_once)
+        try:
+            await asyncio.sleep(0.002)
+            return await self.answer(request, self.pages.get(request.path, 404))
+        finally:
+            self.at_once -= 1
+
+    async def answer(self, request: web.Request, page: int | bytes) -> web.StreamResponse:
+        if isinstance(page, int):
+            return web.Response(status=page)
+        return web.Response(body=page, headers=self.headers)
+
+
+async def test_a_pod_is_asked_one_thing_at_a_time_over_one_connection() -> None:
+    server = Server()
+    server.pages[PAGES] = RUNNING % 3
+    async with answering(server.serve) as address, polling(spec(address)) as polled:
+        polled.member(address).load.in_flight = 1
+        while server.asked.count(PAGES) < 5 or server.asked.count(LIST) < 5:
+            polled.poller.probe(address)
+            polled.poller.sync()
+            await asyncio.sleep(0.001)
+    assert server.most == 1
+    assert len(server.ports) == 1
+
+
+async def test_tensorrt_llms_page_is_found_where_it_has_it() -> None:
+    server = Server()
+    server.pages |= {PAGES: b"[]", "/prometheus/metrics": b"trtllm_num_requests_running 4\n"}
+    async with answering(server.serve) as address, polling(spec(address)) as polled:
+        await until(lambda: known(polled, address) is not None)
+        polled.member(address).load.in_flight = 1
+        await until(lambda: server.asked.count("/prometheus/metrics") >= 3)
+        assert server.asked.count(PAGES) == 1
+
+
+async def test_metrics_are_asked_where_the_configuration_says_and_nowhere_else() -> None:
+    server = Server()
+    server.pages["/x/load"] = RUNNING % 3
+    server.pages["/x" + LIST] = listed("a")
+    async with (
+        answering(server.serve) as address,
+        polling(spec(address, path_prefix="/x", metrics=("/load",))) as polled,
+    ):
+        await until(lambda: known(polled, address) is not None)
+    server.asked.clear()
+    async with answering(server.serve) as address, polling(spec(address, metrics=())) as polled:
+        await until(lambda: len(server.asked) >= 5)
+        assert polled.member(address).ready
+    assert set(server.asked) == {LIST}
+
+
+async def test_a_look_at_metrics_shows_the_pods_key_and_asks_under_its_name() -> None:
+    async with (
+        serving(api_key="secret") as client,
+        polling(spec(client.pod.address, api_key="secret", host="vllm.internal")) as polled,
+    ):
+        await until(lambda: known(polled, client.pod.address) is not None)
+        (first, *_) = looks(client.pod)
+        assert (first["authorization"], first["host"]) == ("Bearer secret", "vllm.internal")
+
+
+@pytest.mark.parametrize(
+    ("page", "why"),
+    [
+        (404, "answered 404"),
+        (500, "answered 500"),
+        (301, "answered 301"),
+        (b"<html>vllm:num_requests_running 3</html>", "not a page of a known server"),
+        (b"", "not a page of a known server"),
+        (b"vllm:num_requests_running NaN\n", "not a page of a known server"),
+        (b"#" * (PAGE + 1), "larger than"),
+        (b"#" * (10 << 20), "larger than"),
+    ],
+    ids=lambda page: f"{page[:20]!r}" if isinstance(page, bytes) else str(page),
+)
+async def test_a_pod_without_a_page_of_metrics_is_ready_all_the_same(page: int | bytes, why: str) -> None:
+    server = Server()
+    server.pages[PAGES] = page
+    async with answering(server.serve) as address, polling(spec(address, metrics=(PAGES,))) as polled:
+        await until_blind(polled, address, why)
+        server.pages[LIST] = listed("a", "b")
+        await polled.until_ready(address, "a", "b")
+
+
+async def test_a_page_that_swells_when_it_is_unpacked_is_not_read() -> None:
+    server = Server()
+    bomb = gzip.compress(b"#" * (10 << 20))
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        if request.path == PAGES:
+            return web.Response(body=bomb, headers={"content-encoding": "gzip"})
+        return await server.serve(request)
+
+    async with answering(answer) as address, polling(spec(address, metrics=(PAGES,))) as polled:
+        await until_blind(polled, address, "larger than")
+
+
+async def test_a_pod_whose_metrics_hang_is_polled_all_the_same() -> None:
+    async with serving() as client, polling(spec(client.pod.address), period=0.3, patience=1.0) as polled:
+        address = client.pod.address
+        await client.post("/sim/fault", {"fault": "hang", "path": PAGES})
+        await until_blind(polled, address, "no answer in time")
+        await client.post("/v1/load_lora_adapter", {"lora_name": "tuned", "lora_path": "/x"})
+        await polled.until_ready(address, MODEL, "tuned")
+        await mend_list(client)
+        await until(lambda: known(polled, address) is not None)
+
+
+async def test_a_pod_that_is_not_ready_is_not_asked_for_its_metrics() -> None:
+    server = Server()
+    server.pages |= {LIST: 503, PAGES: RUNNING % 3}
+    async with answering(server.serve) as address, polling(spec(address)) as polled:
+        await until(lambda: server.asked.count(LIST) >= 3)
+        assert PAGES not in server.asked
+        server.pages[LIST] = listed("a")
+        await until(lambda: known(polled, address) is not None)
+
+
+async def test_a_pod_in_use_is_looked_at_more_often_than_one_that_is_not() -> None:
+    busy, idle = Server(), Server()
+    busy.pages[PAGES] = idle.pages[PAGES] = RUNNING % 3
+    async with (
+        answering(busy.serve) as first,
+        answering(idle.serve) as second,
+        polling(spec(first), spec(second)) as polled,
+    ):
+        polled.member(first).load.in_flight = 1
+        await until(lambda: busy.asked.count(PAGES) >= 12 and PAGES in idle.asked)
+        assert idle.asked.count(PAGES) <= 4
+
+
+async def test_a_pod_without_metrics_is_asked_for_them_less_and_less() -> None:
+    server = Server()
+    async with answering(server.serve) as address, polling(spec(address)) as polled:
+        polled.member(address).load.in_flight = 1
+        await until(lambda: server.asked.count(LIST) >= 30)
+        assert server.asked.count(PAGES) == server.asked.count("/prometheus/metrics") == 1
+
+
+def test_many_pods_in_use_share_what_looks_may_take_of_a_core() -> None:
+    poller = Poller(Fleet(), 1.0, 1.0, Random(1))
+    assert poller.in_use("1", 10_000) == FAST
+    for number in range(1000):
+        period = poller.in_use(str(number), 10_000)
+    assert FAST < period < IDLE
+    assert 1000 / period * (LOOK + 10_000 * LOOK_BYTE) == pytest.approx(SHARE)
+    for number in range(1000):
+        assert poller.in_use(str(number), 1_000_000) <= IDLE
+    assert poller.in_use("1", 1_000_000) == IDLE
+    for number in range(1000):
+        assert poller.in_use(str(number), None) == IDLE
+    assert poller.in_use("1", 10_000) == FAST
+
+
+async def test_a_connection_that_the_pod_closed_in_between_is_made_anew() -> None:
+    connections = 0
+
+    async def speak(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Answers one question of each connection, says that it may be used again, and closes it at the next."""
+        nonlocal connections
+        connections += 1
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(answer_of(listed("a")))
+        await reader.readuntil(b"\r\n\r\n")
+
+    async with speaking(speak) as address, polling(spec(address, metrics=())) as polled:
+        await polled.until_ready(address, "a")
+        version = polled.fleet.version
+        await until(lambda: connections >= 5)
+        assert polled.fleet.version == version  # it was ready all the time
+
+
+async def test_a_pod_that_speaks_without_being_asked_is_heard_no_further() -> None:
+    closed = asyncio.Event()
+
+    async def speak(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        try:
+            while not writer.is_closing():
+                writer.write(answer_of(listed("a")))
+                await writer.drain()
+                await asyncio.sleep(0.001)
+        finally:
+            closed.set()
+
+    async with speaking(speak) as address, polling(spec(address, metrics=()), period=60.0) as polled:
+        await polled.until_ready(address, "a")
+        await until(closed.is_set)
+        assert polled.member(address).ready
 
 
 # --- membership and the end ------------------------------------------------------------------------------------------

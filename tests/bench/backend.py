@@ -49,7 +49,7 @@ def _page() -> bytes:
         "generation_tokens_total", "prefix_cache_queries_total", "prefix_cache_hits_total",
     ):  # fmt: skip
         lines += [f"# HELP vllm:{name} Number.", f"# TYPE vllm:{name} gauge", f"vllm:{name}{{{labels}}} 1.0"]
-    lines.append(f'vllm:cache_config_info{{block_size="16",engine="0",num_gpu_blocks="27000"}} 1.0')
+    lines.append('vllm:cache_config_info{block_size="16",engine="0",num_gpu_blocks="27000"} 1.0')
     return ("\n".join(lines) + "\n").encode()
 
 

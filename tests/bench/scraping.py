@@ -25,6 +25,8 @@ from tests.system import Process
 
 #: Seconds that are measured: several looks at each pod, however rare.
 SECONDS = 6.0
+#: Seconds before, until all pods have told what their pages cost, and are out of step.
+WARM = 4.0
 #: Pods, and whether they are in use.
 CASES = ((100, False), (100, True), (500, False), (500, True))
 
@@ -59,9 +61,7 @@ async def measure(port: int, pods: int, used: bool, seconds: float) -> Found:
     for load in loads:
         load.in_flight = int(used)
     poller.sync()
-    while not all(load.metrics for load in loads):
-        await asyncio.sleep(0.05)
-    await asyncio.sleep(2.0)  # until all know what the others cost, and are out of step
+    await asyncio.sleep(WARM)
     looks, spent, began, stale = fleet.looks, time.process_time(), time.monotonic(), 0
     while time.monotonic() - began < seconds:
         await asyncio.sleep(0.25)
@@ -83,7 +83,8 @@ def main(seconds: float = SECONDS) -> None:
                 found = uvloop.run(measure(port, pods, used, seconds))
                 print(
                     f"{pods} pods {'in use' if used else 'idle'}, pages of {len(METRICS) // 1000} KB: "
-                    f"{found.share:.1%} of a core, {found.looks:.2f} looks a second at each, at most {found.stale} stale",
+                    f"{found.share:.1%} of a core, {found.looks:.2f} looks a second at each, at most {found.stale} "
+                    "stale",
                     flush=True,
                 )
         finally:

@@ -292,7 +292,8 @@ def test_more_tokens_than_can_be_are_not_known() -> None:
     [
         b"", b"\n", b"\0" * 100, b"<!DOCTYPE html><html><body>vllm:num_requests_running 3</body></html>",
         b"# HELP vllm:num_requests_running 3\n", b'[{"numActiveRequests": 3}]', b"process_cpu_seconds_total 3\n",
-        b"vllm:other 3\n", b"vllm:num_requests_running3\n", b" vllm:num_requests_running 3\n", b"vllm:prompt_tokens_total 3\n", b"vllm:", b"\xff" * 99,
+        b"vllm:other 3\n", b"vllm:num_requests_running3\n", b" vllm:num_requests_running 3\n",
+        b"vllm:prompt_tokens_total 3\n", b"vllm:", b"\xff" * 99,
     ],
 )  # fmt: skip
 def test_a_page_of_no_known_server_or_without_its_load_tells_nothing(page: bytes) -> None:
