@@ -45,7 +45,7 @@ from .core.account import Ledger
 from .core.address import is_ip, join_address, split_address
 from .core.directory import Directory
 from .core.events import Outcome
-from .core.fleet import TLS, Fleet, PodSpec
+from .core.fleet import METRICS, TLS, Fleet, PodSpec
 from .core.price import Price, Prices, nano
 from .core.records import Records
 from .core.session import ModelPolicy, Policy, World
@@ -158,6 +158,7 @@ def spec_of(pod: PodConfig, address: str, host: str, name: str) -> PodSpec:
         api_key=pod.api_key or None,
         tls=tls,
         path_prefix=pod.path_prefix,
+        metrics={"true": METRICS, "false": ()}.get(pod.metrics, (pod.metrics,)),
     )
 
 
@@ -560,6 +561,7 @@ class Gateway:
             settlements_dropped=lambda: self._shared.dropped if self._shared is not None else 0,
             xds_refused=lambda: self.xds.refused,
             envoys=lambda: len(self.xds.envoys),
+            clock=time.monotonic,
         )
 
 

@@ -31,7 +31,7 @@ from aiohttp import web
 from .. import __version__
 from ..admin_api import Answer, Operation, document, each
 from ..core.address import split_address
-from ..core.fleet import Fleet
+from ..core.fleet import Fleet, Member
 from ..core.refusal import Refusal, Refused, internal_error, invalid_api_key, quoted, request_too_large, unknown_url
 from ..core.session import Policy
 
@@ -114,9 +114,29 @@ class Readiness(TypedDict):
     parts: dict[str, Any]
 
 
+class MetricsShown(TypedDict):
+    """What a pod told of itself; null, or left out, where it told nothing. ``age`` is in seconds; ``stale`` says that
+    strategies do without it, ``why`` what keeps it from being renewed. ``kv_cache_use`` and ``cache_hit_rate`` are
+    shares, tokens' rates are a second's."""
+
+    stale: bool
+    why: str
+    age: NotRequired[float]
+    running: NotRequired[int | None]
+    waiting: NotRequired[int | None]
+    kv_cache_use: NotRequired[float | None]
+    kv_cache_tokens: NotRequired[int | None]
+    slots: NotRequired[int | None]
+    adapters: NotRequired[list[str] | None]
+    max_adapters: NotRequired[int | None]
+    prompt_tokens_rate: NotRequired[float | None]
+    output_tokens_rate: NotRequired[float | None]
+    cache_hit_rate: NotRequired[float | None]
+
+
 class PodShown(TypedDict):
     """A configured pod. ``why`` says what keeps it from being ready; ``recent_tokens`` is what `throughput`
-    compares; ``host`` stands where its name is not its address."""
+    compares; ``metrics`` what the pod last told of itself; ``host`` stands where its name is not its address."""
 
     name: str
     address: str
@@ -127,6 +147,7 @@ class PodShown(TypedDict):
     recent_tokens: int
     tls: bool
     path_prefix: str
+    metrics: MetricsShown
     host: NotRequired[str]
 
 
@@ -166,10 +187,31 @@ def pods_shown(fleet: Fleet, now: float) -> list[PodShown]:
             "recent_tokens": round(member.load.tokens.read(now)),
             "tls": spec.tls is not None,
             "path_prefix": spec.path_prefix,
+            "metrics": metrics_shown(member, now),
         }
         if spec.host:
             pod["host"] = spec.host
         found.append(pod)
+    return found
+
+
+def metrics_shown(member: Member, now: float) -> MetricsShown:
+    """What a pod told of itself."""
+    load = member.load
+    told, rates = load.metrics, load.rates
+    found: MetricsShown = {"stale": load.fresh(now) is None, "why": member.blind}
+    if told is not None:
+        found["age"] = round(now - told.at, 3)
+        found["running"] = told.running
+        found["waiting"] = told.waiting
+        found["kv_cache_use"] = told.kv_use
+        found["kv_cache_tokens"] = told.kv_tokens
+        found["slots"] = told.slots
+        found["adapters"] = None if told.adapters is None else sorted(told.adapters)
+        found["max_adapters"] = told.max_adapters
+        found["prompt_tokens_rate"] = rates.prompt
+        found["output_tokens_rate"] = rates.output
+        found["cache_hit_rate"] = rates.hits
     return found
 
 

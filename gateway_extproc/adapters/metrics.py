@@ -54,7 +54,8 @@ _Key = tuple[str, str, int, str]
 class Sources:
     """Values that live elsewhere, read when the page is rendered. ``streams``: requests in progress;
     ``strategies_degraded``: how often each strategy had no fresh metrics of pods to decide by;
-    ``settlements_dropped`` and ``xds_refused``: how many since the start; ``envoys``: how many are connected."""
+    ``settlements_dropped`` and ``xds_refused``: how many since the start; ``envoys``: how many are connected;
+    ``clock``: the seconds that loads are kept by."""
 
     fleet: Callable[[], Fleet]
     streams: Callable[[], int]
@@ -65,6 +66,7 @@ class Sources:
     settlements_dropped: Callable[[], int]
     xds_refused: Callable[[], int]
     envoys: Callable[[], int]
+    clock: Callable[[], float]
 
 
 class Histogram:
@@ -247,6 +249,8 @@ class Metrics:
         ready = 0
         in_flight_by: dict[str, int] = {}
         ready_by: dict[str, bool] = {}
+        stale_by: dict[str, bool] = {}
+        now = self._sources.clock()
         members = self._sources.fleet().members()
         for member in members:
             ready += member.ready
@@ -254,6 +258,9 @@ class Metrics:
             if name in in_flight_by or len(in_flight_by) < PODS:
                 in_flight_by[name] = in_flight_by.get(name, 0) + member.load.in_flight
                 ready_by[name] = ready_by.get(name, True) and member.ready
+                if member.spec.metrics:
+                    stale = member.load.fresh(now) is None
+                    stale_by[name] = stale_by.get(name, False) or stale
         pods = GaugeMetricFamily("gateway_pods", "Configured pods, by state.", labels=("state",))
         pods.add_metric(["ready"], ready)
         pods.add_metric(["not_ready"], len(members) - ready)
@@ -268,6 +275,12 @@ class Metrics:
         for name, count in in_flight_by.items():
             pod_in_flight.add_metric([name], count)
         yield pod_in_flight
+        pod_stale = GaugeMetricFamily(
+            "gateway_pod_metrics_stale", "Whether the pod has told nothing of its load lately.", labels=("pod",)
+        )
+        for name, is_stale in stale_by.items():
+            pod_stale.add_metric([name], is_stale)
+        yield pod_stale
 
     def _read(self) -> Iterator[Metric]:
         sources = self._sources

@@ -20,6 +20,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ssl
+import time
 from collections.abc import Iterator
 from random import Random
 from typing import Final, cast
@@ -314,7 +315,7 @@ class _Watch:
         given = load.given
         used = bool(load.in_flight or given)
         path, question = self._pages[self._page]
-        at = asyncio.get_running_loop().time()
+        at = time.monotonic()
         why = ""
         missing = False
         try:

@@ -230,6 +230,25 @@ def _show_period(period: str) -> str:
     return period if period in _CALENDAR else show_duration(int(period.removesuffix("s")))
 
 
+def _switch_or(form: Form) -> Form:
+    """The same, or ``true`` or ``false``, which are kept as these words."""
+
+    def read(value: object) -> str:
+        if isinstance(value, bool):
+            return str(value).lower()
+        try:
+            return str(form.read(value))
+        except ValueError as error:
+            raise ValueError(f"{error}; or true or false") from None
+
+    return Form(
+        f"`true`, `false` or {form.kind}",
+        read,
+        lambda value: {"true": True, "false": False}.get(value, value),
+        plain=True,
+    )
+
+
 def matching(pattern: str, expected: str) -> Callable[[object], str]:
     """What reads text that a pattern matches whole, for a form; ``expected`` says what that is."""
     compiled = re.compile(pattern)
@@ -295,6 +314,7 @@ PREFIX: Final = Form(
     "path",
     matching(r"(?:/[A-Za-z0-9._~!$&'()*+,;=:@%-]+)+", "expected a path that begins, but does not end, with '/'"),
 )
+METRICS: Final = _switch_or(PREFIX)
 ORIGIN: Final = Form(
     "origin",
     matching(r"\*|[a-z][a-z0-9+.-]*://[^/?#\s]+", "expected '*' or an origin such as https://example.com"),

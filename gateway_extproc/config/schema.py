@@ -21,6 +21,7 @@ from .forms import (
     HEADER,
     HOST,
     LISTENER,
+    METRICS,
     MODEL,
     NAME,
     ORIGIN,
@@ -273,6 +274,14 @@ class PodConfig(Part, frozen=True, kw_only=True):
     api_key_file: Annotated[str, about("A file that holds the key, instead of `api_key`.", SECRET_FILE)] = ""
     tls: Annotated[PodTls | None, about("Whether, and how, to speak TLS to it.", switch=True)] = None
     path_prefix: Annotated[str, about("What its paths begin with: `/x` for `/x/v1/models`.", or_empty(PREFIX))] = ""
+    metrics: Annotated[
+        str,
+        about(
+            "Where it tells how busy it is, after `path_prefix`. `true`: at `/metrics`, or, as TensorRT-LLM, at "
+            "`/prometheus/metrics`. `false`: it is not asked.",
+            METRICS,
+        ),
+    ] = "true"
 
 
 class ModelConfig(Part, frozen=True, kw_only=True):

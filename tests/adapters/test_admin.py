@@ -30,6 +30,7 @@ from gateway_extproc.adapters.usage import MemoryUsage
 from gateway_extproc.admin_api import Operation
 from gateway_extproc.administration import Administration
 from gateway_extproc.core.fleet import TLS, Fleet, PodSpec
+from gateway_extproc.core.load import Metrics
 from gateway_extproc.core.records import Kind
 from gateway_extproc.core.session import ModelPolicy, Policy
 from gateway_extproc.core.tally import Tally
@@ -215,15 +216,24 @@ def test_a_pod_is_shown_with_its_state_and_load_and_without_its_key() -> None:
     assert member is not None
     member.load.in_flight = 2
     member.load.tokens.add(100, 0.0)
+    told = Metrics(3, 1, 0.25, 7.5, kv_tokens=1000, slots=8, adapters=frozenset({"y", "x"}), max_adapters=2)
+    fleet.looked("10.0.0.1:1", told, 0)
+    fleet.overlooked("10.0.0.2:1", "/metrics: answered 404")
     shown = pods_shown(fleet, 10.0)
     assert shown == [
         {
             "name": "a", "address": "10.0.0.1:1", "ready": True, "why": "", "models": ["m"], "in_flight": 2,
             "recent_tokens": 50, "tls": False, "path_prefix": "",
+            "metrics": {
+                "stale": True, "why": "", "age": 2.5, "running": 3, "waiting": 1, "kv_cache_use": 0.25,
+                "kv_cache_tokens": 1000, "slots": 8, "adapters": ["x", "y"], "max_adapters": 2,
+                "prompt_tokens_rate": None, "output_tokens_rate": None, "cache_hit_rate": None,
+            },
         },
         {
             "name": "b", "address": "10.0.0.2:1", "ready": False, "why": "not polled yet", "models": ["m", "n"],
             "in_flight": 0, "recent_tokens": 0, "tls": True, "path_prefix": "/p", "host": "pods.test",
+            "metrics": {"stale": True, "why": "/metrics: answered 404"},
         },
     ]  # fmt: skip
 

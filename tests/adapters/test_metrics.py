@@ -14,6 +14,11 @@ from gateway_extproc.adapters import metrics as under_test
 from gateway_extproc.adapters.metrics import BUCKETS, OTHER_SERIES, SERIES, STORE_MODES, TOKEN_MODELS, Metrics, Sources
 from gateway_extproc.core.events import Doubt, Outcome
 from gateway_extproc.core.fleet import Fleet, PodSpec
+from gateway_extproc.core.load import STALE
+from gateway_extproc.core.load import Metrics as Told
+
+#: The seconds that loads are kept by.
+NOW = 100.0
 
 
 class World:
@@ -40,6 +45,7 @@ class World:
                 settlements_dropped=lambda: self.dropped,
                 xds_refused=lambda: self.refused,
                 envoys=lambda: self.envoys,
+                clock=lambda: NOW,
             )
         )
 
@@ -207,6 +213,22 @@ def test_pods_that_share_a_name_share_a_series_that_is_ready_only_if_all_are(wor
         member.load.in_flight = 2
     assert labelled(world.metrics, "gateway_pod_ready", "pod") == {"a": 0}
     assert labelled(world.metrics, "gateway_pod_requests_in_flight", "pod") == {"a": 4}
+
+
+def test_pods_that_told_nothing_lately_are_told_and_those_that_are_not_asked_are_left_out(world: World) -> None:
+    world.fleet.configure(
+        "file",
+        [
+            PodSpec(address="10.0.0.0:1", name="a"),
+            PodSpec(address="10.0.0.1:1", name="b"),
+            PodSpec(address="10.0.0.2:1", name="c", metrics=()),
+        ],
+    )
+    world.fleet.looked("10.0.0.0:1", Told(1, 0, 0.5, NOW - STALE), 0)
+    world.fleet.looked("10.0.0.1:1", Told(1, 0, 0.5, NOW - STALE - 1), 0)
+    assert labelled(world.metrics, "gateway_pod_metrics_stale", "pod") == {"a": 0, "b": 1}
+    world.pods("a", "a")
+    assert labelled(world.metrics, "gateway_pod_metrics_stale", "pod") == {"a": 1}
 
 
 def test_past_the_bound_pods_are_counted_without_series_of_their_own(

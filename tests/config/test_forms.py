@@ -7,7 +7,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway_extproc.config import forms, parse
+from gateway_extproc.config import forms, masked, parse
 from gateway_extproc.config.schema import Cors
 from gateway_extproc.core.address import join_address, split_address
 from gateway_extproc.core.directory import User
@@ -196,6 +196,22 @@ def test_a_name_that_a_header_or_a_key_cannot_carry_is_refused(section: str, nam
 @pytest.mark.parametrize("name", ["a", "é" * 128, "alice@example.com", "a b", "*", "路人", "a:b/c", "{a}"])
 def test_any_other_printable_name_is_fine(name: str) -> None:
     assert parse(yaml.safe_dump({"users": [{"name": name}]})).users == (User(name=name),)
+
+
+@pytest.mark.parametrize(
+    ("said", "kept", "shown"),
+    [("true", "true", True), ("false", "false", False), ("/metrics",) * 3, ("/a/b.c",) * 3],
+)
+def test_metrics_are_a_switch_or_a_path(said: str, kept: str, shown: object) -> None:
+    found = parse(f"pods: [{{address: 'a:1', metrics: {said}}}]").pods[0]
+    assert found.metrics == kept
+    assert masked(found)["metrics"] == shown
+
+
+@pytest.mark.parametrize("said", ["yes please", "metrics", "/", "1", "null", "[]", "'a b'", "/a b", "//x"])
+def test_metrics_that_are_neither_are_an_error(said: str) -> None:
+    text = f"pods: [{{address: 'a:1', metrics: {said}}}]"
+    assert "pods[0].metrics: expected" in problem(text)
 
 
 @pytest.mark.parametrize(("prefix", "fine"), [("/x", True), ("/x/y.z", True), ("", True), ("x", False), ("/", False), ("/x/", False), ("/x//y", False), ("/x?y", False), ("/a b", False)])  # fmt: skip  # noqa: E501
