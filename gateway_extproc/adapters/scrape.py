@@ -2,7 +2,8 @@
 
 Owns one loop and one connection for each configured pod: some servers have a thread for each connection, and few of
 those. The list of models comes every ``poll`` seconds and says whether the pod is ready. Its metrics are looked at in
-between, often while it has requests of ours, and in any case often enough not to turn stale. Promises that
+between, often while it has requests of ours (from ``FAST`` after the first one on), and in any case often enough not to
+turn stale. Promises that
 
 - a pod which stops answering is known to be away within two seconds of its last good list (contract section 2) as long
   as ``poll`` is at most one second: a look at metrics never delays a list by more than ``SHORTEST``;
@@ -162,11 +163,14 @@ class Poller:
         self._costs: dict[str, float] = {}
         self._cost = 0.0
         self._watches: dict[str, tuple[_Watch, asyncio.Task[None]]] = {}
+        self._noticing: asyncio.Task[None] | None = None
         self._leaving: set[asyncio.Task[None]] = set()
         self._contexts: dict[TLS, ssl.SSLContext] = {}
 
     def sync(self) -> None:
         """Follow the fleet: a loop for each pod, none for those that left."""
+        if self._noticing is None:
+            self._noticing = asyncio.create_task(self._notice(), name="notice pods that come into use")
         specs = {member.spec.address: member.spec for member in self.fleet.members()}
         for address, (watch, task) in list(self._watches.items()):
             if specs.get(address) != watch.spec:
@@ -184,10 +188,19 @@ class Poller:
         """Poll this pod now."""
         found = self._watches.get(address)
         if found is not None:
-            found[0].poke.set()
+            found[0].suspect()
+
+    async def _notice(self) -> None:
+        """Requests are not to pay for telling us that a pod has some."""
+        while True:
+            await asyncio.sleep(FAST)
+            for watch, _ in self._watches.values():
+                watch.notice()
 
     async def close(self) -> None:
         tasks = [task for _, task in self._watches.values()] + list(self._leaving)
+        if self._noticing is not None:
+            tasks.append(self._noticing)
         for task in tasks:
             task.cancel()
         for task in tasks:
@@ -219,8 +232,11 @@ class _Watch:
 
     def __init__(self, poller: Poller, spec: PodSpec) -> None:
         self.spec = spec
-        self.poke = asyncio.Event()
         self._poller = poller
+        self._wake = asyncio.Event()
+        self._suspected = False  # poll it now
+        self._list_at = self._look_at = 0.0  # when each is due, in the loop's seconds
+        self._resting = False  # whether it had no requests when it was last looked at
         self._link: _Link | None = None
         self._headers = {} if spec.api_key is None else {"authorization": f"Bearer {spec.api_key}"}
         self._list = self._question("/v1/models")
@@ -229,39 +245,57 @@ class _Watch:
         self._size = 0  # of the last page, in bytes
         self._misses = 0  # how often there was no such page
 
+    def suspect(self) -> None:
+        self._suspected = True
+        self._wake.set()
+
+    def notice(self) -> None:
+        if self._resting and (member := self._poller.fleet.member(self.spec.address)) and member.load.in_flight:
+            self._resting, self._look_at = False, 0.0
+            self._wake.set()
+
     def _question(self, path: str) -> bytes:
         spec = self.spec
         return http1.get(spec.path_prefix + path, spec.host or spec.address, self._headers)
 
     async def run(self) -> None:
         loop = asyncio.get_running_loop()
-        poller, poke = self._poller, self.poke
-        list_at = look_at = loop.time()  # when each is due
+        poller = self._poller
         try:
             while True:
                 began = loop.time()
-                looking = began >= look_at and self._can_look
+                looking = began >= self._look_at and self._can_look
                 # A list that would be due while the pod is looked at comes first.
-                if poke.is_set() or began >= list_at or (looking and list_at - began < SHORTEST):
-                    poke.clear()
+                if self._suspected or began >= self._list_at - (SHORTEST if looking else 0.0):
+                    self._suspected = False
                     await self._poll()
                     # Early by up to a tenth, so that pods are not polled in step; never late.
-                    list_at = began + poller.period * (1 - 0.1 * poller.rng.random())
-                    looking = looking or (loop.time() >= look_at and self._can_look)
+                    self._list_at = began + poller.period * (1 - 0.1 * poller.rng.random())
+                    looking = loop.time() >= self._look_at and self._can_look
                 if looking:
                     asked = loop.time()
-                    pause = await self._look(max(SHORTEST, list_at - asked))
-                    # As above; and sooner where the pod is slow, so that its last answer is fresh until the next comes.
-                    slow = STALE - 1.1 * (loop.time() - asked)
-                    look_at = asked + min(pause, slow if pause <= IDLE else pause) * (1 - 0.1 * poller.rng.random())
-                due = min(list_at, look_at) if self._can_look else list_at
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(max(0.0, due - loop.time())):
-                        await poke.wait()
-                await asyncio.sleep(max(0.0, PAUSE - (loop.time() - began)))
+                    pause = await self._look(max(SHORTEST, self._list_at - asked))
+                    if pause <= IDLE:  # sooner where the pod is slow, so that its last answer is fresh until the next
+                        pause = min(pause, STALE - 1.1 * (loop.time() - asked))
+                    self._look_at = asked + pause * (1 - 0.1 * poller.rng.random())
+                due = min(self._list_at, self._look_at) if self._can_look else self._list_at
+                await self._rest(began + PAUSE, due)
         finally:
             if self._link is not None:
                 self._link.close()
+
+    async def _rest(self, least: float, due: float) -> None:
+        """Until something is due or somebody wakes us, but not before ``least``; both in the loop's seconds."""
+        loop = asyncio.get_running_loop()
+        self._wake.clear()
+        if not self._suspected and due > loop.time():
+            alarm = loop.call_at(due, self._wake.set)
+            try:
+                await self._wake.wait()
+            finally:
+                alarm.cancel()
+        if loop.time() < least:
+            await asyncio.sleep(least - loop.time())
 
     # --- the list of models -----------------------------------------------------------------------------------------
 
@@ -334,6 +368,7 @@ class _Watch:
             if metrics is not None:
                 self._misses, self._size = 0, len(answer.body)
                 fleet.looked(address, metrics, given)
+                self._resting = not used
                 return poller.in_use(address, self._size if used else None)
             missing = True
             why = f"answered {answer.status}" if answer.status != 200 else "not a page of a known server"

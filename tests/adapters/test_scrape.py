@@ -665,8 +665,9 @@ async def test_a_pod_in_use_is_looked_at_more_often_than_one_that_is_not() -> No
         answering(idle.serve) as second,
         polling(spec(first), spec(second)) as polled,
     ):
+        await until(lambda: PAGES in busy.asked and PAGES in idle.asked)
         polled.member(first).load.in_flight = 1
-        await until(lambda: busy.asked.count(PAGES) >= 12 and PAGES in idle.asked)
+        await until(lambda: busy.asked.count(PAGES) >= 12)
         assert idle.asked.count(PAGES) <= 4
 
 
