@@ -16,7 +16,7 @@ from pathlib import Path
 
 import msgspec
 
-from tests.bench import accuracy, baseline, directory, goals, measure, own, picks, report, soak, storm
+from tests.bench import accuracy, baseline, directory, goals, measure, own, picks, report, scraping, soak, storm
 from tests.bench.figures import Figures, stage_of
 from tests.bench.rows import CHECKED, STAGES, Stage
 
@@ -62,6 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"\n{report.goals(verdicts)}\n", flush=True)
     if not args.only:
         own.main(rounds, own.REQUESTS // 20 if args.quick else own.REQUESTS)
+        scraping.main(QUICK if args.quick else scraping.SECONDS)
         directory.main(directory.USERS // 100 if args.quick else directory.USERS)
         if not args.quick:
             print()

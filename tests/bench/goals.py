@@ -20,6 +20,7 @@ from tests.bench.rows import (
     HELD,
     LARGE,
     LOG_ON_H2,
+    MANY_RESTING,
     MIDDLE,
     ON_GRPC,
     ON_H2,
@@ -158,7 +159,8 @@ GOALS = (
     Goal("memory for each of 10,000 open streams", 20, _per_stream, "KiB"),
     Goal("requests/s of 2 workers to 1", 1.8, _workers, least=True),
     Goal("at rest, 100 pods scraped", 5, lambda found: row(found, RESTING, REST).server / 1e4, "% of a core"),
-    Goal("the same, resident memory", 120, lambda f: row(f, RESTING, REST).memory / (1 << 20), "MiB"),
+    Goal("the same, 500 pods", 25, lambda found: row(found, MANY_RESTING, REST).server / 1e4, "% of a core"),
+    Goal("at rest, 100 pods, resident memory", 120, lambda f: row(f, RESTING, REST).memory / (1 << 20), "MiB"),
     Goal("the gateway's own work, over h2", 150, _own(ON_H2, H2), "µs"),
     Goal("the gateway's own work, over grpc.aio", 150, _own(ON_GRPC, GRPC), "µs"),
 )  # fmt: skip

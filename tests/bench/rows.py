@@ -145,7 +145,7 @@ BUDGETS = ON_H2._replace(budgets=True)
 USERS = {n: ON_H2._replace(users=n) for n in (10, 100_000)}
 OPEN = {n: Work(f"{n:,} open streams, each", 100, 1, n, "hold") for n in (10, 1000, 10_000)}
 REST = Work("at rest, per second", doing="rest")
-RESTING = ON_H2._replace(pods=100, scraped=True)
+RESTING, MANY_RESTING = (ON_H2._replace(pods=n, scraped=True) for n in (100, 500))
 #: A gateway of its own, whose memory no other row has used.
 HELD = ON_H2._replace(scraped=True)
 
@@ -164,7 +164,7 @@ STAGES = (
     Stage("limits", [Row(way, WIDE) for way in (ON_H2._replace(limits=False), ON_H2, BUDGETS)]),
     Stage("users", [Row(way, SMALL) for way in USERS.values()]),
     Stage("open streams", [Row(HELD, work) for work in OPEN.values()], rounds=1),
-    Stage("at rest", [Row(RESTING, REST)], rounds=1),
+    Stage("at rest", [Row(RESTING, REST), Row(MANY_RESTING, REST)], rounds=1),
 )
 
 #: What `make bench-check` measures: the gateway's common requests and what grows with an answer, each with the

@@ -34,6 +34,16 @@ def ask(system: System, said: str, max_tokens: int = 2, **headers: str) -> Reply
     return reply
 
 
+def test_pods_tell_how_busy_they_are_and_least_kv_cache_decides_by_that(system: System) -> None:
+    until(lambda: system.metric("gateway_pod_metrics_stale") == 0, "all pods told their metrics")
+    for _ in range(20):
+        ask(system, "hello", routing_strategy="least-kv-cache")
+    assert system.metric("gateway_strategy_degraded_total", strategy="least-kv-cache") == 0
+    told = [pod["metrics"] for pod in system.admin("/admin/pods")]
+    assert not any(each["stale"] or each["why"] for each in told)
+    assert all(each["kv_cache_tokens"] > 0 for each in told)
+
+
 def test_a_session_comes_back_to_its_pod_by_the_id_that_it_was_given(system: System) -> None:
     sessions = {}
     for _ in range(6):
