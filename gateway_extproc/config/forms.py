@@ -245,6 +245,7 @@ def _switch_or(form: Form) -> Form:
         f"`true`, `false` or {form.kind}",
         read,
         lambda value: {"true": True, "false": False}.get(value, value),
+        schema={"anyOf": [{"type": "boolean"}, form.schema]},
         plain=True,
     )
 
