@@ -169,9 +169,9 @@ class Poller:
 
     def sync(self) -> None:
         """Follow the fleet: a loop for each pod, none for those that left."""
-        if self._noticing is None:
-            self._noticing = asyncio.create_task(self._notice(), name="notice pods that come into use")
         specs = {member.spec.address: member.spec for member in self.fleet.members()}
+        if self._noticing is None and any(spec.metrics for spec in specs.values()):
+            self._noticing = asyncio.create_task(self._notice(), name="notice pods that come into use")
         for address, (watch, task) in list(self._watches.items()):
             if specs.get(address) != watch.spec:
                 task.cancel()

@@ -136,7 +136,10 @@ class Ways:
             "usage": {"source": way.source},
             "users": [{"name": name, **LIMITS, **(BUDGET if way.budgets else {})} for name in names],
             "prices": {"*": {"input": 0.15, "cached_input": 0.05, "output": 0.6}},
-            "pods": [{"address": a, "name": f"pod-{n}", "models": [MODEL]} for n, a in enumerate(addresses)],
+            "pods": [
+                {"address": a, "name": f"pod-{n}", "models": [MODEL], "metrics": way.scraped}
+                for n, a in enumerate(addresses)
+            ],
             **({} if way.scraped else {"discovery": {"poll": "60s"}}),
         }
 
