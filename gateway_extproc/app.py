@@ -113,7 +113,7 @@ def policy_of(config: Config, directory: Directory) -> Policy:
         directory=directory,
         prices=Prices({pattern: price_of(price) for pattern, price in config.prices.items()}),
         models={
-            name: ModelPolicy(model.strategy or None, model.timeout, model.retries)
+            name: ModelPolicy(model.strategy or None, model.timeout, model.retries, model.first_byte_timeout)
             for name, model in config.models.items()
         },
         keeps_sessions=any(
@@ -178,7 +178,7 @@ class Gateway:
         self._read = read
         self._siblings = siblings
         self._rng = Random()
-        self.fleet = Fleet()
+        self.fleet = Fleet(time.monotonic)
         # Ids must differ between gateways and starts: a random name for this start, and a count.
         self._name = secrets.token_hex(8)
         self._admissions = 0
@@ -440,7 +440,7 @@ class Gateway:
                 known = self._watcher.all_asked and self.fleet.all_polled and self.administration.asked.is_set()
                 if known or loop.time() - began > START_WAIT:
                     self._publish()
-                    self._polled = True
+                    self._polled = self.fleet.serves = True
                     self.xds.open()
                     self.extproc.open()
             serving = self._polled and self._store_ready()

@@ -181,6 +181,7 @@ def pods_shown(fleet: Fleet, now: float) -> list[PodShown]:
             "name": spec.name,
             "address": spec.address,
             "ready": member.ready,
+            "ejected": member.health.until is not None,
             "why": "" if member.ready else member.why,
             "models": list(member.models),
             "in_flight": member.load.in_flight,

@@ -265,6 +265,14 @@ class Metrics:
         pods.add_metric(["ready"], ready)
         pods.add_metric(["not_ready"], len(members) - ready)
         yield pods
+        yield GaugeMetricFamily(
+            "gateway_pods_ejected",
+            "Pods that are left out because their requests failed.",
+            value=sum(member.health.until is not None for member in members),
+        )
+        yield CounterMetricFamily(
+            "gateway_pod_ejections", "How often pods were left out.", value=self._sources.fleet().ejections
+        )
         pod_ready = GaugeMetricFamily("gateway_pod_ready", "Whether the pod gets new requests.", labels=("pod",))
         for name, is_ready in ready_by.items():
             pod_ready.add_metric([name], is_ready)

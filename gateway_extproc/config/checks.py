@@ -33,6 +33,7 @@ def across(config: Config, sound: Sound) -> Found:
         yield ("limits", "bodies_in_memory"), f"bodies_in_memory must be at least max_body_bytes ({least})"
     yield from _users(config, sound)
     yield from _limits(config)
+    yield from _models(config, sound)
     yield from _pods(config, sound)
 
 
@@ -88,6 +89,14 @@ def _budgets(where: Steps, limits: Limits, priced: bool) -> Found:
             yield (*where, "budgets", at, "unit"), "a budget in dollars needs prices, and there are none"
         if budget.wrong is not None:
             yield (*where, "budgets", at, "amount"), budget.wrong
+
+
+def _models(config: Config, sound: Sound) -> Found:
+    for name, model in config.models.items():
+        where = ("models", name, "first_byte_timeout")
+        first = model.first_byte_timeout
+        if first is not None and first >= model.timeout and sound(where, ("models", name, "timeout")):
+            yield where, f"must be shorter than timeout ({show_duration(model.timeout)})"
 
 
 def _limits(config: Config) -> Found:

@@ -297,6 +297,14 @@ class ModelConfig(Part, frozen=True, kw_only=True):
     timeout: Annotated[
         float, about("How long a pod may be silent: to the first byte, and between bytes.", duration(0.01, 86400))
     ] = 300.0
+    first_byte_timeout: Annotated[
+        float | None,
+        about(
+            "How long a stream may wait for a pod to begin its answer: then the next pod is asked. Absent: `timeout`, "
+            "and no other pod. Answers that are not streamed always wait for `timeout`.",
+            duration(0.01, 86400),
+        ),
+    ] = None
     retries: Annotated[int, about("Further pods tried when one fails before it answers.", whole(0, 10))] = 2
     limits: Annotated[Limits | None, about("Limits of all its requests together, whoever asks.")] = None
 

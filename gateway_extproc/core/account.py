@@ -40,6 +40,11 @@ from .usage import Usage, told
 #: response_code_details documentation; the reset reasons stand in braces behind upstream_reset_before_response_started.
 _NOT_SENT: Final = ("no_healthy_upstream", "cluster_not_found", "route_not_found", "direct_response", "overflow")
 _NOT_CONNECTED: Final = ("connection_failure", "connection_timeout")
+#: Those that tell of a pod that broke the connection or was silent for too long, where no answer had begun.
+_POD_FAILED: Final = (
+    "upstream_reset_before_response_started", "upstream_per_try_timeout", "upstream_response_timeout",
+    "response_timeout", "stream_idle_timeout",
+)  # fmt: skip
 #: The details of an answer that a pod gave, to its end.
 VIA_UPSTREAM: Final = "via_upstream"
 #: Status that counters show for a client that went away, as nginx has it.
@@ -119,11 +124,13 @@ class End(msgspec.Struct, frozen=True, gc=False):
 
 
 class Tried(msgspec.Struct, frozen=True, gc=False):
-    """Which of the choices served: an index (None: not known), whether any did, and those that could not be reached."""
+    """Which of the choices served: an index (None: not known), whether any did, and those that could not be reached.
+    ``blamed``: the pod's own doing is how it ended."""
 
     served: int | None
     taken: bool = True
     suspect: Suspect | None = None
+    blamed: bool = True
 
 
 _FIRST: Final = Tried(0)
@@ -141,7 +148,9 @@ def tried(choices: Sequence[str], upstream: str, details: str) -> Tried:
             return _NOWHERE
         # Envoy's own doing, a time-out, the client's fault, or a connection that a request itself may have ended: one
         # that crashes pods must not take all of them out for the others.
-        return Tried(choices.index(upstream)) if upstream in choices else _NOT_KNOWN
+        if upstream not in choices:
+            return _NOT_KNOWN
+        return Tried(choices.index(upstream), blamed=details.startswith(_POD_FAILED))
     if not upstream or upstream == choices[0]:
         return _FIRST
     if upstream not in choices:
@@ -149,6 +158,23 @@ def tried(choices: Sequence[str], upstream: str, details: str) -> Tried:
     # Envoy walks the list in order: those before the one that answered could not be reached, or said 503.
     served = choices.index(upstream)
     return Tried(served, True, Suspect(tuple(choices[:served]), "a retry went to another pod"))
+
+
+def judge(fleet: Fleet, note: Note, found: Tried, status: int, now: float) -> None:
+    """Tell the fleet how each pod did that the request was given to. ``status`` 0: no answer began."""
+    served = found.served
+    if served is None:
+        failed = found.suspect.addresses if found.suspect is not None else ()
+        again = len(failed) - 1
+    else:
+        failed = note.pods[:served]
+        again = served
+    if again > 0:
+        fleet.retries.made(note.model, again, now)
+    for address in failed:
+        fleet.judged(address, False)
+    if served is not None and status and (found.blamed or status < 500):
+        fleet.judged(note.pods[served], status < 500)
 
 
 def settle(note: Note, end: End, estimates: Estimates, prices: Prices) -> Settle:
@@ -330,6 +356,8 @@ class Ledger:
         settled = settle(note, end, self._estimates, self._prices())
         if whole and sent is not None and usage is not None and not odd:
             self._estimates.learn_stream(note.model, entry.sent, usage.completion)
+        if not note.seen:
+            judge(self._fleet, note, found, entry.status, self._clock())
         if note.id.startswith(self._gateway):
             if member is not None and found.taken:
                 # The pod was given the estimate when it was chosen.

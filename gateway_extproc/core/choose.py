@@ -8,7 +8,7 @@ are candidates (core/fleet.py) and what makes one better than another (core/stra
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from random import Random
 from typing import Final
 
@@ -126,12 +126,21 @@ class Ended:
             lease.judge(outcome, answers, stream)
 
 
-def choose(strategy: Mixed, candidates: Sequence[Pod], choices: int, asked: Asked, now: float, rng: Random) -> Lease:
+def choose(
+    strategy: Mixed, candidates: Sequence[Pod], choices: int, asked: Asked, now: float, rng: Random,
+    *, probe: Pod | None = None, last: Collection[Pod] = (),
+) -> Lease:  # fmt: skip
     """Pick from ``candidates`` (at least one): the strategy's best pod, and up to ``choices - 1`` that can stand in
-    for it."""
+    for it. Those in ``last`` come after all others; ``probe``, which is none of the candidates, before them."""
     scores = strategy.scores(candidates, asked, now, rng)
+    if last:
+        scores = [score + (pod not in last) for score, pod in zip(scores, candidates, strict=True)]
     chosen: list[Pod] = []
     alike = False  # whether only those are left that can stand in for the first
+    if probe is not None:
+        chosen.append(probe)
+        scores = _standing_in(scores, candidates, probe)
+        alike = True
     while len(chosen) < choices and (best := max(scores)) >= 0.0:
         if scores.count(best) == 1:
             at = scores.index(best)
@@ -141,12 +150,14 @@ def choose(strategy: Mixed, candidates: Sequence[Pod], choices: int, asked: Aske
         pod = candidates[at]
         scores[at] = _TAKEN
         if chosen and not alike and not pod.stands_in_for(chosen[0]):
-            scores = [
-                score if other.stands_in_for(chosen[0]) else _TAKEN
-                for score, other in zip(scores, candidates, strict=True)
-            ]
+            scores = _standing_in(scores, candidates, chosen[0])
             alike = True
             continue
         chosen.append(pod)
     strategy.routed(asked, chosen[0])
     return Lease(chosen, asked.prompt, asked.output, now)
+
+
+def _standing_in(scores: Sequence[float], candidates: Sequence[Pod], first: Pod) -> list[float]:
+    """The scores of those that can stand in for ``first``; no other is to be chosen."""
+    return [score if pod.stands_in_for(first) else _TAKEN for score, pod in zip(scores, candidates, strict=True)]

@@ -137,14 +137,16 @@ class Ask(msgspec.Struct, frozen=True):
 
 class Route(msgspec.Struct, frozen=True):
     """Set and remove request headers, match the route again; ``body`` is what the pod gets, None: what came.
-    ``choices`` is the number of pods that may be tried, the first included. ``note`` is to come back with the log entry
-    of the request ("": none is wanted)."""
+    ``choices`` is the number of pods that may be tried, the first included, and ``first_byte`` the seconds that each
+    gets until its answer begins (None: as the model's route has it). ``note`` is to come back with the log entry of the
+    request ("": none is wanted)."""
 
     set: dict[str, bytes]
     remove: tuple[str, ...]
     body: bytes | None = None
     choices: int = 1
     note: str = ""
+    first_byte: float | None = None
 
 
 class Refuse(msgspec.Struct, frozen=True):

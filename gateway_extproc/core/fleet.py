@@ -7,7 +7,9 @@ acknowledged, and each pod's load. Publishes immutable views that requests read 
 - A pod is ready only while its last poll succeeded; a failed connection takes it out until the next poll succeeds.
 - A pod is offered to an Envoy's requests only after that Envoy acknowledged the model's endpoints and route. An
   Envoy whose state is not known (no xDS from us, or not reconnected yet) is not held back.
-- A pod that stays configured keeps its load and its models across every change of the membership.
+- A pod that stays configured keeps its load, health and models across every change of the membership.
+- A pod that fails its requests is left out for a while (core/outlier.py), but never more than ``EJECTED`` of a model's
+  ready pods, and so never the last one. Where no other pod of a model is ready, those that are ejected are offered.
 
 Leaves out how pods are polled (adapters/scrape.py) and resolved (adapters/dns.py), what a load counts (load.py), and
 choosing (choose.py).
@@ -15,17 +17,22 @@ choosing (choose.py).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Final
 
 import msgspec
 
 from .load import Load, Metrics
+from .outlier import AWAY, Health
+from .retries import Retries
 
 #: The addresses of each model that an Envoy can route; None for a model: an older state of it, not known here.
 Acknowledged = Mapping[str, frozenset[str] | None]
 #: Most models that one pod may name; what a confused pod lists beyond it is left out.
 MODELS_PER_POD: Final = 1024
+#: Most of a model's ready pods that may be ejected: what is left must carry all of its requests.
+EJECTED: Final = 0.5
 #: Longest model name in characters, as in core/parse.py.
 MODEL_NAME: Final = 256
 #: Where a pod's metrics may be, the likelier first. TensorRT-LLM has them at the second, and JSON at the first.
@@ -64,15 +71,39 @@ class Pod(msgspec.Struct, frozen=True, eq=False):
     load: Load
     api_key: str | None
     path_prefix: str
+    health: Health = msgspec.field(default_factory=Health)
 
     def stands_in_for(self, other: Pod) -> bool:
         return self.path_prefix == other.path_prefix and self.api_key == other.api_key
 
 
 class View(msgspec.Struct, frozen=True):
-    """What one Envoy's requests may be given: each existing model's ready pods (none: the model is not ready)."""
+    """What one Envoy's requests may be given: each existing model's ready pods (none: the model is not ready), those
+    among them that ``warming`` up are, and the ejected ones that are to be probed. It holds ``until`` that moment, in
+    monotonic seconds, unless it is replaced before."""
 
     models: Mapping[str, tuple[Pod, ...]]
+    warming: Mapping[str, tuple[Pod, ...]] = {}
+    probed: Mapping[str, tuple[Pod, ...]] = {}
+    until: float = math.inf
+
+    def probe(self, model: str, now: float) -> Pod | None:
+        """The pod that the request at hand is to probe."""
+        for pod in self.probed.get(model, ()):
+            if pod.health.probe(now):
+                return pod
+        return None
+
+    def cold(self, model: str, now: float) -> Sequence[Pod]:
+        """The pods that have, for how warm they are, enough to do."""
+        warming = self.warming.get(model)
+        if not warming:
+            return ()
+        others = [pod.load.in_flight for pod in self.models[model] if now >= pod.health.warm]
+        if not others:
+            return ()
+        mean = sum(others) / len(others)
+        return [pod for pod in warming if pod.load.in_flight >= max(1.0, pod.health.share(now) * mean)]
 
 
 class Member(msgspec.Struct):
@@ -87,12 +118,24 @@ class Member(msgspec.Struct):
     polled: bool = False
     why: str = "not polled yet"
     blind: str = ""
+    left: float = -math.inf  # when it was last taken out, in monotonic seconds
+
+    @property
+    def health(self) -> Health:
+        return self.pod.health
 
 
 class Fleet:
-    """The one owner of all that; called from the event loop only. Each change replaces the views."""
+    """The one owner of all that; called from the event loop only. Each change replaces the views. ``clock`` gives
+    monotonic seconds."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = lambda: 0.0) -> None:
+        self._clock = clock
+        #: Whether requests are served: a pod that is found from now on is new, and warms up.
+        self.serves = False
+        #: How often pods were ejected, since the start.
+        self.ejections = 0
+        self.retries = Retries()
         self._members: dict[str, Member] = {}
         #: What Envoys told us, and what they told other processes of this gateway; ours holds where there are both.
         self._acknowledged: dict[str, Acknowledged] = {}
@@ -131,10 +174,12 @@ class Fleet:
                     continue
                 load = known.load if known is not None else Load()
                 models = tuple(dict.fromkeys(spec.models or ())) or (known.models if known is not None else ())
-                pod = Pod(spec.name, spec.address, load, spec.api_key, spec.path_prefix)
+                health = known.health if known is not None else Health()
+                pod = Pod(spec.name, spec.address, load, spec.api_key, spec.path_prefix, health)
                 member = Member(spec, load, models, pod)
                 if known is not None and known.spec.models == spec.models:
                     member.ready, member.polled, member.why = known.ready, known.polled, known.why
+                    member.left = known.left
                 members[spec.address] = member
         self._members = members
         self._changed()
@@ -153,6 +198,10 @@ class Fleet:
             named = usable_names(models or ())
         if member.ready and member.polled and member.models == named:
             return
+        if not member.ready and self.serves:
+            now = self._clock()
+            if now - member.left >= AWAY:
+                member.health.began(now)
         member.models, member.ready, member.polled, member.why = named, True, True, ""
         self._changed()
 
@@ -163,6 +212,8 @@ class Fleet:
         if member is None:
             return
         was = (member.ready, member.polled)
+        if member.ready:
+            member.left = self._clock()
         member.ready, member.polled, member.why = False, True, why
         if was != (False, True):
             self._changed()
@@ -184,6 +235,39 @@ class Fleet:
     def all_polled(self) -> bool:
         """Whether every configured pod's first poll has ended, well or not."""
         return all(member.polled for member in self._members.values())
+
+    # --- requests --------------------------------------------------------------------------------------------------
+
+    def judged(self, address: str, good: bool) -> None:
+        """A request that this pod was given was answered, or failed there."""
+        member = self._members.get(address)
+        if member is None:
+            return
+        health, now = member.health, self._clock()
+        if health.until is None:
+            if not health.heard(good):
+                return
+            if not self._may_eject(member):
+                health.forget()  # it is looked at again after as many failures
+                return
+        elif now < health.until:
+            return  # it was given before
+        elif good:
+            health.back(now)
+            self._views.clear()
+            return
+        health.eject(now)
+        self.ejections += 1
+        self._views.clear()
+
+    def _may_eject(self, member: Member) -> bool:
+        """Whether enough other pods are left of each of its models."""
+        for model in member.models:
+            ready = [other for other in self._members.values() if other.ready and model in other.models]
+            out = sum(other.health.until is not None for other in ready)
+            if out + 1 > EJECTED * len(ready):
+                return False
+        return True
 
     # --- what Envoys have --------------------------------------------------------------------------------------------
 
@@ -215,14 +299,18 @@ class Fleet:
         """What requests that come through Envoy ``node`` may be given."""
         known = node if node in self._acknowledged or node in self._relayed else ""
         found = self._views.get(known)
-        if found is None:
+        if found is None or (found.until != math.inf and self._clock() >= found.until):
             endpoints = self._acknowledged.get(known)
             found = self._views[known] = self._build(self._relayed.get(known) if endpoints is None else endpoints)
         return found
 
     def _build(self, acknowledged: Acknowledged | None) -> View:
+        now, until = self._clock(), math.inf
         models: dict[str, list[Pod]] = {}
+        warming: dict[str, list[Pod]] = {}
+        ejected: dict[str, list[Pod]] = {}
         for member in self._members.values():
+            health = member.health
             for model in member.models:
                 pods = models.setdefault(model, [])
                 if not member.ready:
@@ -231,8 +319,27 @@ class Fleet:
                     addresses = acknowledged.get(model, frozenset())
                     if addresses is not None and member.spec.address not in addresses:
                         continue
+                if health.until is not None:
+                    ejected.setdefault(model, []).append(member.pod)
+                    if now < health.until:
+                        until = min(until, health.until)
+                    continue
                 pods.append(member.pod)
-        return View({model: tuple(pods) for model, pods in models.items()})
+                if now < health.warm:
+                    warming.setdefault(model, []).append(member.pod)
+                    until = min(until, health.warm)
+        probed: dict[str, tuple[Pod, ...]] = {}
+        for model, out in ejected.items():
+            if models[model]:
+                probed[model] = tuple([pod for pod in out if (pod.health.until or 0.0) <= now])
+            else:
+                models[model] = out
+        return View(
+            {model: tuple(pods) for model, pods in models.items()},
+            {model: tuple(pods) for model, pods in warming.items()},
+            probed,
+            until,
+        )
 
     def members(self) -> tuple[Member, ...]:
         return tuple(self._members.values())

@@ -17,7 +17,7 @@ from typing import Any, Final, Literal
 import msgspec
 
 from . import refusal as refusals
-from .account import CLIENT_GONE, End, Note, closed, given_back, settle, topped_up, tried
+from .account import CLIENT_GONE, End, Note, closed, given_back, judge, settle, topped_up, tried
 from .choose import Ended, Lease, choose
 from .directory import Directory
 from .estimate import Estimates
@@ -82,11 +82,12 @@ from .usage import JsonUsage, SseUsage, Usage
 
 class ModelPolicy(msgspec.Struct, frozen=True):
     """One model's settings. ``strategy`` None: the gateway's default. ``timeout`` in seconds, to the first byte and
-    between bytes."""
+    between bytes; a stream that waits for ``first_byte_timeout`` seconds (None: the same) goes to another pod."""
 
     strategy: str | None = None
     timeout: float = 300.0
     retries: int = 2
+    first_byte_timeout: float | None = None
 
 
 class Policy(msgspec.Struct, frozen=True, kw_only=True):
@@ -457,15 +458,21 @@ class Session:
         world, admission = self._world, self._admission
         assert admission is not None
         # Looked up again: pods may have gone while the store was asked.
-        pods = world.fleet.view(self._node).models.get(self._model)
+        view, now = world.fleet.view(self._node), world.clock()
+        pods = view.models.get(self._model)
         if not pods:
             self._took = False
             return self._refuse(refusals.no_ready_pods(self._model), self._limit_headers())
-        choices = 1 + world.policy.model(self._model).retries
+        settings = world.policy.model(self._model)
+        choices = 1 + settings.retries if world.fleet.retries.allowed(self._model, now) else 1
+        # A probe is for requests that have somewhere else to go.
+        probe = view.probe(self._model, now) if choices > 1 or not settings.retries else None
         asked, mixed = self._asked, self._mixed
         assert asked is not None
         assert mixed is not None
-        lease = self._lease = choose(mixed, pods, choices, asked, world.clock(), world.rng)
+        lease = self._lease = choose(
+            mixed, pods, choices, asked, now, world.rng, probe=probe, last=view.cold(self._model, now)
+        )  # fmt: skip
         # It may live as long as the answer, and a long prompt has many blocks.
         self._asked = msgspec.structs.replace(asked, blocks=()) if asked.blocks else asked
         note = self._note = self._write_note(lease)
@@ -475,13 +482,14 @@ class Session:
             assert self._request is not None
             body = ask_for_usage(held, self._request) if self._strip else bytes(held)
         change, remove = self._header_changes(lease, note)
+        first_byte = settings.first_byte_timeout if note.stream and len(note.pods) > 1 else None
         # Answers that do not generate can be large, and where usage is to be taken out of one it must be read: then a
         # session settles it.
         if world.logged and note.answers and not self._strip:
             self._state = _State.LOGGED
-            return [Route(change, remove, body, len(note.pods), note.written())]
+            return [Route(change, remove, body, len(note.pods), note.written(), first_byte)]
         self._state = _State.ROUTED
-        return [Route(change, remove, body, len(note.pods))]
+        return [Route(change, remove, body, len(note.pods), first_byte=first_byte)]
 
     def _write_note(self, lease: Lease) -> Note:
         admission, admitted, request = self._admission, self._admitted, self._request
@@ -574,8 +582,10 @@ class Session:
         assert note is not None
         found = tried(note.pods, event.upstream, event.details)
         self._took = found.taken
+        now = self._world.clock()
         if found.served:
-            lease.moved(lease.pods[found.served], self._world.clock())
+            lease.moved(lease.pods[found.served], now)
+        judge(self._world.fleet, note, found, self._status, now)
         return [found.suspect] if found.suspect is not None else []
 
     def _on_answer_body(self, event: ResponseBody) -> list[Action]:

@@ -251,8 +251,10 @@ class Codec:
     def _route(self, action: Route) -> Sequence[bytes]:
         options = [_option(name, value) for name, value in action.set.items()]
         # No more tries than choices: past the list Envoy would answer for itself instead of passing on what the last
-        # pod said. Envoy takes the header off again.
+        # pod said. Envoy takes such headers off again.
         options.append(_option("x-envoy-max-retries", b"%d" % (action.choices - 1)))
+        if action.first_byte is not None:
+            options.append(_option("x-envoy-upstream-rq-per-try-timeout-ms", b"%d" % round(action.first_byte * 1000)))
         body = action.body
         if body is not None:
             # Envoy refuses a changed body whose length is not the header's.

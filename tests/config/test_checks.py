@@ -56,6 +56,12 @@ def test_envoy_waits_longer_than_the_store_may_take() -> None:
     assert parse("store: {timeout: 2s}\nenvoy: {message_timeout: 3001ms}").envoy.message_timeout == 3.001
 
 
+def test_a_first_byte_comes_sooner_than_a_pod_may_be_silent() -> None:
+    text = "models:\n  m:\n    timeout: 5s\n    first_byte_timeout: 5s\n"
+    assert problem(text) == "4: models.m.first_byte_timeout: must be shorter than timeout (5s)"
+    assert parse(text.replace("timeout: 5s\n    f", "timeout: 6s\n    f")).models["m"].first_byte_timeout == 5.0
+
+
 def test_the_largest_body_must_fit_in_memory() -> None:
     text = "limits:\n  max_body_bytes: 1GiB\n"
     assert problem(text) == "1: limits.bodies_in_memory: bodies_in_memory must be at least max_body_bytes (1GiB)"

@@ -79,16 +79,15 @@ def make_world(
 ) -> World:
     """A gateway with these pods, all ready; without any, pods a and b serve the model m. ``limited`` are the limits of
     models."""
-    fleet = Fleet()
+    clock = clock or Clock()
+    fleet = Fleet(clock)
     fleet.configure("file", specs or (pod("a", "m"), pod("b", "m")))
     for member in fleet.members():
         fleet.answered(member.spec.address, None)
     directory = msgspec.structs.replace(Directory.of(users, teams, default), models=limited or {})
     rules = Policy(directory=directory, **policy)
     ids = count(1)
-    return World(
-        rules, fleet, clock=clock or Clock(), now=lambda: SECOND, rng=Random(seed), new_id=lambda: f"id-{next(ids)}"
-    )
+    return World(rules, fleet, clock=clock, now=lambda: SECOND, rng=Random(seed), new_id=lambda: f"id-{next(ids)}")
 
 
 def in_flight(world: World) -> dict[str, int]:

@@ -19,6 +19,7 @@ from gateway_extproc.core.account import (
     Ledger,
     Note,
     closed,
+    judge,
     settle,
     tried,
 )
@@ -26,6 +27,7 @@ from gateway_extproc.core.choose import Ended
 from gateway_extproc.core.estimate import PRIOR_OUTPUT, PRIOR_TOKENS_PER_STREAMED_BYTE, Estimates
 from gateway_extproc.core.events import Outcome, Suspect
 from gateway_extproc.core.fleet import Fleet, PodSpec
+from gateway_extproc.core.outlier import IN_A_ROW
 from gateway_extproc.core.price import PER, Price, Prices
 from gateway_extproc.core.store import Settlement
 from gateway_extproc.core.usage import Usage
@@ -256,6 +258,39 @@ def test_envoys_words_say_which_pod_served_and_which_could_not_be_reached(
     assert (found.suspect.addresses if found.suspect is not None else ()) == suspects
 
 
+@pytest.mark.parametrize(
+    ("upstream", "details", "status", "judged", "tried_again"),
+    [
+        (A, VIA, 200, {A: True}, 0),
+        (A, VIA, 429, {A: True}, 0),
+        (A, VIA, 500, {A: False}, 0),
+        (C, VIA, 200, {A: False, B: False, C: True}, 2),
+        (B, VIA, 503, {A: False, B: False}, 1),
+        (C, REFUSED, 503, {A: False, B: False, C: False}, 2),
+        (B, CRASHED, 502, {A: False, B: False}, 1),
+        (A, SILENT, 504, {A: False}, 0),
+        (A, "upstream_per_try_timeout", 504, {A: False}, 0),
+        (A, SILENT, 200, {A: True}, 0),
+        (A, CUT, 200, {A: True}, 0),
+        (A, "overload", 503, {}, 0),
+        (A, GONE, 0, {}, 0),
+        ("", "no_healthy_upstream", 503, {}, 0),
+        ("10.9.9.9:1", VIA, 500, {}, 0),
+    ],
+)
+def test_each_pod_that_was_tried_is_judged_by_what_it_did(
+    upstream: str, details: str, status: int, judged: dict[str, bool], tried_again: int
+) -> None:
+    heard: dict[str, bool] = {}
+    made: list[int] = []
+    fleet = Fleet()
+    fleet.judged = heard.__setitem__  # type: ignore[method-assign,assignment]
+    fleet.retries.made = lambda model, tries, now: made.append(tries)  # type: ignore[method-assign]
+    choices = note(pods=(A, B, C))
+    judge(fleet, choices, tried(choices.pods, upstream, details), status, 0.0)
+    assert (heard, sum(made)) == (judged, tried_again)
+
+
 # --- entries ---------------------------------------------------------------------------------------------------------
 
 
@@ -459,3 +494,13 @@ def test_nothing_is_learned_of_usage_that_makes_no_sense() -> None:
     estimates = Estimates()
     settle(note(), End(200, "a", whole=True, usage=Usage(9999, 9999), odd=True), estimates, Prices())
     assert (estimates.prompt("m", 40), estimates.output("m", None, 1, "expected")) == (10, round(PRIOR_OUTPUT))
+
+
+@pytest.mark.parametrize("seen", [True, False])
+def test_pods_are_judged_by_the_entry_where_nobody_saw_the_answer(seen: bool) -> None:
+    office = Office()
+    for address in (A, B, C):
+        office.fleet.answered(address, ["m"])
+    for number in range(IN_A_ROW):
+        office.settle(entry(note(number, seen=seen), status=500))
+    assert office.fleet.ejections == (0 if seen else 1)

@@ -29,9 +29,9 @@ def pods(number: int, **more: str) -> list[Pod]:
 
 def take(
     strategy: str, candidates: Sequence[Pod], choices: int = 1, asked: Asked = ASKED, now: float = 0.0,
-    rng: Random | None = None, of: Strategies | None = None,
+    rng: Random | None = None, of: Strategies | None = None, **more: Any,
 ) -> Lease:  # fmt: skip
-    return choose((of or Strategies()).named(strategy), candidates, choices, asked, now, rng or Random(0))
+    return choose((of or Strategies()).named(strategy), candidates, choices, asked, now, rng or Random(0), **more)
 
 
 def first(strategy: str, candidates: Sequence[Pod], rng: Random, now: float = 0.0) -> Pod:
@@ -256,3 +256,27 @@ def test_leases_whose_usage_never_comes_are_forgotten() -> None:
     assert pod.load.failures.read(1.0) == 0
     waits.judge("1", failed, 1, False)
     assert pod.load.failures.read(1.0) == 1
+
+
+def test_what_comes_last_stands_in_only() -> None:
+    candidates = pods(3)
+    candidates[0].load.in_flight = candidates[1].load.in_flight = 50
+    for seed in range(20):
+        lease = take("least-request", candidates, 3, rng=Random(seed), last=[candidates[2]])
+        lease.release(0, 0.0)
+        assert lease.pods[2] is candidates[2]
+
+
+def test_where_all_come_last_the_best_is_chosen() -> None:
+    candidates = pods(3)
+    candidates[0].load.in_flight = candidates[1].load.in_flight = 50
+    assert take("least-request", candidates, last=candidates).pod is candidates[2]
+
+
+def test_a_probe_comes_first_and_what_can_stand_in_for_it_after() -> None:
+    plain, keyed = pods(2), pods(2, api_key="k")
+    (probe,) = pods(1, api_key="k")
+    lease = take("random", [*plain, *keyed], 4, probe=probe)
+    assert lease.pods[0] is probe
+    assert set(lease.pods[1:]) == set(keyed)
+    assert probe.load.in_flight == 1

@@ -27,12 +27,14 @@ from gateway_extproc.core.events import (
     Respond,
     ResponseHeaders,
     ResponseTrailers,
+    Route,
     Settle,
     Suspect,
     Truncated,
     Unavailable,
 )
 from gateway_extproc.core.load import Load
+from gateway_extproc.core.outlier import FIRST, IN_A_ROW
 from gateway_extproc.core.session import ModelPolicy, ProtocolError, World, duration, limit_headers
 from gateway_extproc.core.store import Admission, Denied, Level, Settlement, Window
 from gateway_extproc.core.strategies import STRATEGIES
@@ -1066,6 +1068,35 @@ def test_a_retry_moves_the_lease_and_suspects_the_pod_that_was_skipped() -> None
     assert play >> Closed("reset") << settled("ok", tokens=12 - RESERVED, pod=f"pod-{second}")
     assert in_flight(play.world) == {}
     assert view_pod(play.world, second).load.tokens.read(play.world.clock()) == pytest.approx(12)
+
+
+def test_an_ejected_pod_whose_time_is_up_gets_one_request_with_another_pod_behind_it() -> None:
+    made = make_world()
+    for _ in range(IN_A_ROW):
+        made.fleet.judged(address("a"), False)
+    assert Playbook(made).through(headers()) >> body() << routed("b")
+    made.clock.now += FIRST  # type: ignore[attr-defined]
+    assert Playbook(made).through(headers()) >> body() << routed("a", "b")
+    assert Playbook(made).through(headers()) >> body() << routed("b")
+
+
+def test_where_too_many_are_tried_again_a_request_has_one_choice_and_probes_nobody() -> None:
+    made = make_world()
+    assert Playbook(made).through(headers()) >> body() << Like(Route, choices=2)
+    made.fleet.retries.made("m", 1000, made.clock())
+    assert Playbook(made).through(headers()) >> body() << Like(Route, choices=1)
+    for _ in range(IN_A_ROW):
+        made.fleet.judged(address("a"), False)
+    made.clock.now += FIRST  # type: ignore[attr-defined]
+    assert Playbook(made).through(headers()) >> body() << routed("b")
+
+
+def test_only_a_stream_that_can_go_elsewhere_has_a_time_for_its_first_byte() -> None:
+    policy = {"m": ModelPolicy(first_byte_timeout=2.0), "lone": ModelPolicy(first_byte_timeout=2.0)}
+    made = make_world(pod("a", "m"), pod("b", "m"), pod("c", "lone"), models=policy)
+    assert Playbook(made).through(headers()) >> body(stream=True) << Like(Route, first_byte=2.0)
+    assert Playbook(made).through(headers()) >> body() << Like(Route, first_byte=None)
+    assert Playbook(made).through(headers()) >> body("lone", stream=True) << Like(Route, first_byte=None)
 
 
 def test_an_address_that_was_not_chosen_is_no_news() -> None:

@@ -247,6 +247,11 @@ def test_a_single_choice_is_not_tried_again() -> None:
     assert told(response.header_mutation) == {"x-envoy-max-retries": "0"}
 
 
+def test_the_time_for_the_first_byte_is_in_milliseconds() -> None:
+    response = encode("request_body", Route({}, (), None, 2, first_byte=0.25)).request_body.response
+    assert told(response.header_mutation)["x-envoy-upstream-rq-per-try-timeout-ms"] == "250"
+
+
 @pytest.mark.parametrize("body", [b"", b"\x00\xff", b"x" * 1234])
 def test_a_changed_body_comes_with_its_length(body: bytes) -> None:
     response = encode("request_body", Route({}, (), body, 1)).request_body.response
