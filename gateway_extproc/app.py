@@ -46,6 +46,7 @@ from .core.address import is_ip, join_address, split_address
 from .core.directory import Directory
 from .core.events import Outcome
 from .core.fleet import METRICS, TLS, Fleet, PodSpec
+from .core.naming import Naming
 from .core.price import Price, Prices, nano
 from .core.records import Records
 from .core.session import ModelPolicy, Policy, World
@@ -113,9 +114,16 @@ def policy_of(config: Config, directory: Directory) -> Policy:
         directory=directory,
         prices=Prices({pattern: price_of(price) for pattern, price in config.prices.items()}),
         models={
-            name: ModelPolicy(model.strategy or None, model.timeout, model.retries, model.first_byte_timeout)
+            name: ModelPolicy(
+                model.strategy or None, model.timeout, model.retries, model.first_byte_timeout, model.lock_strategy
+            )
             for name, model in config.models.items()
         },
+        naming=Naming(
+            aliases={alias: name for name, model in config.models.items() for alias in model.aliases},
+            splits={name: tuple(model.split.items()) for name, model in config.models.items() if model.split},
+            fallbacks={name: model.fallback for name, model in config.models.items() if model.fallback},
+        ),
         keeps_sessions=any(
             Need.SESSION in needs(text)
             for text in (config.routing.default, *(model.strategy for model in config.models.values()))

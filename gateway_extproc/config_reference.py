@@ -18,7 +18,7 @@ import msgspec
 from .config.environment import variables
 from .config.forms import show_size
 from .config.part import RECORDS, Setting, settings
-from .config.schema import UNSUPPORTED, Config
+from .config.schema import Config
 from .config.source import MAX_FILE
 
 #: The file that is written, in a checkout.
@@ -64,10 +64,7 @@ def render() -> str:
             cells.append(f"`{variable}`" if variable else "")
             lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
         lines.append("")
-    lines += ["## Not in this version", "", "These are refused, so that no limit is believed that is not enforced.", ""]
-    lines += ["| setting | reason |", "|---|---|"]
-    lines += [f"| `{name}` | {reason} |" for name, reason in UNSUPPORTED.items()]
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines)
 
 
 def _parts(part: type[msgspec.Struct], title: str) -> Iterator[tuple[str, type[msgspec.Struct]]]:

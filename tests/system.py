@@ -200,7 +200,8 @@ class System:
             try:
                 pods = self.admin("/admin/pods")
                 models = {model for pod in pods if pod["ready"] for model in pod["models"]}
-                listed = {model["id"] for model in self.get("/v1/models").json["data"]}
+                told = {model for pod in pods for model in pod["models"]}  # aliases and the like are listed, too
+                listed = told & {model["id"] for model in self.get("/v1/models").json["data"]}
             except (OSError, http.client.HTTPException, json.JSONDecodeError, KeyError, TypeError):
                 return False
             return sum(pod["ready"] for pod in pods) >= min(expected, len(pods)) and models == listed

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator
 from typing import Final
 
+import msgspec
+
 from ..core.address import is_loopback, split_address
 from ..core.directory import Limits, User
 from ..core.refusal import quoted
@@ -92,11 +94,47 @@ def _budgets(where: Steps, limits: Limits, priced: bool) -> Found:
 
 
 def _models(config: Config, sound: Sound) -> Found:
+    yield from _names(config, sound)
     for name, model in config.models.items():
         where = ("models", name, "first_byte_timeout")
         first = model.first_byte_timeout
         if first is not None and first >= model.timeout and sound(where, ("models", name, "timeout")):
             yield where, f"must be shorter than timeout ({show_duration(model.timeout)})"
+
+
+def _names(config: Config, sound: Sound) -> Found:
+    models = config.models
+    owners: dict[str, str] = {}
+    for name, model in models.items():
+        for at, alias in enumerate(model.aliases):
+            where = ("models", name, "aliases", at)
+            if alias in models:
+                yield where, f"'{quoted(alias)}' has settings of its own in models, so that it is no alias"
+            elif alias in owners:
+                yield where, f"'{quoted(alias)}' is an alias of '{quoted(owners[alias])}' already"
+            owners.setdefault(alias, name)
+    for name, model in models.items():
+        targets: list[tuple[Steps, str]] = [(("split", target), target) for target in model.split]
+        targets += [(("fallback",), model.fallback)] if model.fallback else []
+        for step, target in targets:
+            if target in owners:
+                yield ("models", name, *step), f"'{quoted(target)}' is an alias; its name is '{quoted(owners[target])}'"
+        for target in model.split:
+            if target != name and target in models and models[target].split:
+                yield ("models", name, "split", target), f"'{quoted(target)}' is split itself"
+        if model.split and name not in model.split:
+            of_no_effect = msgspec.structs.replace(model, aliases=(), split={}, fallback="")
+            if of_no_effect != type(model)() and sound(("models", name)):
+                yield (
+                    ("models", name),
+                    "beside a split only aliases and fallback are of effect: set the rest where it leads",
+                )
+        seen, last = [name], model.fallback
+        while last and last not in seen:
+            seen.append(last)
+            last = models[last].fallback if last in models else ""
+        if last and last == name:
+            yield ("models", name, "fallback"), f"leads back to '{quoted(name)}'"
 
 
 def _limits(config: Config) -> Found:

@@ -21,7 +21,7 @@ from .environment import overlay
 from .forms import NAME
 from .part import Setting, settings
 from .problems import MAX_PROBLEMS, ConfigError, Problem, Steps, Unreadable, kind, near, said, spell
-from .schema import UNSUPPORTED, Config
+from .schema import Config
 from .source import MAX_FILE, Node, nodes
 
 #: Largest file that holds a secret, in bytes.
@@ -165,10 +165,7 @@ class _Reader:
             self.report(path, f"expected a mapping, got {kind(node.value)}")
         known = {setting.name: setting for setting in settings(part)}
         for key in given:
-            here = f"{pattern}.{key}" if pattern else key
-            if here in UNSUPPORTED:
-                self.report((*path, key), f"is not supported by this version ({UNSUPPORTED[here]})")
-            elif key not in known:
+            if key not in known:
                 self.report((*path, key), f"unknown key '{quoted(key)}'; {near(key, known)}", shown=path)
         found: dict[str, Any] = {}
         for name, setting in known.items():
@@ -201,7 +198,8 @@ class _Reader:
                     NAME.read(key)
                 except ValueError as error:
                     self.report((*path, key), f"{error}, got {said(key)}")
-            return {key: self.one(setting, item, (*path, key), f"{pattern}.*") for key, item in node.value.items()}
+            read = {key: self.one(setting, item, (*path, key), f"{pattern}.*") for key, item in node.value.items()}
+            return {key: item for key, item in read.items() if item is not _WRONG}
         self.report(path, f"expected a {'list' if setting.many == '[]' else 'mapping'}, got {kind(node.value)}")
         return _WRONG
 

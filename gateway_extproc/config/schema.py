@@ -1,6 +1,6 @@
 """The schema: every section and key of the configuration file, its type, default and meaning.
 
-Owns what users may write, and what the contract names but this version refuses. Promises that each field's form and
+Owns what users may write. Promises that each field's form and
 description are all there is to say of it: reading, printing and docs/configuration.md are made from them. Leaves out
 what values must hold together (checks.py) and the records of users, teams and limits, which are core's
 (core/directory.py); part.py describes their fields.
@@ -8,8 +8,7 @@ what values must hold together (checks.py) and the records of users, teams and l
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Final, Literal
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -38,12 +37,6 @@ from .forms import (
     whole,
 )
 from .part import Part, about
-
-#: Settings that the contract names and this version does not act on, with the reason. They are refused: a limit is
-#: never accepted that is not enforced. ``[]`` is any item, ``*`` any name.
-UNSUPPORTED: Final[Mapping[str, str]] = {
-    "models.*.aliases": "models have one name",
-}
 
 
 class ServerTls(Part, frozen=True, kw_only=True):
@@ -293,6 +286,25 @@ class ModelConfig(Part, frozen=True, kw_only=True):
             "How its pods are chosen. Empty: `routing.default`.",
             or_empty(STRATEGY),
         ),
+    ] = ""
+    lock_strategy: Annotated[bool, about("Whether the `routing-strategy` header of its requests is ignored.")] = False
+    aliases: Annotated[
+        tuple[str, ...],
+        about(
+            "Other names that clients may ask for. They see the name that they sent; all settings go by the real one.",
+            MODEL,
+        ),
+    ] = ()
+    split: Annotated[
+        dict[str, int],
+        about(
+            "Models that serve this name, each with a weight, such as `{llama-8b: 9, llama-8b-next: 1}`. A session, or "
+            "else a user, stays with one of them.",
+            whole(1, 1_000_000),
+        ),
+    ] = msgspec.field(default_factory=dict)
+    fallback: Annotated[
+        str, about("The model that serves while none of this one's pods is ready. Empty: none.", or_empty(MODEL))
     ] = ""
     timeout: Annotated[
         float, about("How long a pod may be silent: to the first byte, and between bytes.", duration(0.01, 86400))

@@ -164,10 +164,12 @@ class Answer(msgspec.Struct, frozen=True):
 
 
 class Respond(msgspec.Struct, frozen=True):
-    """Let the answer's headers through with these added; ``body``: send us the answer's body as it streams."""
+    """Let the answer's headers through with these added; ``body``: send us the answer's body as it streams;
+    ``resized``: and it may get another length."""
 
     set: dict[str, str]
     body: bool
+    resized: bool = False
 
 
 class Replace(msgspec.Struct, frozen=True):

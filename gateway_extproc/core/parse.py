@@ -161,9 +161,9 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     ``include_usage``: the client itself asked for usage in the stream. ``max_tokens``: the largest of the maxima it
     declared (where several are given the pods differ in which they obey); None where it declared none that makes
     sense, which is then the pod's business. ``n``: answers generated for each prompt (``best_of`` of them, where that
-    is more than ``n``); ``prompts``: prompts in the batch of a
-    completion. ``prompt_bytes``: length of the JSON (or form fields) that becomes the prompt. ``asking``: what
-    ``ask_for_usage`` changes, None where it has nothing to change."""
+    is more than ``n``); ``prompts``: prompts in the batch of a completion. ``prompt_bytes``: length of the JSON (or form
+    fields) that becomes the prompt. ``asking``: the change that makes ``stream_options.include_usage`` true; None where
+    the body asks already, and where its ``stream_options`` is no object: the pod refuses that."""
 
     model: str
     stream: bool = False
@@ -181,23 +181,38 @@ def parse_request(route: Route, content_type: str | None, body: Body, prompt: li
     keep all of it alive.
 
     Raises Refused with 400 ``invalid_json``, ``missing_model`` or ``invalid_value``, and nothing else."""
-    if content_type is not None:
-        kind, semicolon, parameters = content_type.partition(";")
-        if kind.strip().lower() == "multipart/form-data":
-            return _read_form(semicolon + parameters, body, prompt)
-    return _read_json(route, body, prompt)
+    parameters = _form_parameters(content_type)
+    return _read_json(route, body, prompt) if parameters is None else _read_form(parameters, body, prompt)
 
 
-def ask_for_usage(body: Body, request: Request) -> bytes:
-    """The body with ``stream_options.include_usage`` true, all else byte for byte as it was; copied once.
+def _form_parameters(content_type: str | None) -> str | None:
+    """The parameters of a form's content type; None for any other."""
+    if content_type is None:
+        return None
+    kind, semicolon, parameters = content_type.partition(";")
+    return semicolon + parameters if kind.strip().lower() == "multipart/form-data" else None
 
-    ``request`` is what ``parse_request`` read in this body. A body that asks already is returned itself, and so is
-    one whose ``stream_options`` is no object: the pod refuses that."""
-    change = request.asking
-    if change is None:
+
+def changed(body: Body, *changes: Splice | None) -> bytes:
+    """The body with these changes, which do not overlap, all else byte for byte as it was; copied once."""
+    if not any(changes):
         return bytes(body)
-    view = memoryview(body)
-    return b"".join((view[: change.start], change.text, view[change.end :]))
+    view, parts, at = memoryview(body), list[bytes | memoryview](), 0
+    for change in sorted((change for change in changes if change is not None), key=lambda change: change.start):
+        parts += (view[at : change.start], change.text)
+        at = change.end
+    return b"".join((*parts, view[at:]))
+
+
+def naming(content_type: str | None, body: Body, model: str) -> Splice:
+    """The change that has a body, which ``parse_request`` has read, name ``model``."""
+    parameters = _form_parameters(content_type)
+    if parameters is not None:
+        start, end = _fields(body, _boundary(parameters))["model"]
+        return Splice(start, end, model.encode())
+    names, values = members(body)
+    _, start, end = where(body, values, names.index("model"))
+    return Splice(start, end, msgspec.json.encode(model))
 
 
 # --- JSON ---------------------------------------------------------------------------------------------------------
@@ -440,7 +455,7 @@ def _parameters(text: str) -> list[tuple[str, str]] | None:
 
 
 def _read_form(parameters: str, body: Body, prompt: list[Piece] | None) -> Request:
-    fields = _fields(body, _boundary(parameters))
+    fields = {name: bytes(body[start:end]) for name, (start, end) in _fields(body, _boundary(parameters)).items()}
     model = fields.get("model", b"")
     if not model:
         raise Refused(missing_model())
@@ -485,9 +500,9 @@ def _malformed(why: str) -> Refused:
     return Refused(invalid_value("body", f"not a well-formed multipart form: {why}"))
 
 
-def _fields(body: Body, boundary: bytes) -> dict[str, bytes]:
-    """The form's fields that the gateway reads, files left where they lie. Raises Refused."""
-    delimiter, fields = b"--" + boundary, dict[str, bytes]()
+def _fields(body: Body, boundary: bytes) -> dict[str, tuple[int, int]]:
+    """Where the form's fields that the gateway reads begin and end. Raises Refused."""
+    delimiter, fields = b"--" + boundary, dict[str, tuple[int, int]]()
     line = b"\n" + delimiter
     opening = _LINE_ENDS.match(body)
     at = opening.end() if opening is not None else 0
@@ -515,7 +530,7 @@ def _fields(body: Body, boundary: bytes) -> dict[str, bytes]:
             raise Refused(invalid_value(name, "it is given more than once"))
         if is_file or _RECODED.search(headers[1]):
             raise Refused(invalid_value(name, "it must be plain text"))
-        fields[name] = bytes(body[begin:end].removesuffix(b"\r"))
+        fields[name] = begin, end - (end > begin and body[end - 1] == 0x0D)
     raise _malformed(f"it has more than {MAX_PARTS} parts")
 
 

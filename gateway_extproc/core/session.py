@@ -57,7 +57,8 @@ from .fleet import Fleet
 from .identify import Mode, identify
 from .keys import PREFIX as KEY_PREFIX
 from .keys import Key
-from .parse import Body, Kind, Piece, Request, ask_for_usage, parse_request, route_of
+from .naming import Naming
+from .parse import Body, Kind, Piece, Request, Splice, changed, naming, parse_request, route_of
 from .parse import Route as Target
 from .price import Prices, dollars
 from .refusal import Refusal, Refused
@@ -74,20 +75,22 @@ from .store import (
     with_budgets,
     with_leases,
 )
-from .strategies import STRATEGIES, Asked, Mixed, Need, Strategies
+from .strategies import STRATEGIES, Asked, Mixed, Need, Strategies, sessions
 from .strategies.prefixes import blocks_of
 from .strategies.session_affinity import id_for
 from .usage import JsonUsage, SseUsage, Usage
 
 
 class ModelPolicy(msgspec.Struct, frozen=True):
-    """One model's settings. ``strategy`` None: the gateway's default. ``timeout`` in seconds, to the first byte and
-    between bytes; a stream that waits for ``first_byte_timeout`` seconds (None: the same) goes to another pod."""
+    """One model's settings. ``strategy`` None: the gateway's default; ``locked``: requests cannot choose another.
+    ``timeout`` in seconds, to the first byte and between bytes; a stream that waits for ``first_byte_timeout`` seconds
+    (None: the same) goes to another pod."""
 
     strategy: str | None = None
     timeout: float = 300.0
     retries: int = 2
     first_byte_timeout: float | None = None
+    locked: bool = False
 
 
 class Policy(msgspec.Struct, frozen=True, kw_only=True):
@@ -104,6 +107,7 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True):
     prices: Prices = Prices()
     models: Mapping[str, ModelPolicy] = {}
     keeps_sessions: bool = False
+    naming: Naming = Naming()
 
     def model(self, name: str) -> ModelPolicy:
         return self.models.get(name, _DEFAULT_MODEL)
@@ -174,7 +178,7 @@ class Session:
 
     __slots__ = (
         "_admission", "_admitted", "_asked", "_carry", "_ended", "_headers", "_key", "_lease", "_leaving", "_mixed",
-        "_model", "_node", "_note", "_output", "_parts", "_prompt", "_reader", "_refused", "_request",
+        "_model", "_name", "_node", "_note", "_output", "_parts", "_prompt", "_reader", "_refused", "_renaming", "_request",
         "_reserved_output", "_shown", "_size", "_state", "_status", "_strategy", "_strip", "_target", "_took",
         "_topped_up", "_user", "_windows", "_world", "declared_length", "running",
     )  # fmt: skip
@@ -195,6 +199,8 @@ class Session:
         self._size = 0
         self._request: Request | None = None
         self._model = ""
+        self._name = ""  # what the client calls the model, where that is another name
+        self._renaming: Splice | None = None
         self._windows: tuple[Window, ...] = ()
         self._admission: Admission | None = None
         self._admitted: Admitted | None = None
@@ -231,7 +237,7 @@ class Session:
     @property
     def holding(self) -> bool:
         """Whether bytes of the answer are held back: the client gets them with our reply to the next ones."""
-        return self._state is _State.ANSWERING and isinstance(self._reader, SseUsage) and self._reader.holding
+        return self._state is _State.ANSWERING and self._reader is not None and self._reader.holding
 
     # --- the request -------------------------------------------------------------------------------------------------
 
@@ -280,7 +286,7 @@ class Session:
             self._strategy = strategy
         self._carry = event.carry
         self._state = _State.BODY
-        adds = policy.expose or keeps_session
+        adds = policy.expose or keeps_session or policy.naming.any
         if world.logged and target.generates and not adds and not policy.directory.may_limit(user):
             self._shown = False  # nothing is to be added to them
         return [Continue(self._shown)]
@@ -309,26 +315,33 @@ class Session:
         if not body:
             path = self._headers.get(":path", b"").decode("latin-1").partition("?")[0]
             return self._refuse(refusals.unknown_url("POST", path))
-        content_type = self._headers.get("content-type")
+        content_type = self._headers.get("content-type", b"").decode("latin-1") or None
         prompt: list[Piece] = []
         try:
-            request = parse_request(
-                self._target, content_type.decode("latin-1") if content_type else None, body, prompt
-            )
+            request = parse_request(self._target, content_type, body, prompt)
         except Refused as refused:
             return self._refuse(refused.refusal)
         self._request = request
-        model = request.model
-        directory = policy.directory
-        pods = world.fleet.view(self._node).models.get(model)
+        asked = model = request.model
+        directory, models = policy.directory, world.fleet.view(self._node).models
+        name = asked
+        if policy.naming.any:
+            name = policy.naming.resolved(asked)
+            model = self._serving(name) or ""
+        pods = models.get(model)
         if pods is None:
-            return self._refuse(refusals.model_not_found(model))
+            return self._refuse(refusals.model_not_found(asked))
         self._model = model
-        if not directory.may_use(self._user, model, self._key):
-            return self._refuse(refusals.model_not_allowed(model))
-        self._strategy = self._strategy or policy.model(model).strategy or policy.default_strategy
+        if not directory.may_use(self._user, name, self._key):
+            return self._refuse(refusals.model_not_allowed(asked))
+        settings = policy.model(model)
+        if settings.locked or not self._strategy:
+            self._strategy = settings.strategy or policy.default_strategy
         if not pods:
-            return self._refuse(refusals.no_ready_pods(model))
+            return self._refuse(refusals.no_ready_pods(asked))
+        if asked != model:
+            self._name = asked
+            self._renaming = naming(content_type, body, model)
         windows = self._windows = directory.windows(self._user, model)
         tightest, apart, counted = None, False, False
         for window in windows:
@@ -341,7 +354,7 @@ class Session:
         spends = with_budgets(windows)
         counted = counted or spends != 0  # somebody's tokens are limited
         self._strip = bool(request.stream and not request.include_usage and self._target.may_ask_usage and counted)
-        if self._strip or self._carry:  # it is needed again once the question is answered
+        if self._strip or self._carry or self._renaming is not None:  # it is needed again once the question is answered
             self._parts.append(body)
         tokens = self._estimate(request, tightest)
         self._asked = self._asks(prompt)
@@ -359,6 +372,17 @@ class Session:
             self._state = _State.ASKING
             return [Ask(admission)]
         return self._route()
+
+    def _serving(self, name: str) -> str | None:
+        """The model that serves the request, by its resolved name. A conversation stays with one."""
+        world, split = self._world, self._world.policy.naming.splits.get(name, ())
+        session = self._headers.get("x-session-id", b"").decode("latin-1")
+        key = session or self._user or str(world.rng.random())
+        kept = ""
+        if session and split:  # the id may be one that a gateway gave, which is for one model
+            secret = world.policy.directory.pepper or world.secret
+            kept = next((model for model, _ in split if sessions.read(secret, model, session) is not None), "")
+        return world.policy.naming.serving(name, world.fleet.view(self._node).models, key, kept)
 
     def _estimate(self, request: Request, tightest: int | None) -> int:
         """Tokens to reserve. A guess of the output never makes a request larger than the ``tightest`` limit that it is
@@ -462,7 +486,7 @@ class Session:
         pods = view.models.get(self._model)
         if not pods:
             self._took = False
-            return self._refuse(refusals.no_ready_pods(self._model), self._limit_headers())
+            return self._refuse(refusals.no_ready_pods(self._name or self._model), self._limit_headers())
         settings = world.policy.model(self._model)
         choices = 1 + settings.retries if world.fleet.retries.allowed(self._model, now) else 1
         # A probe is for requests that have somewhere else to go.
@@ -480,12 +504,12 @@ class Session:
         if self._parts:
             held = self._parts.pop()
             assert self._request is not None
-            body = ask_for_usage(held, self._request) if self._strip else bytes(held)
+            body = changed(held, self._request.asking if self._strip else None, self._renaming)
         change, remove = self._header_changes(lease, note)
         first_byte = settings.first_byte_timeout if note.stream and len(note.pods) > 1 else None
-        # Answers that do not generate can be large, and where usage is to be taken out of one it must be read: then a
-        # session settles it.
-        if world.logged and note.answers and not self._strip:
+        # Answers that do not generate can be large, and where something is to be changed in one it must be read: then
+        # a session settles it.
+        if world.logged and note.answers and not self._strip and not self._name:
             self._state = _State.LOGGED
             return [Route(change, remove, body, len(note.pods), note.written(), first_byte)]
         self._state = _State.ROUTED
@@ -546,7 +570,8 @@ class Session:
             reader = self._reader = self._reader_of(headers)
             if isinstance(reader, SseUsage) and 200 <= self._status < 300:
                 self._look_again()
-        actions.append(Respond(self._answer_headers(), self._reader is not None))
+        read = self._reader is not None
+        actions.append(Respond(self._answer_headers(), read, resized=read and bool(self._name)))
         return actions
 
     def _reader_of(self, headers: Mapping[str, bytes]) -> JsonUsage | SseUsage | None:
@@ -556,8 +581,8 @@ class Session:
             return None
         kind = headers.get("content-type", b"").partition(b";")[0].strip().lower()
         if kind == b"text/event-stream":
-            return SseUsage(strip=self._strip)
-        return JsonUsage() if kind == b"application/json" else None
+            return SseUsage(strip=self._strip, name=self._name)
+        return JsonUsage(self._name) if kind == b"application/json" else None
 
     def _on_logged_answer(self, event: ResponseHeaders) -> list[Action]:
         self._status = _status_of(dict(event.headers))
@@ -591,19 +616,18 @@ class Session:
     def _on_answer_body(self, event: ResponseBody) -> list[Action]:
         self._ended = self._ended or event.end
         reader = self._reader
+        if reader is None:
+            return [Replace(None)]
+        shown = reader.feed(event.data, event.end)
+        if self._leaving and reader.holding:
+            shown = (shown or b"") + reader.release()
         if isinstance(reader, SseUsage):
-            shown = reader.feed(event.data, event.end)
             lease = self._lease
             if lease is not None and lease.first is None and reader.chunks:
                 lease.first = self._world.clock()
-            if self._leaving and reader.holding:
-                shown = (shown or b"") + reader.release()
             if reader.chunks >= self._reserved_output and not self._ended:
                 return [Replace(shown), self._top_up(reader.chunks)]
-            return [Replace(shown)]
-        if reader is not None:
-            reader.feed(event.data)
-        return [Replace(None)]
+        return [Replace(shown)]
 
     def _top_up(self, sent: int) -> TopUp:
         """Far more output was sent than was reserved: charge it now, so that later requests see it."""
@@ -623,7 +647,7 @@ class Session:
     def _on_answer_trailers(self, _: ResponseTrailers) -> list[Action]:
         self._ended = True
         reader = self._reader
-        held = reader.feed(b"", end=True) if isinstance(reader, SseUsage) else None
+        held = reader.feed(b"", end=True) if reader is not None else None
         return [Replace(held) if held else Continue()]
 
     def _on_headless_answer(self, event: ResponseBody | ResponseTrailers) -> list[Action]:
@@ -657,11 +681,13 @@ class Session:
 
     def _list_models(self, wanted: str) -> list[Action]:
         world = self._world
-        directory = world.policy.directory
+        directory, naming = world.policy.directory, world.policy.naming
+        models = world.fleet.view(self._node).models
         found = [
-            {"id": model, "object": "model", "created": world.started, "owned_by": "gateway"}
-            for model, pods in world.fleet.view(self._node).models.items()
-            if pods and directory.may_use(self._user, model, self._key)
+            {"id": name, "object": "model", "created": world.started, "owned_by": "gateway"}
+            for name in dict.fromkeys((*models, *naming.names()))
+            if models.get(naming.serving(known := naming.resolved(name), models, "") or "")
+            and directory.may_use(self._user, known, self._key)
         ]
         if not wanted:
             body = msgspec.json.encode({"object": "list", "data": sorted(found, key=lambda item: str(item["id"]))})

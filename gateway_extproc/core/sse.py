@@ -109,13 +109,15 @@ def data_of(event: bytes) -> tuple[bytes, list[tuple[int, int]]]:
     return b"\n".join([event[begin:end] for begin, end in lines]), lines
 
 
-def without(event: bytes, lines: list[tuple[int, int]], begin: int, end: int) -> bytes:
-    """The event without the bytes from ``begin`` to ``end`` of its data; ``lines`` as ``data_of`` gave them."""
-    kept, last, offset = [], 0, 0
+def spliced(event: bytes, lines: list[tuple[int, int]], begin: int, end: int, text: bytes = b"") -> bytes:
+    """The event with ``text`` instead of the bytes from ``begin`` to ``end`` of its data, of which there is one at
+    least; ``lines`` as ``data_of`` gave them."""
+    kept, last, offset = list[bytes](), 0, 0
     for start, stop in lines:
         first, past = max(begin - offset, 0), min(end - offset, stop - start)
         if first < past:
-            kept.append(event[last : start + first])
+            kept += (event[last : start + first], text)
+            text = b""
             last = start + past
         offset += stop - start + 1
     kept.append(event[last:])

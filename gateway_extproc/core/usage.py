@@ -19,7 +19,8 @@ from typing import Final
 import msgspec
 
 from .parse import UNREADABLE, members, where
-from .sse import Events, data_of, without
+from .rename import Renamed
+from .sse import Events, data_of, spliced
 
 #: Longest JSON answer that is read as a whole, in bytes: chat and rerank answers are some KiB, the exceptions are
 #: embeddings and images.
@@ -116,17 +117,32 @@ _AFTER_KEY: Final = re.compile(r"\s*:\s*(?=\{)")
 
 
 class JsonUsage:
-    """The usage in a JSON answer, fed in chunks. ``odd``: what ``usage`` found of it makes no sense."""
+    """The usage in a JSON answer, fed in chunks. ``odd``: what ``usage`` found of it makes no sense. ``name``: what the
+    client is to get for the model's name; "" for what the pod says."""
 
-    __slots__ = ("_beginning", "_kept", "odd")
+    __slots__ = ("_beginning", "_kept", "_renamed", "odd")
 
-    def __init__(self) -> None:
+    def __init__(self, name: str = "") -> None:
         self.odd = False
+        self._renamed = Renamed(name) if name else None
         self._kept = bytearray()  # the whole answer, or the end of a long one
         self._beginning = b""  # the beginning of a long one
 
-    def feed(self, data: bytes) -> None:
-        """Take the next bytes of the answer."""
+    @property
+    def holding(self) -> bool:
+        """Whether bytes are held back from the client."""
+        return self._renamed is not None and self._renamed.holding
+
+    def feed(self, data: bytes, end: bool = False) -> bytes | None:
+        """Take the next bytes of the answer. None: the client gets them as they are; otherwise what it gets instead."""
+        self._keep(data)
+        return None if self._renamed is None else self._renamed.feed(data, end)
+
+    def release(self) -> bytes:
+        """The bytes held back, so that the caller can send them. The rest passes as it is."""
+        return b"" if self._renamed is None else self._renamed.release()
+
+    def _keep(self, data: bytes) -> None:
         kept = self._kept
         if not self._beginning:
             if len(kept) + len(data) <= MAX_WHOLE:
@@ -209,15 +225,18 @@ class SseUsage:
     """The usage in an event stream, fed in chunks that may be cut anywhere.
 
     ``strip``: only the gateway asked for usage, so the client does not get it. The event that carries nothing else
-    (``"choices": []``) is left out, the member ``usage`` of the others is cut out, and the bytes of an unfinished
-    event are held back (sse.MAX_EVENT at most; longer events pass unread). ``chunks`` counts the events that carried
+    (``"choices": []``) is left out, and the member ``usage`` of the others is cut out. ``name``: what the client is to
+    get for the model's name; "" for what the pod says. With either, the bytes of an unfinished event are held back
+    (sse.MAX_EVENT at most; longer events pass unread). ``chunks`` counts the events that carried
     output, for streams that are cut off: servers send about one token in each. Keys spelled with JSON escapes are
     not recognised; no server spells them so."""
 
-    __slots__ = ("_counts", "_events", "_strip", "chunks")
+    __slots__ = ("_changes", "_counts", "_events", "_name", "_strip", "chunks")
 
-    def __init__(self, strip: bool) -> None:
+    def __init__(self, strip: bool, name: str = "") -> None:
         self._strip = strip
+        self._name = msgspec.json.encode(name) if name else b""
+        self._changes = strip or bool(name)
         self._events = Events()
         self._counts = _Counts()
         self.chunks = 0
@@ -230,7 +249,7 @@ class SseUsage:
     @property
     def holding(self) -> bool:
         """Whether bytes are held back from the client."""
-        return self._strip and self._events.pending > 0
+        return self._changes and self._events.pending > 0
 
     def feed(self, data: bytes, end: bool = False) -> bytes | None:
         """Take the next bytes; at the ``end`` nothing stays held. None: the client gets them as they are; otherwise
@@ -239,15 +258,17 @@ class SseUsage:
         kept = []
         for piece, whole in self._events.push(data, end):
             shown = self._read(piece) if whole else piece
+            if whole and self._name:
+                shown = _renamed(shown, self._name)
             changed = changed or shown is not piece
             kept.append(shown)
-        if not self._strip or not (changed or self._events.pending):
+        if not self._changes or not (changed or self._events.pending):
             return None
         return b"".join(kept)
 
     def release(self) -> bytes:
         """The bytes held back, so that the caller can send them as they are. The rest of their event passes unread."""
-        return self._events.release() if self._strip else b""
+        return self._events.release() if self._changes else b""
 
     def usage(self) -> Usage | None:
         """What was told so far, None without a count of the prompt. Where the prompt alone was told (an Anthropic
@@ -278,7 +299,36 @@ class SseUsage:
             begin, past = _usage_member(data)
         except UNREADABLE:  # an object of more members than are looked at
             return event
-        return without(event, lines, begin, past)
+        return spliced(event, lines, begin, past)
+
+
+def _renamed(event: bytes, name: bytes) -> bytes:
+    """The event with ``name`` for the model's: the event's own, and that of the message or response in it."""
+    if b'"model"' not in event:
+        return event
+    data, lines = data_of(event)
+    try:
+        found = [place for inner in ("", "message", "response") if (place := _name_in(data, inner)) is not None]
+    except UNREADABLE:
+        return event
+    for begin, end in sorted(found, reverse=True):
+        event = spliced(event, lines, begin, end, name)
+    return event
+
+
+def _name_in(data: bytes, inner: str) -> tuple[int, int] | None:
+    """Where the model's name stands in an object, or in the object ``inner`` of it."""
+    names, values = members(data)
+    wanted = inner or "model"
+    if wanted not in names:
+        return None
+    index = names.index(wanted)
+    value = bytes(values[index])
+    _, begin, end = where(data, values, index)
+    if not inner:
+        return (begin, end) if value.startswith(b'"') else None
+    found = _name_in(value, "") if value.startswith(b"{") else None
+    return None if found is None else (begin + found[0], begin + found[1])
 
 
 def _usage_in(inner: msgspec.Raw) -> object:

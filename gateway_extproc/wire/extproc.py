@@ -277,6 +277,8 @@ class Codec:
 
     def _respond(self, action: Respond) -> Sequence[bytes]:
         options = [_option(name, text.encode()) for name, text in action.set.items()]
+        if action.resized:  # or Envoy refuses the answer, whose length is not the header's
+            options.append(_removal("content-length"))
         if not options:
             return _RESPOND_BODY if action.body else _UNCHANGED["response_headers"]
         common = _field(_HEADER_MUTATION, b"".join(options))

@@ -97,3 +97,27 @@ def test_no_problem_is_reported_that_only_follows_from_another() -> None:
     assert problem("teams: [{name: {}}]\nusers: [{name: a, team: t}]").startswith("1: teams[0].name: ")
     assert problem("listen: {http: '0.0.0.0:9090'}\nadmin: {token: 5}").startswith("2: admin.token: ")
     assert problem("pods: [{address: nowhere}]").startswith("1: pods[0].address: ")
+
+
+@pytest.mark.parametrize(
+    ("models", "wrong"),
+    [
+        ("{a: {aliases: [b]}, b: {}}", "models.a.aliases[0]: 'b' has settings of its own in models"),
+        ("{a: {aliases: [x]}, b: {aliases: [x]}}", "models.b.aliases[0]: 'x' is an alias of 'a' already"),
+        ("{a: {aliases: [x, x]}}", "models.a.aliases[1]: 'x' is an alias of 'a' already"),
+        ("{a: {aliases: [x]}, b: {fallback: x}}", "models.b.fallback: 'x' is an alias; its name is 'a'"),
+        ("{a: {aliases: [x]}, b: {split: {x: 1}}}", "models.b.split.x: 'x' is an alias; its name is 'a'"),
+        ("{a: {split: {b: 1}}, b: {split: {c: 1}}}", "models.a.split.b: 'b' is split itself"),
+        ("{a: {split: {b: 1}, retries: 1}}", "models.a: beside a split only aliases and fallback are of effect"),
+        ("{a: {fallback: a}}", "models.a.fallback: leads back to 'a'"),
+        ("{a: {fallback: b}, c: {}, b: {fallback: c}, d: {fallback: d}}", "models.d.fallback: leads back to 'd'"),
+        ("{a: {split: {b: 0}}}", "models.a.split.b: expected a whole number from 1"),
+        ("{a: {split: {b: 1.5}}}", "models.a.split.b: expected a whole number"),
+    ],
+)
+def test_names_lead_to_models(models: str, wrong: str) -> None:
+    assert problem(f"models: {models}").startswith(f"1: {wrong}")
+
+
+def test_a_canary_may_bear_the_models_own_name_and_settings() -> None:
+    parse("models: {a: {split: {a: 9, b: 1}, retries: 1, aliases: [x], fallback: c}, c: {fallback: d}}")

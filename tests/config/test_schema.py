@@ -1,17 +1,15 @@
-"""The schema: the contract's own example, what is not supported yet, and the defaults."""
+"""The schema: the contract's own example, and the defaults."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
-import yaml
 
-from gateway_extproc.config import Config, ConfigError, effective_yaml, load, parse
-from gateway_extproc.config.schema import UNSUPPORTED, EnvoyTls, GatewayTls, ModelConfig, PodTls, StoreConfig
-from gateway_extproc.core.directory import Limits, Team, User
-from tests.config.reading import problem, problems
+from gateway_extproc.config import Config, effective_yaml, load, parse
+from gateway_extproc.config.schema import EnvoyTls, GatewayTls, ModelConfig, PodTls, StoreConfig
+from gateway_extproc.core.directory import Allowance, Limits, Team, User
+from tests.config.reading import problem
 
 #: Section 6 of the contract, to the letter but for the path of the token.
 CONTRACT = """\
@@ -44,35 +42,8 @@ usage: {source: body}                                         # body (ext_proc r
 """  # noqa: E501
 
 
-#: The same without what this version does not act on.
-SUPPORTED = """\
-listen: {grpc: "127.0.0.1:9002", http: "127.0.0.1:9090"}
-store: {url: "redis://127.0.0.1:6379/0", timeout: 250ms, prefix: "gw:"}
-auth: {mode: optional}
-admin: {token_file: admin-token}
-discovery: {poll: 1s, timeout: 1s}
-routing: {default: least-request, expose: false}
-limits:
-  max_body_bytes: 32MiB
-  on_store_failure: local
-  reserve: expected
-  default: {rpm: 600, tpm: 200000}
-users:
-  - {name: alice, team: research, rpm: 20, tpm: 3000, models: ["llama-*"], per_model: {"llama-70b": {rpm: 2}}}
-teams:
-  - {name: research, rpm: 1000}
-pods:
-  - {address: "127.0.0.1:8001", api_key_file: pod.key, tls: true}
-  - {address: "127.0.0.1:8002", models: ["llama-8b"]}
-  - {dns: "vllm:8000"}
-models:
-  llama-8b: {strategy: prefix-cache, timeout: 300s, retries: 2}
-usage: {source: body}
-"""
-
-
-def test_the_contracts_example_loads_without_what_is_not_supported_yet(folder: Path) -> None:
-    (folder / "gateway.yaml").write_text(SUPPORTED)
+def test_the_contracts_example_loads(folder: Path) -> None:
+    (folder / "gateway.yaml").write_text(CONTRACT)
     config = load(folder / "gateway.yaml", environ={})
     assert config.listen.grpc == "127.0.0.1:9002"
     assert config.store == StoreConfig(url="redis://127.0.0.1:6379/0", timeout=0.25, prefix="gw:")
@@ -85,33 +56,23 @@ def test_the_contracts_example_loads_without_what_is_not_supported_yet(folder: P
         team="research",
         rpm=20,
         tpm=3000,
+        concurrency=4,
+        budgets=(Allowance(amount=5, unit="usd", period="month"),),
         models=("llama-*",),
         per_model={"llama-70b": Limits(rpm=2)},
     )
-    assert config.teams == (Team(name="research", rpm=1000),)
+    assert config.teams == (
+        Team(name="research", rpm=1000, budgets=(Allowance(amount=2_000_000, unit="tokens", period="day"),)),
+    )
     assert [pod.address or pod.dns for pod in config.pods] == ["127.0.0.1:8001", "127.0.0.1:8002", "vllm:8000"]
     assert [pod.api_key for pod in config.pods] == ["sk-pod", "", ""]
     assert [pod.tls for pod in config.pods] == [PodTls(), None, None]
     assert [pod.models for pod in config.pods] == [None, ("llama-8b",), None]
-    assert config.models == {"llama-8b": ModelConfig(strategy="prefix-cache", timeout=300.0, retries=2)}
-
-
-def test_the_contracts_example_is_refused_for_exactly_what_is_not_supported(folder: Path) -> None:
-    with pytest.raises(ConfigError) as caught:
-        parse(CONTRACT, file=str(folder / "gateway.yaml"))
-    assert all("not supported by this version" in each.message for each in caught.value.errors)
-    assert [(each.line, each.path) for each in caught.value.errors] == [(25, "models.llama-8b.aliases")]
-    assert {each.file for each in caught.value.errors} == {str(folder / "gateway.yaml")}
-
-
-@pytest.mark.parametrize("name", UNSUPPORTED)
-def test_every_setting_of_the_table_is_refused(name: str) -> None:
-    tree: Any = {"any": 1}
-    for step in reversed(name.replace("[]", ".[]").split(".")):
-        tree = [tree] if step == "[]" else {"some-name" if step == "*" else step: tree}
-    found = [each for each in problems(yaml.safe_dump(tree)) if "missing" not in each]
-    assert len(found) == 1
-    assert "is not supported by this version" in found[0]
+    assert config.models == {
+        "llama-8b": ModelConfig(
+            strategy="prefix-cache", aliases=("gpt-4o-mini",), timeout=300.0, retries=2, limits=Limits(rpm=5000)
+        )
+    }
 
 
 @pytest.mark.parametrize(

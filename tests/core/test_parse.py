@@ -22,7 +22,8 @@ from gateway_extproc.core.parse import (
     Piece,
     Request,
     Route,
-    ask_for_usage,
+    changed,
+    naming,
     parse_request,
     route_of,
 )
@@ -397,7 +398,7 @@ def test_random_bytes_are_refused_or_are_json(body: bytes) -> None:
 
 
 def asked(body: bytes, route: Route = CHAT) -> bytes:
-    return ask_for_usage(body, parse_request(route, None, body))
+    return changed(body, parse_request(route, None, body).asking)
 
 
 @pytest.mark.parametrize(
@@ -469,7 +470,7 @@ def test_the_pod_reads_the_same_but_for_the_usage(
     value.update({key: one for key, one in last.items() if key not in value})
     body = json.dumps(value, indent=indent, ensure_ascii=False).encode()
     request = read(body)
-    found = ask_for_usage(body, request)
+    found = changed(body, request.asking)
     expected = value
     if not request.include_usage:
         expected = {**value, "stream_options": {**(value.get("stream_options") or {}), "include_usage": True}}
@@ -659,3 +660,39 @@ def test_any_content_type_is_read_or_refused(content_type: str) -> None:
     for prefix in ("", "multipart/form-data", "multipart/form-data;boundary="):
         found = code_or_request(form(part("model", b"m")), AUDIO, prefix + content_type)
         assert found in {Request(model="m"), "invalid_json", "invalid_value"}
+
+
+# --- another model -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"model":"m","stream":true}',
+        b' { "stream" : true , "messages":[{"model":"m"}],\n"model" :  "m" }',
+        b'{"stream_options":{},"model":"m","stream":true}',
+        b'{"model":"m","stream":true,"stream_options":null}',
+    ],
+)
+@pytest.mark.parametrize("name", ["real", 'a "b" \\ \u00fc'])
+def test_a_body_names_another_model_and_asks_for_usage_and_is_otherwise_as_it_was(body: bytes, name: str) -> None:
+    route = route_of("POST", "/v1/chat/completions")
+    request = parse_request(route, None, body)
+    found = changed(body, request.asking, naming(None, body, name))
+    told = json.loads(body) | {"model": name, "stream_options": {"include_usage": True}}
+    assert json.loads(found) == told
+    only = changed(body, naming(None, body, name))
+    quoted = json.dumps(name, ensure_ascii=False).encode()
+    at = body.rindex(b'"m"') if body.endswith(b'"m" }') else body.index(b'"m"')
+    assert only == body[:at] + quoted + body[at + 3 :]
+
+
+@pytest.mark.parametrize("end", [b"\r\n", b"\n"])
+def test_a_form_names_another_model_and_is_otherwise_as_it_was(end: bytes) -> None:
+    lines = (
+        b'--x', b'content-disposition: form-data; name="model"', b"", b"m",
+        b'--x', b'content-disposition: form-data; name="file"; filename="m"', b"", b"m", b"--x--", b"",
+    )  # fmt: skip
+    kind = "multipart/form-data; boundary=x"
+    form = end.join(lines)
+    assert changed(form, naming(kind, form, "real")) == end.join((*lines[:3], b"real", *lines[4:]))

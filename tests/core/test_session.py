@@ -34,6 +34,7 @@ from gateway_extproc.core.events import (
     Unavailable,
 )
 from gateway_extproc.core.load import Load
+from gateway_extproc.core.naming import Naming
 from gateway_extproc.core.outlier import FIRST, IN_A_ROW
 from gateway_extproc.core.session import ModelPolicy, ProtocolError, World, duration, limit_headers
 from gateway_extproc.core.store import Admission, Denied, Level, Settlement, Window
@@ -1097,6 +1098,53 @@ def test_only_a_stream_that_can_go_elsewhere_has_a_time_for_its_first_byte() -> 
     assert Playbook(made).through(headers()) >> body(stream=True) << Like(Route, first_byte=2.0)
     assert Playbook(made).through(headers()) >> body() << Like(Route, first_byte=None)
     assert Playbook(made).through(headers()) >> body("lone", stream=True) << Like(Route, first_byte=None)
+
+
+NAMES = Naming(aliases={"alias": "m"}, fallbacks={"away": "m"})
+
+
+def test_an_alias_is_changed_in_the_body_and_back_in_the_answer_and_counts_as_its_model() -> None:
+    play = Playbook(make_world(naming=NAMES)).through(headers())
+    asked = payload("alias")
+    play >> RequestBody(asked, True)
+    assert play.route.body == asked.replace(b'"alias"', b'"m"')
+    assert play.route.set["model"] == b"m"
+    assert play >> answer() << Like(Respond, body=True, resized=True)
+    assert play >> chunk(b'{"model":"m","us') << Replace(b'{"model":"alias","us')
+    assert play >> chunk(b'age":{"prompt_tokens":9,"completion_tokens":3}}', end=True) << Like(Replace)
+    assert play >> Closed("reset") << settled("ok", model="m", prompt_tokens=9, output_tokens=3)
+
+
+def test_with_the_access_log_only_requests_under_another_name_are_read() -> None:
+    made = make_world(naming=NAMES)
+    made.logged = True
+    assert Playbook(made).through(headers()) >> body("alias") << Like(Route, note="")
+    play = Playbook(made).through(headers(), body("m"))
+    assert play.route.note
+
+
+def test_what_is_held_back_of_a_name_is_given_to_the_client_before_the_gateway_leaves() -> None:
+    play = Playbook(make_world(naming=NAMES)).through(headers(), body("alias"), answer())
+    assert play >> chunk(b'{"mod') << Replace(b"{")
+    assert play >> Drain() << NOTHING
+    assert play >> chunk(b'el"') << Replace(b'"model"')
+    play >> Drain()
+    assert Leave() in play.actions
+
+
+def test_a_refusal_names_what_the_client_asked_for() -> None:
+    made = make_world(pod("a", "m"), naming=NAMES)
+    made.fleet.failed(address("a"), "refused")
+    for name in ("alias", "away"):
+        play = Playbook(made).through(headers())
+        assert play >> body(name) << refused(503, "no_ready_pods") << Like(Settle, outcome__model="m")
+        assert f"'{name}'" in play.refuse.refusal.message
+
+
+def test_a_locked_strategy_is_the_models_own() -> None:
+    made = make_world(models={"m": ModelPolicy("random", locked=True)})
+    play = Playbook(made).through(headers(routing_strategy="throughput"), body(), answer(end=True))
+    assert play >> Closed("reset") << settled("ok", strategy="random")
 
 
 def test_an_address_that_was_not_chosen_is_no_news() -> None:

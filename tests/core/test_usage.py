@@ -555,3 +555,54 @@ def test_numbers_that_envoys_filters_found_and_no_answer_has_are_told_of() -> No
     assert under_test.told({prompt: 5.0, completion: float("nan")}, 7) == (Usage(5, 7), True)
     assert under_test.told({prompt: float("inf"), completion: 1.0}, None) == (Usage(MOST, 1), True)
     assert under_test.told({prompt: 1.5, completion: 1.0}, None) == (None, True)
+
+
+# --- another name for the model ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        b'data: {"id":1,"model":"m","choices":[{"model":"m"}]}\n\n',
+        b'data: {"choices":[],"model" : "m"}\r\n\r\n',
+        b'event: message_start\ndata: {"type":"message_start","message":{"id":"m","model":"m"}}\n\n',
+        b'data: {"response":{"text":["m"],"model":"m"},"model":"m"}\n\n',
+        b'data: {"message":"model","model":\ndata: "m"}\n\n',
+    ],
+)
+@pytest.mark.parametrize("cut", [1, 5, 1000])
+def test_events_name_the_model_as_the_client_does(event: bytes, cut: int) -> None:
+    reader = SseUsage(strip=False, name='"x"')
+    stream = event + b"data: [DONE]\n\n"
+    found = b""
+    for at in range(0, len(stream), cut):
+        piece = stream[at : at + cut]
+        shown = reader.feed(piece, at + cut >= len(stream))
+        found += piece if shown is None else shown
+    assert found == stream.replace(b'"model":"m"', b'"model":"\\"x\\""', -1 if b"choices" not in event else 1).replace(
+        b'"model" : "m"', b'"model" : "\\"x\\""'
+    ).replace(b'"model":\ndata: "m"', b'"model":\ndata: "\\"x\\""')
+
+
+@pytest.mark.parametrize("data", [b'{"model":5}', b'{"model"', b'{"message":{"model":null}}', b'["model"]', b'"model"'])
+def test_events_that_name_no_model_stay_as_they_are(data: bytes) -> None:
+    event = b"data: " + data + b"\n\n"
+    assert SseUsage(strip=False, name="x").feed(event, True) in (None, event)
+
+
+def test_usage_is_taken_out_of_an_event_that_is_named_anew() -> None:
+    reader = SseUsage(strip=True, name="x")
+    assert reader.feed(b'data: {"model":"m","usage":{"prompt_tokens":1},"choices":[1]}\n\n') == (
+        b'data: {"model":"x","choices":[1]}\n\n'
+    )
+    assert reader.feed(b'data: {"model":"m","usage":{"prompt_tokens":9,"completion_tokens":2},"choices":[]}\n\n') == b""
+    assert reader.usage() == Usage(9, 2)
+
+
+def test_a_plain_answer_is_read_while_its_name_is_changed() -> None:
+    reader = JsonUsage("x")
+    text = b'{"model":"m","usage":{"prompt_tokens":9,"completion_tokens":2}}'
+    assert b"".join(reader.feed(text[at : at + 4]) or b"" for at in range(0, len(text), 4)) == text.replace(
+        b'"m"', b'"x"'
+    )
+    assert reader.usage() == Usage(9, 2)

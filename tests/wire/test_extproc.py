@@ -252,6 +252,11 @@ def test_the_time_for_the_first_byte_is_in_milliseconds() -> None:
     assert told(response.header_mutation)["x-envoy-upstream-rq-per-try-timeout-ms"] == "250"
 
 
+def test_an_answer_that_may_change_has_no_length() -> None:
+    response = encode("response_headers", Respond({}, True, resized=True)).response_headers.response
+    assert list(response.header_mutation.remove_headers) == ["content-length"]
+
+
 @pytest.mark.parametrize("body", [b"", b"\x00\xff", b"x" * 1234])
 def test_a_changed_body_comes_with_its_length(body: bytes) -> None:
     response = encode("request_body", Route({}, (), body, 1)).request_body.response
