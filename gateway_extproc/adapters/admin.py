@@ -135,12 +135,14 @@ class MetricsShown(TypedDict):
 
 
 class PodShown(TypedDict):
-    """A configured pod. ``why`` says what keeps it from being ready; ``recent_tokens`` is what `throughput`
-    compares; ``metrics`` what the pod last told of itself; ``host`` stands where its name is not its address."""
+    """A configured pod. ``ejected``: its requests failed, so it gets none for a while; ``why`` says what keeps it from
+    being ready; ``recent_tokens`` is what `throughput` compares; ``metrics`` what the pod last told of itself; ``host``
+    stands where its name is not its address."""
 
     name: str
     address: str
     ready: bool
+    ejected: bool
     why: str
     models: list[str]
     in_flight: int

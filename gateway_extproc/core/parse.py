@@ -161,9 +161,9 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     ``include_usage``: the client itself asked for usage in the stream. ``max_tokens``: the largest of the maxima it
     declared (where several are given the pods differ in which they obey); None where it declared none that makes
     sense, which is then the pod's business. ``n``: answers generated for each prompt (``best_of`` of them, where that
-    is more than ``n``); ``prompts``: prompts in the batch of a completion. ``prompt_bytes``: length of the JSON (or form
-    fields) that becomes the prompt. ``asking``: the change that makes ``stream_options.include_usage`` true; None where
-    the body asks already, and where its ``stream_options`` is no object: the pod refuses that."""
+    is more than ``n``); ``prompts``: prompts in the batch of a completion. ``prompt_bytes``: length of the JSON (or
+    form fields) that becomes the prompt. ``asking``: the change that makes ``stream_options.include_usage`` true; None
+    where the body asks already, and where its ``stream_options`` is no object: the pod refuses that."""
 
     model: str
     stream: bool = False

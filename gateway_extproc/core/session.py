@@ -178,9 +178,9 @@ class Session:
 
     __slots__ = (
         "_admission", "_admitted", "_asked", "_carry", "_ended", "_headers", "_key", "_lease", "_leaving", "_mixed",
-        "_model", "_name", "_node", "_note", "_output", "_parts", "_prompt", "_reader", "_refused", "_renaming", "_request",
-        "_reserved_output", "_shown", "_size", "_state", "_status", "_strategy", "_strip", "_target", "_took",
-        "_topped_up", "_user", "_windows", "_world", "declared_length", "running",
+        "_model", "_name", "_node", "_note", "_output", "_parts", "_prompt", "_reader", "_refused", "_renaming",
+        "_request", "_reserved_output", "_shown", "_size", "_state", "_status", "_strategy", "_strip", "_target",
+        "_took", "_topped_up", "_user", "_windows", "_world", "declared_length", "running",
     )  # fmt: skip
 
     def __init__(self, world: World, node: str = "") -> None:

@@ -222,8 +222,8 @@ def test_a_pod_is_shown_with_its_state_and_load_and_without_its_key() -> None:
     shown = pods_shown(fleet, 10.0)
     assert shown == [
         {
-            "name": "a", "address": "10.0.0.1:1", "ready": True, "ejected": False, "why": "", "models": ["m"], "in_flight": 2,
-            "recent_tokens": 50, "tls": False, "path_prefix": "",
+            "name": "a", "address": "10.0.0.1:1", "ready": True, "ejected": False, "why": "", "models": ["m"],
+            "in_flight": 2, "recent_tokens": 50, "tls": False, "path_prefix": "",
             "metrics": {
                 "stale": True, "why": "", "age": 2.5, "running": 3, "waiting": 1, "kv_cache_use": 0.25,
                 "kv_cache_tokens": 1000, "slots": 8, "adapters": ["x", "y"], "max_adapters": 2,
@@ -231,8 +231,9 @@ def test_a_pod_is_shown_with_its_state_and_load_and_without_its_key() -> None:
             },
         },
         {
-            "name": "b", "address": "10.0.0.2:1", "ready": False, "ejected": False, "why": "not polled yet", "models": ["m", "n"],
-            "in_flight": 0, "recent_tokens": 0, "tls": True, "path_prefix": "/p", "host": "pods.test",
+            "name": "b", "address": "10.0.0.2:1", "ready": False, "ejected": False, "why": "not polled yet",
+            "models": ["m", "n"], "in_flight": 0, "recent_tokens": 0, "tls": True, "path_prefix": "/p",
+            "host": "pods.test",
             "metrics": {"stale": True, "why": "/metrics: answered 404"},
         },
     ]  # fmt: skip
