@@ -16,7 +16,7 @@ from pathlib import Path
 
 import msgspec
 
-from tests.bench import accuracy, baseline, directory, goals, measure, own, picks, report, scraping, soak, storm
+from tests.bench import accuracy, baseline, directory, faults, goals, measure, own, picks, report, scraping, soak, storm
 from tests.bench.figures import Figures, stage_of
 from tests.bench.rows import CHECKED, STAGES, Stage
 
@@ -32,6 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return accuracy.main()
     if args.storm:
         return storm.main(args.storm)
+    if args.faults:
+        return faults.main()
     if args.picks:
         return picks.main()
     checking = args.check or args.baseline
@@ -99,6 +101,7 @@ def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--storm", metavar="REQUESTS", type=int, help="whether users are charged what pods served, come what may"
     )
+    parser.add_argument("--faults", action="store_true", help="what pods that fail cost a loaded system's requests")
     parser.add_argument("--picks", action="store_true", help="what choosing a pod costs, by strategy and pods")
     args = parser.parse_args(arguments)
     if args.only and (args.check or args.baseline):
