@@ -193,3 +193,12 @@ def test_after_a_storm_all_accounts_agree(clone: Clone) -> None:
     assert clone.says("docs/limits.md", "make bench ARGS='--storm 10000'")
     told = clone.run("make bench ARGS='--storm 300'")
     assert told.count(" 0 faults") == 2
+
+
+def test_pods_that_fail_cost_no_request(clone: Clone) -> None:
+    command = "make bench ARGS=--faults"
+    assert clone.says("docs/failures.md", command)
+    told = clone.run(command)
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in told.splitlines() if " s " in line]
+    assert len(rows) == 6
+    assert all(int(row[1]) > 0 and row[2] == "0" for row in rows)
