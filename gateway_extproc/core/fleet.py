@@ -1,18 +1,19 @@
 """The pods: which are configured, what each serves, which are ready, and how busy each is.
 
-Owns the membership (from configuration and DNS), what the last poll of each pod said, what each Envoy has
+Owns the membership (from configuration, DNS and Kubernetes), what the last poll of each pod said, what each Envoy has
 acknowledged, and each pod's load. Publishes immutable views that requests read without a lock. Promises:
 
-- A model exists while a pod that last named it remains configured, ready or not.
-- A pod is ready only while its last poll succeeded; a failed connection takes it out until the next poll succeeds.
+- A model exists while a pod that last named it remains configured, ready or not, or while a source says so.
+- A pod is ready only while its last poll succeeded and its source does not hold it back; a failed connection takes it
+  out until the next poll succeeds.
 - A pod is offered to an Envoy's requests only after that Envoy acknowledged the model's endpoints and route. An
   Envoy whose state is not known (no xDS from us, or not reconnected yet) is not held back.
 - A pod that stays configured keeps its load, health and models across every change of the membership.
 - A pod that fails its requests is left out for a while (core/outlier.py), but never more than ``EJECTED`` of a model's
   ready pods, and so never the last one. Where no other pod of a model is ready, those that are ejected are offered.
 
-Leaves out how pods are polled (adapters/scrape.py) and resolved (adapters/dns.py), what a load counts (load.py), and
-choosing (choose.py).
+Leaves out how pods are polled (adapters/scrape.py) and found (adapters/dns.py, adapters/kubernetes.py), what a load
+counts (load.py), and choosing (choose.py).
 """
 
 from __future__ import annotations
@@ -48,9 +49,11 @@ class TLS(msgspec.Struct, frozen=True):
 
 
 class PodSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """A pod as the operator described it. ``address`` is ``ip:port`` (``[v6]:port``); ``host`` the name it was
-    found under, for TLS and the Host header; ``models`` None means: ask the pod. ``metrics`` are the paths, after the
-    prefix, at one of which they are; none: it is not asked for any."""
+    """A pod as its source described it. ``address`` is ``ip:port`` (``[v6]:port``); ``host`` the name it was
+    found under, for TLS and the Host header; ``models`` None means: ask the pod, which serves ``also`` besides what it
+    then names. ``metrics`` are the paths, after the prefix, at one of which they are; none: it is not asked for any.
+    ``held`` is why its source lets it have no new request; empty: it may have them. Another pod that takes over the
+    address has another ``identity``."""
 
     address: str
     name: str
@@ -60,6 +63,9 @@ class PodSpec(msgspec.Struct, frozen=True, kw_only=True):
     tls: TLS | None = None
     path_prefix: str = ""
     metrics: tuple[str, ...] = METRICS
+    also: tuple[str, ...] = ()
+    held: str = ""
+    identity: str = ""
 
 
 class Pod(msgspec.Struct, frozen=True, eq=False):
@@ -107,22 +113,32 @@ class View(msgspec.Struct, frozen=True):
 
 
 class Member(msgspec.Struct):
-    """A configured pod's state. ``models`` is what it last named, ``polled`` whether a first poll has ended, ``blind``
-    why its metrics were not to be had when they were last asked for; empty if they were."""
+    """A configured pod's state. ``models`` is what it last named, ``polled`` whether a first poll has ended,
+    ``failure`` why the last one failed, ``blind`` why its metrics were not to be had when they were last asked for;
+    each empty where all went well."""
 
     spec: PodSpec
     load: Load
     models: tuple[str, ...]
     pod: Pod
-    ready: bool = False
     polled: bool = False
-    why: str = "not polled yet"
+    failure: str = "not polled yet"
     blind: str = ""
     left: float = -math.inf  # when it was last taken out, in monotonic seconds
 
     @property
     def health(self) -> Health:
         return self.pod.health
+
+    @property
+    def ready(self) -> bool:
+        """Whether it may have new requests."""
+        return not self.why
+
+    @property
+    def why(self) -> str:
+        """Why it may not; empty: it may."""
+        return self.spec.held or self.failure
 
 
 class Fleet:
@@ -142,6 +158,8 @@ class Fleet:
         self._relayed: dict[str, Acknowledged] = {}
         self._views: dict[str, View] = {}
         self._sources: dict[str, tuple[PodSpec, ...]] = {}
+        #: Models that exist by the word of a source, whichever pods there are.
+        self._named: dict[str, tuple[str, ...]] = {}
         #: Grows with each change of members, models or readiness.
         self.version = 0
         #: Called after each such change; must not raise.
@@ -151,15 +169,17 @@ class Fleet:
 
     # --- membership ------------------------------------------------------------------------------------------------
 
-    def configure(self, source: str, specs: Iterable[PodSpec]) -> None:
-        """The pods that ``source`` (the file, or one DNS name) has now. An address is one pod: the first source to
-        name it describes it."""
+    def configure(self, source: str, specs: Iterable[PodSpec], models: Iterable[str] = ()) -> None:
+        """The pods that ``source`` (the file, one DNS name, or Kubernetes) has now, and ``models`` that exist besides
+        those that the pods name. An address is one pod: the first source to name it describes it."""
         self._sources[source] = tuple(specs)
+        self._named[source] = tuple(models)
         self._rebuild()
 
     def forget(self, source: str) -> None:
         """``source`` is gone, and with it the pods that nothing else names."""
         if self._sources.pop(source, None) is not None:
+            self._named.pop(source)
             self._rebuild()
 
     def _rebuild(self) -> None:
@@ -168,21 +188,31 @@ class Fleet:
             for spec in specs:
                 if spec.address in members:
                     continue
-                known = self._members.get(spec.address)
-                if known is not None and known.spec == spec:
-                    members[spec.address] = known
-                    continue
-                load = known.load if known is not None else Load()
-                models = tuple(dict.fromkeys(spec.models or ())) or (known.models if known is not None else ())
-                health = known.health if known is not None else Health()
-                pod = Pod(spec.name, spec.address, load, spec.api_key, spec.path_prefix, health)
-                member = Member(spec, load, models, pod)
-                if known is not None and known.spec.models == spec.models:
-                    member.ready, member.polled, member.why = known.ready, known.polled, known.why
-                    member.left = known.left
-                members[spec.address] = member
+                members[spec.address] = self._member(spec)
         self._members = members
         self._changed()
+
+    def _member(self, spec: PodSpec) -> Member:
+        """A pod as it is described now, with what is known of it already."""
+        known = self._members.get(spec.address)
+        if known is not None and known.spec.identity != spec.identity:
+            known = None
+        if known is not None and known.spec == spec:
+            return known
+        load = known.load if known is not None else Load()
+        models = spec.models
+        if models is None:
+            asked = [] if known is None else [model for model in known.models if model not in known.spec.also]
+            models = (*spec.also, *asked)
+        health = known.health if known is not None else Health()
+        pod = Pod(spec.name, spec.address, load, spec.api_key, spec.path_prefix, health)
+        member = Member(spec, load, tuple(dict.fromkeys(models)), pod)
+        if known is not None and known.spec.models == spec.models:
+            member.polled, member.failure, member.blind = known.polled, known.failure, known.blind
+            member.left = known.left
+            if known.spec.held and not spec.held and self.serves:
+                health.began(self._clock())  # it answered while it was held back, and is new to requests
+        return member
 
     # --- polls -----------------------------------------------------------------------------------------------------
 
@@ -195,14 +225,14 @@ class Fleet:
         member.load.adapters = frozenset(usable_names(adapters))
         named = member.spec.models
         if named is None:
-            named = usable_names(models or ())
-        if member.ready and member.polled and member.models == named:
+            named = usable_names((*member.spec.also, *(models or ())))
+        if not member.failure and member.models == named:
             return
-        if not member.ready and self.serves:
+        if member.failure and self.serves:
             now = self._clock()
             if now - member.left >= AWAY:
                 member.health.began(now)
-        member.models, member.ready, member.polled, member.why = named, True, True, ""
+        member.models, member.polled, member.failure = named, True, ""
         self._changed()
 
     def failed(self, address: str, why: str) -> None:
@@ -211,11 +241,11 @@ class Fleet:
         member = self._members.get(address)
         if member is None:
             return
-        was = (member.ready, member.polled)
-        if member.ready:
+        changes = not member.failure or not member.polled
+        if not member.failure:
             member.left = self._clock()
-        member.ready, member.polled, member.why = False, True, why
-        if was != (False, True):
+        member.polled, member.failure = True, why
+        if changes:
             self._changed()
 
     def looked(self, address: str, metrics: Metrics, given: int) -> None:
@@ -306,7 +336,7 @@ class Fleet:
 
     def _build(self, acknowledged: Acknowledged | None) -> View:
         now, until = self._clock(), math.inf
-        models: dict[str, list[Pod]] = {}
+        models: dict[str, list[Pod]] = {model: [] for named in self._named.values() for model in named}
         warming: dict[str, list[Pod]] = {}
         ejected: dict[str, list[Pod]] = {}
         for member in self._members.values():
@@ -349,7 +379,7 @@ class Fleet:
 
     def endpoints(self) -> dict[str, tuple[PodSpec, ...]]:
         """Each existing model's pods, ready or not: what Envoy is told."""
-        found: dict[str, list[PodSpec]] = {}
+        found: dict[str, list[PodSpec]] = {model: [] for named in self._named.values() for model in named}
         for member in self._members.values():
             for model in member.models:
                 found.setdefault(model, []).append(member.spec)

@@ -1,0 +1,105 @@
+"""The programs of a Kubernetes cluster without its nodes: where they are, and how they are built.
+
+``binaries/go.mod`` names them by version, and ``binaries/go.sum`` holds their sources to a hash. They come from the
+folder that KUBEBUILDER_ASSETS names, as it is usual, or else from the cache (XDG_CACHE_HOME, ``~/.cache``), where
+``make kubernetes-binaries`` builds them from source, once for each state of go.mod and for all checkouts. With
+nothing compiled before, that takes two cores some 40 minutes and 2 GB of memory. Tests never build them: what is
+missing is said, and skipped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Final
+
+SOURCES: Final = Path(__file__).parent / "binaries"
+#: Each program and the package it is built from, the ones that most tests need first.
+PACKAGES: Final = {
+    "etcd": "go.etcd.io/etcd/server/v3",
+    "kube-apiserver": "k8s.io/kubernetes/cmd/kube-apiserver",
+    "kube-controller-manager": "k8s.io/kubernetes/cmd/kube-controller-manager",
+    "envoy-gateway": "github.com/envoyproxy/gateway/cmd/envoy-gateway",
+    "helm": "helm.sh/helm/v3/cmd/helm",
+}
+#: Definitions of the Gateway API's and Envoy Gateway's objects: the module that brings them, and where.
+DEFINITIONS: Final = ("github.com/envoyproxy/gateway", "charts/gateway-helm/charts/crds/crds")
+
+
+def cache() -> Path:
+    """Where they are built: another folder for other versions."""
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return root / "gateway-extproc" / f"kubernetes-{hashlib.sha256((SOURCES / 'go.mod').read_bytes()).hexdigest()[:12]}"
+
+
+def find(name: str) -> Path | None:
+    """A program, or None where it was not built."""
+    for directory in (os.environ.get("KUBEBUILDER_ASSETS"), cache()):
+        if directory and os.access(found := Path(directory) / name, os.X_OK):
+            return found
+    return None
+
+
+def definitions() -> list[Path]:
+    """The files with the definitions; empty where nothing was built."""
+    return sorted((cache() / "definitions").rglob("*.yaml"))
+
+
+def build() -> None:
+    """Build what is missing. Raises CalledProcessError; what was built until then stays."""
+    target = cache()
+    target.mkdir(parents=True, exist_ok=True)
+    kubernetes = "v" + _module("k8s.io/kubernetes", "Version").removeprefix("v")
+    major, minor, _ = kubernetes.removeprefix("v").split(".")
+    versions = {
+        # What the programs call themselves. Without it the API server has no version, and clients go wrong.
+        "k8s.io/component-base/version.gitVersion": kubernetes,
+        "k8s.io/component-base/version.gitMajor": major,
+        "k8s.io/component-base/version.gitMinor": minor,
+        "helm.sh/helm/v3/internal/version.version": _module("helm.sh/helm/v3", "Version"),
+    }
+    flags = " ".join(["-s", "-w", *(f"-X {name}={value}" for name, value in versions.items())])
+    for name, package in PACKAGES.items():
+        if find(name) is not None:
+            continue
+        print(f"{time.strftime('%H:%M:%S')} building {name} ...", flush=True)
+        # Moved into place when whole: a build that was ended leaves nothing that looks like a program.
+        half = target / f".{name}-{os.getpid()}"
+        _go("build", "-trimpath", "-buildvcs=false", "-ldflags", flags, "-o", str(half), package)
+        half.rename(target / name)
+    if not definitions():
+        module, path = DEFINITIONS
+        shutil.copytree(Path(_module(module, "Dir")) / path, target / "definitions", dirs_exist_ok=True)
+    print(target)
+
+
+def _module(name: str, what: str) -> str:
+    return _go("list", "-m", "-f", f"{{{{.{what}}}}}", name)
+
+
+def _go(*arguments: str) -> str:
+    environment = os.environ | {"CGO_ENABLED": "0"}
+    return subprocess.run(
+        ["go", *arguments], cwd=SOURCES, env=environment, check=True, stdout=subprocess.PIPE, text=True
+    ).stdout.strip()
+
+
+def main() -> int:
+    if shutil.which("go") is None:
+        print("kubernetes-binaries: Go is needed (the version in tests/kubernetes/binaries/go.mod)", file=sys.stderr)
+        return 3
+    try:
+        build()
+    except subprocess.CalledProcessError as error:
+        print(f"kubernetes-binaries: {' '.join(error.cmd[:2])} failed", file=sys.stderr)
+        return 3
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
