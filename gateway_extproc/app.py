@@ -15,7 +15,7 @@ import secrets
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -31,6 +31,7 @@ from .adapters.admin_file import FileViews
 from .adapters.admin_users import UserViews
 from .adapters.dns import Resolver, Watcher
 from .adapters.guarded import GuardedStore
+from .adapters.kubernetes import CannotConnect, Cluster, Pods
 from .adapters.memory import MemoryStore
 from .adapters.metrics import Metrics, Sources
 from .adapters.records import MemoryRecords, RedisRecords
@@ -220,6 +221,7 @@ class Gateway:
         self._lines = logs.RequestLog(config.logging.successes, time.monotonic)
         self._poller = Poller(self.fleet, config.discovery.poll, config.discovery.timeout, self._rng)
         self._watcher: Watcher | None = None
+        self._pods: Pods | None = None
         self._named: dict[str, list[tuple[int, PodConfig]]] = {}
         self._numbers: dict[str, str] = {}
         self._wake = asyncio.Event()
@@ -310,6 +312,12 @@ class Gateway:
     async def start(self) -> None:
         """Listen, find the pods, serve. Raises Unavailable."""
         config = self.config
+        if (found := config.discovery.kubernetes) is not None:
+            try:
+                cluster = await Cluster.connect(found.kubeconfig)
+            except CannotConnect as error:
+                raise Unavailable(f"discovery.kubernetes: {error}") from error
+            self._pods = Pods(cluster, found.namespaces, found.selector, self._discovered, self._rng)
         services = self.extproc.services | self.xds.services | self.health.services | self.access_logs.services
         try:
             self._listener = await _listen(config, services)
@@ -333,6 +341,8 @@ class Gateway:
         resolver = Resolver(config.discovery.dns_servers)
         self._watcher = Watcher(resolver, config.discovery.dns_refresh, self._resolved, self._rng)
         self._configure_pods()
+        if self._pods is not None:
+            self._pods.start()
         self._tasks.append(asyncio.create_task(self._follow_fleet(), name="follow the fleet"))
         self._tasks.append(asyncio.create_task(self._renew(), name="renew leases"))
         if self._file is not None:
@@ -371,6 +381,8 @@ class Gateway:
         await self._poller.close()
         if self._watcher is not None:
             await self._watcher.close()
+        if self._pods is not None:
+            await self._pods.close()
         for task in self._tasks:
             with contextlib.suppress(asyncio.CancelledError):
                 await task
@@ -420,6 +432,9 @@ class Gateway:
                 specs.append(spec_of(pod, address, host, name))
         self.fleet.configure(f"dns {host}", specs)
 
+    def _discovered(self, pods: Iterable[PodSpec], models: Iterable[str]) -> None:
+        self.fleet.configure("kubernetes", pods, models)
+
     def _numbered(self, base: str, address: str) -> str:
         """A name for a pod that has none of its own: clients may see it, so it must not tell the address. It stays
         while the pod does."""
@@ -446,7 +461,9 @@ class Gateway:
             if not self._polled:
                 assert self._watcher is not None
                 known = self._watcher.all_asked and self.fleet.all_polled and self.administration.asked.is_set()
-                if known or loop.time() - began > START_WAIT:
+                # Without Kubernetes' word we would tell Envoy that there is no model, which it knows better.
+                listed = self._pods is None or self._pods.listed
+                if listed and (known or loop.time() - began > START_WAIT):
                     self._publish()
                     self._polled = self.fleet.serves = True
                     self.xds.open()
@@ -539,7 +556,7 @@ class Gateway:
             if away := self._store_away():
                 store["reason"] = ", ".join(away)
         users, keys = self.administration.counts
-        parts = {
+        parts: dict[str, Any] = {
             "pods": {
                 "polled": self._polled,
                 "configured": len(members),
@@ -550,6 +567,9 @@ class Gateway:
             "envoy": {"connected": list(self.xds.envoys), "refused": self.xds.refused},
             "draining": self._draining,
         }
+        if self._pods is not None:
+            failures = self._pods.failures
+            parts["kubernetes"] = {"ok": not failures, "listed": self._pods.listed, "failures": failures}
         return self._ready.is_set() and not self._draining, parts
 
     def _store_away(self) -> tuple[str, ...]:

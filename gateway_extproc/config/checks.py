@@ -22,6 +22,8 @@ from .schema import Config
 Found = Iterator[tuple[Steps, str]]
 #: Most budgets of one scope: each is looked at for each request.
 MAX_BUDGETS: Final = 16
+#: Most namespaces that are watched: a connection each.
+NAMESPACES: Final = 64
 #: Whether nothing was wrong at, under or above the paths, so that what follows from them is worth saying.
 Sound = Callable[..., bool]
 
@@ -37,6 +39,7 @@ def across(config: Config, sound: Sound) -> Found:
     yield from _limits(config)
     yield from _models(config, sound)
     yield from _pods(config, sound)
+    yield from _kubernetes(config)
 
 
 def _listeners(config: Config, sound: Sound) -> Found:
@@ -154,6 +157,13 @@ def _pods(config: Config, sound: Sound) -> Found:
             yield ("pods", at, "models"), "expected at least one; leave it out to ask the pod"
     yield from _twice("pods", [pod.address or pod.dns for pod in config.pods])
     yield from _twice("pods", [pod.name for pod in config.pods])
+
+
+def _kubernetes(config: Config) -> Found:
+    found = config.discovery.kubernetes
+    if found is not None and len(found.namespaces) > NAMESPACES:
+        where: Steps = ("discovery", "kubernetes", "namespaces")
+        yield where, f"expected at most {NAMESPACES}: each is watched by itself (leave it out to watch all at once)"
 
 
 def _twice(section: str, names: list[str]) -> Found:

@@ -310,6 +310,11 @@ SECRET: Final = or_empty(
 )
 URL: Final = or_empty(Form("URL", _url, show=mask_url, secret=True))
 STRATEGY: Final = Form("strategy", _strategy)
+#: RFC 1123 section 2.1, as Kubernetes takes it for a label.
+NAMESPACE: Final = Form(
+    "namespace",
+    matching(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?", "expected a namespace: lower case, digits and '-', at most 63"),
+)
 HOST: Final = Form("host name", matching(HOST_NAME.pattern, "expected a host name in lower case"))
 PREFIX: Final = Form(
     "path",

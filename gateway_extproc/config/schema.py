@@ -23,10 +23,12 @@ from .forms import (
     METRICS,
     MODEL,
     NAME,
+    NAMESPACE,
     ORIGIN,
     PREFIX,
     SECRET,
     SECRET_FILE,
+    SOME,
     STORE_PREFIX,
     STRATEGY,
     URL,
@@ -179,6 +181,25 @@ class Admin(Part, frozen=True, kw_only=True):
     token_file: Annotated[str, about("A file that holds the token, instead of `token`.", SECRET_FILE)] = ""
 
 
+class KubernetesDiscovery(Part, frozen=True, kw_only=True):
+    """Pods that Kubernetes has. Needs the extra `gateway-extproc[kubernetes]`, and the right to list and watch pods."""
+
+    namespaces: Annotated[
+        tuple[str, ...], about("Where to look. Empty: in every namespace, which takes a ClusterRole.", NAMESPACE)
+    ] = ()
+    selector: Annotated[str, about("Labels of the pods, in the form that `kubectl -l` takes.", SOME)] = (
+        "model.aibrix.ai/name"
+    )
+    kubeconfig: Annotated[
+        str,
+        about(
+            "How to reach the cluster. Empty: as the pod that the gateway is, or else by `KUBECONFIG` or "
+            "`~/.kube/config`.",
+            or_empty(FILE),
+        ),
+    ] = ""
+
+
 class Discovery(Part, frozen=True, kw_only=True):
     """How pods are found and watched."""
 
@@ -186,6 +207,10 @@ class Discovery(Part, frozen=True, kw_only=True):
     timeout: Annotated[float, about("How long a pod may take to answer such a look.", duration(0.01, 60))] = 1.0
     dns_refresh: Annotated[float, about("Time between two look-ups of a name in `pods`.", duration(0.1, 3600))] = 1.0
     dns_servers: Annotated[tuple[str, ...], about("Name servers to ask. Empty: the system's.", address(ip=True))] = ()
+    kubernetes: Annotated[
+        KubernetesDiscovery | None,
+        about("Pods that Kubernetes has, besides those in `pods`. `true`: with the defaults.", switch=True),
+    ] = None
 
 
 class Routing(Part, frozen=True, kw_only=True):
