@@ -104,10 +104,9 @@ class Cluster:
                     kubeconfig or None, client_configuration=configuration, persist_config=False
                 )
             return cls(configuration, RESTClientObject(configuration))
-        except (config.ConfigException, OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            # A file that is no kubeconfig makes the library stumble over what it expected.
+        except Exception as error:  # a file that is no kubeconfig makes the library stumble over what it expected
             where = kubeconfig or "this pod's service account, KUBECONFIG or ~/.kube/config"
-            raise CannotConnect(f"cannot connect to Kubernetes by {where}: {error}") from error
+            raise CannotConnect(f"cannot connect to Kubernetes by {where}: {' '.join(str(error).split())}") from error
 
     @contextlib.asynccontextmanager
     async def stream(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -174,6 +175,62 @@ def test_an_address_from_two_sources_is_one_pod_that_the_first_describes() -> No
     assert fleet.view().models["m"][0].load is first.load
     fleet.forget("dns")
     assert shown(fleet) == {}
+
+
+def test_a_pod_that_its_source_holds_back_gets_no_request_and_keeps_everything_else() -> None:
+    free = pod("a")
+    held = msgspec.structs.replace(free, held="it is being deleted")
+    fleet = fleet_of(free, pod("b"))
+    load = fleet.members()[0].load
+    fleet.configure("file", [held, pod("b")])
+    assert shown(fleet) == {"m": ["b"]}
+    assert [(member.ready, member.why) for member in fleet.members()] == [(False, "it is being deleted"), (True, "")]
+    assert fleet.endpoints() == {"m": (held, pod("b"))}, "what is in flight there goes on"
+    fleet.configure("file", [free, pod("b")])
+    assert shown(fleet) == {"m": ["a", "b"]}, "at once: its last poll was good"
+    assert fleet.members()[0].load is load
+
+
+def test_a_pod_that_is_held_back_is_known_when_it_was_polled_meanwhile() -> None:
+    held = msgspec.structs.replace(pod("a"), held="not ready")
+    fleet = fleet_of(held)
+    assert shown(fleet) == {"m": []}
+    fleet.failed(held.address, "refused")
+    fleet.configure("file", [pod("a")])
+    assert (shown(fleet), fleet.members()[0].why) == ({"m": []}, "refused")
+
+
+def test_another_pod_at_the_same_address_has_nothing_of_the_one_before() -> None:
+    one, two = (msgspec.structs.replace(pod("a"), identity=identity) for identity in ("1", "2"))
+    fleet = fleet_of(one)
+    load = fleet.members()[0].load
+    fleet.configure("file", [two])
+    assert shown(fleet) == {}
+    assert fleet.members()[0].load is not load
+
+
+def test_a_pod_serves_what_its_source_says_besides_what_it_names() -> None:
+    fleet = Fleet()
+    fleet.configure("file", [msgspec.structs.replace(pod("a"), also=("base",))])
+    assert shown(fleet) == {"base": []}
+    fleet.answered(address("a"), ["lora", "base"])
+    assert shown(fleet) == {"base": ["a"], "lora": ["a"]}
+    fleet.configure("file", [msgspec.structs.replace(pod("a"), also=("other",))])
+    assert shown(fleet) == {"other": ["a"], "lora": ["a"]}
+    fleet.answered(address("a"), [])
+    assert shown(fleet) == {"other": ["a"]}
+
+
+def test_a_model_exists_by_the_word_of_its_source() -> None:
+    fleet = fleet_of(pod("a"))
+    fleet.configure("cluster", [], ["m", "pending"])
+    assert shown(fleet) == {"m": ["a"], "pending": []}
+    assert fleet.endpoints() == {"m": (pod("a"),), "pending": ()}
+    fleet.configure("cluster", [])
+    assert shown(fleet) == {"m": ["a"]}
+    fleet.configure("cluster", [], ["pending"])
+    fleet.forget("cluster")
+    assert shown(fleet) == {"m": ["a"]}
 
 
 def test_envoy_is_told_every_configured_pod_ready_or_not() -> None:
