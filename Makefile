@@ -14,7 +14,7 @@ BIN = $(VENV)/bin
 PYTEST = "$(BIN)/python" -m pytest -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench bench-check proto lint format types requirements clean venv-demo venv-dev
+.PHONY: help demo test check bench bench-check proto lint format types requirements kubernetes-binaries clean venv-demo venv-dev
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1	\2/p' Makefile | expand -t 20
@@ -35,6 +35,9 @@ bench: venv-dev ## what a request costs, and each goal with its figure; some 12 
 
 bench-check: venv-dev ## whether it costs more than it did (tests/bench/baseline.json)
 	@exec "$(BIN)/python" -m tests.bench --check $(ARGS)
+
+kubernetes-binaries: venv-dev ## build what tests/kubernetes runs: once, with Go, some 20 minutes
+	@exec "$(BIN)/python" -m tests.kubernetes.programs
 
 lint: venv-dev ## ruff, and the layers
 	@"$(BIN)/ruff" check .

@@ -11,15 +11,19 @@ from __future__ import annotations
 import base64
 import contextlib
 import ctypes
+import fcntl
 import http.client
 import json
 import os
 import shutil
+import socket
 import ssl
+import struct
 import subprocess
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
+from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 from typing import Any, Final
 
@@ -30,10 +34,15 @@ from tests.kubernetes.programs import find
 #: Seconds within which a program must be up, or gone: the machine may be busy.
 DEADLINE: Final = 90.0
 #: Addresses that pods may have: on the network's loopback interface, so that anything can listen on each.
-PODS: Final = "10.244.0.0/16"
+PODS: Final = IPv4Network("10.244.0.0/16")
 #: The name of the one node there seems to be.
 NODE: Final = "node-1"
 _NEWNET: Final = 0x40000000  # CLONE_NEWNET, from linux/sched.h
+#: From linux/sockios.h and linux/if.h (netdevice(7)).
+_SIOCSIFFLAGS: Final = 0x8914
+_SIOCSIFADDR: Final = 0x8916
+_SIOCSIFNETMASK: Final = 0x891C
+_IFF_UP: Final = 1
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -45,9 +54,11 @@ class Network:
         try:
             _checked(_libc.unshare(_NEWNET))
             self._namespace = os.open("/proc/thread-self/ns/net", os.O_RDONLY)
-            # Every address of the range is this machine's own, without one interface address for each.
-            for command in ("link set lo up", f"route add local {PODS} dev lo"):
-                subprocess.run(["ip", *command.split()], check=True, capture_output=True)
+            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking:
+                _interface(asking, _SIOCSIFFLAGS, "lo", struct.pack("h", _IFF_UP))
+                # On the loopback interface every address of the network is this machine's own.
+                _interface(asking, _SIOCSIFADDR, "lo:0", _address(PODS.network_address))
+                _interface(asking, _SIOCSIFNETMASK, "lo:0", _address(PODS.netmask))
         finally:
             _checked(_libc.setns(before, _NEWNET))
             os.close(before)
@@ -65,6 +76,14 @@ class Network:
 
     def close(self) -> None:
         os.close(self._namespace)
+
+
+def _interface(asking: socket.socket, request: int, name: str, value: bytes) -> None:
+    fcntl.ioctl(asking, request, struct.pack("16s24s", name.encode(), value))
+
+
+def _address(address: IPv4Address) -> bytes:
+    return struct.pack("HH4s", socket.AF_INET, 0, address.packed)
 
 
 def _checked(result: int) -> None:

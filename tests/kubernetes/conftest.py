@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Iterator
 from itertools import count
+from pathlib import Path
 from typing import Final
 
 import pytest
@@ -15,21 +16,33 @@ from tests.kubernetes.programs import find
 
 #: Without these there is no cluster; others are asked for by the tests that need them.
 NEEDED: Final = ("etcd", "kube-apiserver")
+LOUD: Final = "NOT TESTED AGAINST KUBERNETES"
 _numbers = count(1)
 
 
 def missing(*programs: str) -> str:
     """Why there can be no cluster with these programs; empty: there can."""
     if not sys.platform.startswith("linux") or os.geteuid() != 0:
-        return "a cluster of the tests' own needs Linux and root (a network namespace)"
+        return f"{LOUD}: a network of the tests' own needs Linux and root"
     absent = [name for name in programs if find(name) is None]
-    return f"NOT TESTED AGAINST KUBERNETES: no {', '.join(absent)} (make kubernetes-binaries)" if absent else ""
+    return f"{LOUD}: no {', '.join(absent)} (make kubernetes-binaries)" if absent else ""
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Without the programs one test of this folder stands for all, and is skipped. Where they must run, they fail."""
+    ours = [item for item in items if item.path.is_relative_to(Path(__file__).parent)]
+    if not ours or os.environ.get("KUBERNETES_TESTS") == "required" or not (reason := missing(*NEEDED)):
+        return
+    ours[0].add_marker(pytest.mark.skip(reason=f"{reason}; {len(ours)} tests left out"))
+    others = set(ours[1:])
+    config.hook.pytest_deselected(items=list(others))
+    items[:] = [item for item in items if item not in others]
 
 
 @pytest.fixture(scope="session")
 def network() -> Iterator[Network]:
     if reason := missing(*NEEDED):
-        pytest.skip(reason)
+        pytest.fail(reason)
     made = Network()
     yield made
     made.close()

@@ -3,7 +3,7 @@
 ``binaries/go.mod`` names them by version, and ``binaries/go.sum`` holds their sources to a hash. They come from the
 folder that KUBEBUILDER_ASSETS names, as it is usual, or else from the cache (XDG_CACHE_HOME, ``~/.cache``), where
 ``make kubernetes-binaries`` builds them from source, once for each state of go.mod and for all checkouts. With
-nothing compiled before, that takes two cores some 40 minutes and 2 GB of memory. Tests never build them: what is
+nothing compiled before, that takes two cores some 20 minutes and 2 GB of memory. Tests never build them: what is
 missing is said, and skipped.
 """
 
