@@ -109,6 +109,7 @@ RUN_BY = {
     r"make requirements": FIRST_RUN + "test_the_pins_are_kept_when_they_are_made_anew",
     # what CI runs, and `make check` in turn
     r"make check": ".ci/run",
+    r"make kubernetes-binaries": ".ci/run",
     r"make lint": "Makefile::check",
     r"python proto/generate\.py --check": "Makefile::check",
 }
