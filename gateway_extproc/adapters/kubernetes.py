@@ -197,6 +197,8 @@ class Reflector(Generic[Value]):
         self._rng = rng
         #: Whether there was an answer yet: a list, or that we may not have it.
         self.answered = False
+        #: Whether there was a list yet.
+        self.listed = False
         #: Why what is known may be old; empty: it is not.
         self.failure = "not asked yet"
 
@@ -251,6 +253,7 @@ class Reflector(Generic[Value]):
             if not following:
                 break
             params["continue"] = following
+        self.listed = True
         self._succeeded()
         self._changed()
 

@@ -1,0 +1,474 @@
+"""What there should be: from labelled workloads to Services, routes and policies, and a verdict on each workload.
+
+Owns every name, label and field that the controller writes. Pure: observed objects in, desired objects out. Promises:
+
+- The same objects give the same plan, in whatever order they come, so any number of controllers agree.
+- Each model is planned by itself. What is wrong with one workload is that workload's verdict, and harms no other.
+- An object is ours if it says so and names our Gateway. What is not ours is never in the plan, neither to be changed
+  nor to be removed; where it has the name that we would take, that is a verdict.
+- A route that somebody wrote by hand for a model is the model's route; then there is none of ours.
+
+For each workload there is a Service (unless an annotation names one), so that workloads of one model may differ in
+their ports, and for each model one route to all of them, in the namespace of its oldest workload, and a policy that
+lets the gateway choose the pod. Every object is owned by the workloads it is for: Kubernetes removes it with the last
+one, also while no controller runs. Leaves out looking and writing (controller.py).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Final, Literal
+
+import msgspec
+
+from ..core.fleet import usable_names
+from ..core.refusal import quoted
+from ..wire.kubernetes import Metadata
+from ..wire.kubernetes_pods import NAME, PORT, Spec, ports_of, said
+from ..wire.resources import MODEL_HEADER, TARGET_HEADER
+
+#: Names the Service of a workload's pods; then none is made.
+SERVICE: Final = "model.aibrix.ai/service-name"
+#: Whose object it is (https://kubernetes.io/docs/reference/labels-annotations-taints/).
+MANAGED_BY: Final = "app.kubernetes.io/managed-by"
+MANAGER: Final = "gateway-extproc"
+#: The Gateway that an object of ours is for: several controllers, each for its own, may share a cluster.
+GATEWAY: Final = "gateway-extproc/gateway"
+#: What was applied: where it changes, fields that are no longer wanted are given up.
+APPLIED: Final = "gateway-extproc/applied"
+
+GATEWAY_API: Final = "gateway.networking.k8s.io"
+ENVOY_API: Final = "gateway.envoyproxy.io"
+#: Longest name of an object that becomes a label (RFC 1123), as Services' do.
+LABEL: Final = 63
+#: Most Services of one rule (HTTPRouteRule.backendRefs).
+BACKENDS: Final = 16
+#: Where models are asked. The entry route has the same path, and no header: the more there is to match, the earlier.
+PATH: Final = "/v1/"
+#: What the cluster may have at once: the gateway's limits are those that count (wire/resources.py).
+UNLIMITED: Final = 1_000_000
+
+Object = Mapping[str, Any]
+#: Plural of the kind, namespace and name.
+Place = tuple[str, str, str]
+Kind = Literal["services", "httproutes", "backendtrafficpolicies", "referencegrants"]
+#: The kinds that are written, and where the API has them; what others need comes before them.
+KINDS: Final[Mapping[str, tuple[str, str]]] = {
+    "services": ("v1", "Service"),
+    "referencegrants": (f"{GATEWAY_API}/v1beta1", "ReferenceGrant"),
+    "backendtrafficpolicies": (f"{ENVOY_API}/v1alpha1", "BackendTrafficPolicy"),
+    "httproutes": (f"{GATEWAY_API}/v1", "HTTPRoute"),
+}
+#: As in wire/resources.py.
+_RETRY_ON: Final = ("connect-failure", "refused-stream", "reset-before-request", "reset", "retriable-status-codes")
+#: Lists in which everybody has entries of his own; all other lists are the applier's as a whole.
+_SHARED: Final = frozenset({"ports", "ownerReferences"})
+#: RFC 1035, as Services' names are.
+_SAFE: Final = re.compile(r"[a-z](?:[a-z0-9-]*[a-z0-9])?")
+_UNSAFE: Final = re.compile(r"[^a-z0-9]+")
+
+
+class Template(msgspec.Struct, frozen=True):
+    """The pods of a workload."""
+
+    metadata: Metadata
+    spec: Spec = Spec()
+
+
+class Verdict(msgspec.Struct, frozen=True):
+    """What became of a workload: whether its model has a route to it, and why, for its owner."""
+
+    routed: bool
+    reason: str
+    message: str
+
+
+class Workload(msgspec.Struct, frozen=True):
+    """A Deployment or StatefulSet that has the label, as far as it is read. ``told`` is the verdict that it carries
+    already, and ``since`` when whether it is routed last changed."""
+
+    kind: str
+    metadata: Metadata
+    created: str
+    selector: Mapping[str, str]
+    template: Template
+    told: Verdict | None = None
+    since: str = ""
+
+    @property
+    def labelled(self) -> bool:
+        """Whether it is for us at all."""
+        return NAME in (self.metadata.labels or {}) or NAME in (self.metadata.annotations or {})
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        return self.kind, self.metadata.namespace, self.metadata.name
+
+
+class Settings(msgspec.Struct, frozen=True):
+    """The Gateway (``namespace/name``), and each model's policy: seconds of silence, and further tries."""
+
+    gateway: str
+    timeout: float = 300.0
+    retries: int = 2
+    models: Mapping[str, tuple[float, int]] = {}
+
+
+class Observed(msgspec.Struct, frozen=True):
+    """What there is. ``absent`` are plurals of kinds that the cluster does not have; ``gateway``: ours is there."""
+
+    workloads: Sequence[Workload] = ()
+    objects: Mapping[Place, Object] = {}
+    absent: frozenset[str] = frozenset()
+    gateway: bool = True
+
+
+class Plan(msgspec.Struct, frozen=True):
+    """Objects to be as they are here, objects to be gone, and a verdict on every workload."""
+
+    apply: Mapping[Place, Object]
+    delete: tuple[Place, ...]
+    verdicts: Mapping[tuple[str, str, str], Verdict]
+
+
+class _Refused(Exception):
+    """A workload cannot be routed: reason and message."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.verdict = Verdict(False, reason, message)
+
+
+class _Backend(msgspec.Struct, frozen=True):
+    """A workload that can be routed: its Service, and that Service's ports. ``warning``: what else to tell."""
+
+    workload: Workload
+    service: str
+    ports: tuple[int, ...]
+    warning: str
+
+
+def plan(observed: Observed, settings: Settings) -> Plan:
+    """What there should be."""
+    wanted: dict[Place, Object] = {}
+    verdicts: dict[tuple[str, str, str], Verdict] = {}
+    models: dict[str, list[Workload]] = {}
+    # The oldest first: who comes later changes as little as can be.
+    for workload in sorted(filter(_labelled, observed.workloads), key=lambda each: (each.created, each.key)):
+        try:
+            models.setdefault(_model(workload), []).append(workload)
+        except _Refused as refused:
+            verdicts[workload.key] = refused.verdict
+    for model, workloads in sorted(models.items()):
+        try:
+            objects, told = _of_model(model, workloads, observed, settings)
+        except _Refused as refused:
+            objects, told = {}, {workload.key: refused.verdict for workload in workloads}
+        wanted |= objects
+        verdicts |= told
+    apply = {
+        place: each
+        for place, each in wanted.items()
+        if (there := observed.objects.get(place)) is None or not contains(there, each)
+    }
+    gone = (
+        place for place, each in observed.objects.items() if place not in wanted and is_ours(each, settings.gateway)
+    )
+    return Plan(apply, tuple(sorted(gone)), verdicts)
+
+
+def contains(there: Any, wanted: Any, name: str = "") -> bool:
+    """Whether an object is already as it is wanted, whatever others have added to it. ``name`` is the field's."""
+    if isinstance(wanted, Mapping):
+        return isinstance(there, Mapping) and all(
+            key in there and contains(there[key], value, key) for key, value in wanted.items()
+        )
+    if isinstance(wanted, list):
+        if not isinstance(there, list):
+            return False
+        if name in _SHARED:
+            return all(any(contains(each, value) for each in there) for value in wanted)
+        return len(there) == len(wanted) and all(map(contains, there, wanted))
+    return bool(there == wanted)
+
+
+def is_ours(there: Object, gateway: str) -> bool:
+    """Whether this controller made it."""
+    metadata = there.get("metadata", {})
+    return (metadata.get("labels") or {}).get(MANAGED_BY) == MANAGER and (metadata.get("annotations") or {}).get(
+        GATEWAY
+    ) == gateway
+
+
+def safe_name(text: str, suffix: str) -> str:
+    """A name for an object, from any text: the text itself where it can be one, else what is left of it and a hash
+    after two hyphens, which no text keeps: no two texts have the same name."""
+    if _SAFE.fullmatch(text) and "--" not in text and len(text) + len(suffix) <= LABEL:
+        return text + suffix
+    mark = hashlib.sha256(text.encode()).hexdigest()[:8]
+    room = LABEL - len(suffix) - len(mark) - 2
+    # Outside what a name may have; and a Service's begins with a letter.
+    left = _UNSAFE.sub("-", text.lower()).lstrip("0123456789-")[:room].strip("-") or "model"
+    return f"{left}--{mark}{suffix}"
+
+
+# --- one workload ----------------------------------------------------------------------------------------------------
+
+
+def _labelled(workload: Workload) -> bool:
+    return workload.labelled
+
+
+def _model(workload: Workload) -> str:
+    model, differs = said(workload.metadata, NAME)
+    if differs:
+        raise _Refused("LabelsDiffer", f"{differs}, and pods might say either: make them the same")
+    if usable_names([model]) != (model,):
+        what = f"'{quoted(model)}' can be no model's name" if model else "it names no model"
+        raise _Refused("BadModelName", f"{NAME}: {what}")
+    pods, _ = said(workload.template.metadata, NAME)
+    if pods != model:
+        found = f"'{quoted(pods)}'" if pods else "none"
+        raise _Refused(
+            "PodsNotLabelled",
+            f"it says model '{quoted(model)}', its pods say {found}: set {NAME} in spec.template.metadata, too",
+        )
+    return model
+
+
+def _backend(workload: Workload, observed: Observed, settings: Settings) -> _Backend:
+    metadata, template = workload.metadata, workload.template
+    wanted, differs = said(template.metadata, PORT)
+    try:
+        ports = ports_of(template.spec, wanted)
+    except ValueError as error:
+        raise _Refused("BadPort", str(error)) from error
+    outside, _ = said(metadata, PORT)
+    if outside and outside != wanted:
+        differs = f"{PORT} '{quoted(outside)}' stands on the workload only: set it in spec.template.metadata, too"
+    named = (metadata.annotations or {}).get(SERVICE, "")
+    service = named or safe_name(metadata.name, "-model")
+    there = observed.objects.get(("services", metadata.namespace, service))
+    if named:
+        if there is None:
+            raise _Refused("NoService", f"{SERVICE} names Service '{quoted(named)}', which is not there: create it")
+        known = _ports(there)
+        if not known:
+            raise _Refused("NoService", f"Service '{quoted(named)}' has no TCP port")
+        matching = tuple(port for port, target in known if port in ports or target in ports)
+        return _Backend(workload, service, matching or (known[0][0],), differs)
+    if there is not None and not is_ours(there, settings.gateway):
+        raise _Refused(
+            "NameTaken",
+            f"Service '{service}' is somebody else's: rename it, or name the one to use with the annotation {SERVICE}",
+        )
+    if not workload.selector:
+        raise _Refused("NoSelector", f"its selector has no matchLabels: name a Service with the annotation {SERVICE}")
+    return _Backend(workload, service, ports, differs)
+
+
+def _ports(service: Object) -> list[tuple[int, Any]]:
+    """A Service's TCP ports, each with what it leads to."""
+    found = (service.get("spec") or {}).get("ports") or ()
+    return [
+        (port["port"], port.get("targetPort", port["port"])) for port in found if port.get("protocol", "TCP") == "TCP"
+    ]
+
+
+# --- one model -------------------------------------------------------------------------------------------------------
+
+
+def _of_model(
+    model: str, workloads: Sequence[Workload], observed: Observed, settings: Settings
+) -> tuple[dict[Place, Object], dict[tuple[str, str, str], Verdict]]:
+    if "services" in observed.absent:
+        raise _Refused("NoRights", "we may not list and watch Services: grant it to the controller's ServiceAccount")
+    if "httproutes" in observed.absent:
+        raise _Refused("NoGatewayAPI", "the cluster has no HTTPRoutes, or we may not see them: install Envoy Gateway")
+    verdicts: dict[tuple[str, str, str], Verdict] = {}
+    backends: list[_Backend] = []
+    for workload in workloads:
+        try:
+            backend = _backend(workload, observed, settings)
+            if sum(len(each.ports) for each in backends) + len(backend.ports) > BACKENDS:
+                raise _Refused("TooMany", f"a route leads to {BACKENDS} ports of Services at most: merge workloads")
+        except _Refused as refused:
+            verdicts[workload.key] = refused.verdict
+        else:
+            backends.append(backend)
+    objects: dict[Place, Object] = {}
+    for backend in backends:
+        if SERVICE not in (backend.workload.metadata.annotations or {}):
+            _put(objects, "services", backend.service, [backend.workload], settings, _service(backend))
+    if not backends:
+        return objects, verdicts
+    routed = Verdict(True, "Routed", "")
+    if by_hand := _by_hand(model, observed, settings):
+        routed = Verdict(True, "RouteByHand", f"HTTPRoute {by_hand} routes this model, and is left alone")
+    else:
+        routed = msgspec.structs.replace(routed, message=_route(objects, model, backends, observed, settings))
+    if not observed.gateway:
+        routed = Verdict(False, "NoGateway", f"there is no Gateway {settings.gateway}: create it, or name another")
+    for backend in backends:
+        message = "; ".join(filter(None, (routed.message, backend.warning)))
+        verdicts[backend.workload.key] = msgspec.structs.replace(routed, message=message)
+    return objects, verdicts
+
+
+def _route(
+    objects: dict[Place, Object], model: str, backends: Sequence[_Backend], observed: Observed, settings: Settings
+) -> str:
+    """Add a model's route, and what goes with it; what to say of it. Raises _Refused."""
+    home = backends[0].workload.metadata.namespace
+    name = safe_name(model, "-router")
+    for kind in ("httproutes", "backendtrafficpolicies"):
+        there = observed.objects.get((kind, home, name))
+        if there is not None and not is_ours(there, settings.gateway):
+            raise _Refused("NameTaken", f"{KINDS[kind][1]} '{name}' is somebody else's: rename or remove it")
+    local = [each.workload for each in backends if each.workload.metadata.namespace == home]
+    _put(objects, "httproutes", name, local, settings, _httproute(model, home, backends, settings))
+    told = f"HTTPRoute {home}/{name}"
+    if "backendtrafficpolicies" in observed.absent:
+        told += "; without Envoy Gateway's BackendTrafficPolicy the gateway cannot choose the pod"
+    else:
+        _put(objects, "backendtrafficpolicies", name, local, settings, _policy(model, name, settings))
+    away: dict[str, list[_Backend]] = {}
+    for each in backends:
+        if each.workload.metadata.namespace != home:
+            away.setdefault(each.workload.metadata.namespace, []).append(each)
+    for granting in away.values():
+        there = observed.objects.get(("referencegrants", granting[0].workload.metadata.namespace, name))
+        if there is None or is_ours(there, settings.gateway):
+            owners = [each.workload for each in granting]
+            _put(objects, "referencegrants", name, owners, settings, _grant(home, granting))
+    return told
+
+
+def _by_hand(model: str, observed: Observed, settings: Settings) -> str:
+    """The route that somebody wrote for a model and our Gateway; empty: there is none."""
+    for (kind, namespace, name), each in sorted(observed.objects.items()):
+        if kind != "httproutes" or is_ours(each, settings.gateway):
+            continue
+        if model in models_of(each) and settings.gateway in _parents(each, namespace):
+            return f"{namespace}/{name}"
+    return ""
+
+
+def models_of(route: Object) -> Iterator[str]:
+    """The models that a route is for."""
+    for rule in (route.get("spec") or {}).get("rules") or ():
+        for match in rule.get("matches") or ():
+            for header in match.get("headers") or ():
+                if header.get("name", "").lower() == MODEL_HEADER and header.get("type", "Exact") == "Exact":
+                    yield header.get("value", "")
+
+
+def _parents(route: Object, namespace: str) -> Iterator[str]:
+    for parent in (route.get("spec") or {}).get("parentRefs") or ():
+        if parent.get("kind", "Gateway") == "Gateway":
+            yield f"{parent.get('namespace', namespace)}/{parent.get('name')}"
+
+
+# --- objects ---------------------------------------------------------------------------------------------------------
+
+
+def _put(
+    objects: dict[Place, Object], kind: str, name: str, owners: Iterable[Workload], settings: Settings, spec: Object
+) -> None:
+    every = list(owners)
+    namespace = every[0].metadata.namespace
+    version, shown = KINDS[kind]
+    metadata: dict[str, Any] = {
+        "name": name,
+        "namespace": namespace,
+        "labels": {MANAGED_BY: MANAGER},
+        "annotations": {GATEWAY: settings.gateway},
+        "ownerReferences": [
+            {"apiVersion": "apps/v1", "kind": each.kind, "name": each.metadata.name, "uid": each.metadata.uid}
+            for each in every
+        ],
+    }
+    made = {"apiVersion": version, "kind": shown, "metadata": metadata, "spec": spec}
+    text = msgspec.json.encode(made, order="sorted")
+    metadata["annotations"][APPLIED] = hashlib.sha256(text).hexdigest()[:16]
+    objects[kind, namespace, name] = made
+
+
+def _service(backend: _Backend) -> Object:
+    return {
+        # Nobody asks for its address: Envoy Gateway reads the pods'.
+        "clusterIP": "None",
+        "selector": dict(backend.workload.selector),
+        "ports": [
+            {"name": f"port-{port}", "port": port, "targetPort": port, "protocol": "TCP"} for port in backend.ports
+        ],
+    }
+
+
+def _httproute(model: str, home: str, backends: Sequence[_Backend], settings: Settings) -> Object:
+    namespace, _, name = settings.gateway.partition("/")
+    return {
+        "parentRefs": [{"group": GATEWAY_API, "kind": "Gateway", "namespace": namespace, "name": name}],
+        "rules": [
+            {
+                "matches": [
+                    {
+                        "path": {"type": "PathPrefix", "value": PATH},
+                        "headers": [{"type": "Exact", "name": MODEL_HEADER, "value": model}],
+                    }
+                ],
+                "backendRefs": [
+                    {
+                        "group": "",
+                        "kind": "Service",
+                        "name": each.service,
+                        "namespace": each.workload.metadata.namespace,
+                        "port": port,
+                        "weight": 1,
+                    }
+                    for each in backends
+                    for port in each.ports
+                ],
+                # A stream's length has no cap; silence has (the policy's).
+                "timeouts": {"request": "0s"},
+            }
+        ],
+    }
+
+
+def _policy(model: str, route: str, settings: Settings) -> Object:
+    timeout, retries = settings.models.get(model, (settings.timeout, settings.retries))
+    spec: dict[str, Any] = {
+        "targetRefs": [{"group": GATEWAY_API, "kind": "HTTPRoute", "name": route}],
+        # What the gateway chose; where that is gone, the pod with the fewest requests.
+        "loadBalancer": {"type": "LeastRequest", "endpointOverride": {"extractFrom": [{"header": TARGET_HEADER}]}},
+        "circuitBreaker": {
+            "maxConnections": UNLIMITED,
+            "maxParallelRequests": UNLIMITED,
+            "maxParallelRetries": UNLIMITED,
+            "maxPendingRequests": UNLIMITED,
+        },
+        "timeout": {"http": {"requestTimeout": "0s", "streamIdleTimeout": _duration(timeout)}},
+    }
+    if retries:
+        spec["retry"] = {
+            "numRetries": retries,
+            "retryOn": {"triggers": list(_RETRY_ON), "httpStatusCodes": [503]},
+            "perRetry": {"backOff": {"baseInterval": "10ms", "maxInterval": "100ms"}},
+        }
+    return spec
+
+
+def _duration(seconds: float) -> str:
+    """As the Gateway API has it (GEP-2257): no number of more than five digits."""
+    whole, rest = divmod(round(seconds * 1000), 1000)
+    return f"{whole}s{rest}ms" if rest else f"{whole}s"
+
+
+def _grant(home: str, backends: Sequence[_Backend]) -> Object:
+    return {
+        "from": [{"group": GATEWAY_API, "kind": "HTTPRoute", "namespace": home}],
+        "to": [{"group": "", "kind": "Service", "name": each.service} for each in backends],
+    }

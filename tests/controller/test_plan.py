@@ -1,0 +1,376 @@
+"""The plan: from labelled workloads to objects and verdicts, for any workloads, in any order."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from copy import deepcopy
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gateway_extproc.kubernetes.plan import (
+    APPLIED,
+    BACKENDS,
+    GATEWAY,
+    LABEL,
+    MANAGED_BY,
+    MANAGER,
+    SERVICE,
+    Object,
+    Observed,
+    Place,
+    Plan,
+    Settings,
+    Template,
+    Workload,
+    contains,
+    plan,
+    safe_name,
+)
+from gateway_extproc.wire.kubernetes import Metadata
+from gateway_extproc.wire.kubernetes_pods import NAME, PORT, Container, ContainerPort, Spec
+
+GW = "system/models"
+SETTINGS = Settings(GW)
+
+
+def workload(
+    name: str = "w",
+    model: str = "m",
+    *,
+    namespace: str = "n",
+    created: str = "1",
+    port: str = "",
+    pods: str | None = None,
+    kind: str = "Deployment",
+    selector: Mapping[str, str] | None = None,
+    ports: Iterable[int] = (),
+    annotations: Mapping[str, str] | None = None,
+) -> Workload:
+    """A workload of a model, whose pods say the same unless told otherwise."""
+    inner = {NAME: model if pods is None else pods} | ({PORT: port} if port else {})
+    return Workload(
+        kind=kind,
+        metadata=Metadata(
+            name=name, namespace=namespace, uid=f"{namespace}-{name}", labels={NAME: model},
+            annotations=dict(annotations or {}),
+        ),
+        created=created,
+        selector={"app": name} if selector is None else selector,
+        template=Template(
+            Metadata(name="", labels=inner), Spec((Container(tuple(ContainerPort(each) for each in ports)),))
+        ),
+    )  # fmt: skip
+
+
+def planned(*workloads: Workload, objects: Mapping[Place, Object] | None = None, **more: Any) -> Plan:
+    return plan(Observed(workloads, objects or {}, **more), SETTINGS)
+
+
+def applied(of: Plan, objects: Mapping[Place, Object] | None = None) -> dict[Place, Object]:
+    """What there is once a plan was carried out."""
+    there = {**(objects or {}), **deepcopy(dict(of.apply))}
+    for place in of.delete:
+        del there[place]
+    return there
+
+
+def foreign(kind: str, name: str, namespace: str = "n", **spec: Any) -> tuple[Place, Object]:
+    return (kind, namespace, name), {"metadata": {"name": name, "namespace": namespace}, "spec": spec}
+
+
+def reasons(of: Plan) -> dict[str, tuple[bool, str]]:
+    return {name: (verdict.routed, verdict.reason) for (_, _, name), verdict in of.verdicts.items()}
+
+
+def places(of: Iterable[Place]) -> set[str]:
+    return {"/".join(place) for place in of}
+
+
+# --- one workload ----------------------------------------------------------------------------------------------------
+
+
+def test_a_labelled_workload_has_a_service_a_route_and_a_policy() -> None:
+    found = planned(workload("llama", "llama-8b", port="8001"))
+    assert places(found.apply) == {
+        "services/n/llama-model", "httproutes/n/llama-8b-router", "backendtrafficpolicies/n/llama-8b-router",
+    }  # fmt: skip
+    (service, route, policy) = (
+        found.apply[kind, "n", name]["spec"]
+        for kind, name in (
+            ("services", "llama-model"),
+            ("httproutes", "llama-8b-router"),
+            ("backendtrafficpolicies", "llama-8b-router"),
+        )
+    )
+    assert (service["selector"], [port["port"] for port in service["ports"]]) == ({"app": "llama"}, [8001])
+    (rule,) = route["rules"]
+    assert rule["matches"][0]["headers"] == [{"type": "Exact", "name": "model", "value": "llama-8b"}]
+    assert [(ref["name"], ref["port"]) for ref in rule["backendRefs"]] == [("llama-model", 8001)]
+    assert policy["loadBalancer"]["endpointOverride"]["extractFrom"] == [{"header": "target-pod"}]
+    assert reasons(found) == {"llama": (True, "Routed")}
+    for each in found.apply.values():
+        (owner,) = each["metadata"]["ownerReferences"]
+        assert (owner["uid"], each["metadata"]["labels"]) == ("n-llama", {MANAGED_BY: MANAGER})
+
+
+def test_a_workload_without_the_label_is_none_of_ours() -> None:
+    other = workload()
+    metadata = msgspec.structs.replace(other.metadata, labels={"app": "x"}, annotations=None)
+    assert planned(msgspec.structs.replace(other, metadata=metadata)) == Plan({}, (), {})
+
+
+def test_a_service_that_is_named_is_used_and_none_is_made() -> None:
+    there = dict([foreign("services", "mine", ports=[{"port": 80, "targetPort": 8000}, {"port": 9090}])])
+    found = planned(workload(annotations={SERVICE: "mine"}), objects=there)
+    assert "services/n/w-model" not in places(found.apply)
+    (rule,) = found.apply["httproutes", "n", "m-router"]["spec"]["rules"]
+    assert [(ref["name"], ref["port"]) for ref in rule["backendRefs"]] == [("mine", 80)]
+    assert SERVICE == "model.aibrix.ai/service-name"
+
+
+@pytest.mark.parametrize(
+    ("bad", "reason"),
+    [
+        (workload(model="x" * 257, pods="x" * 257), "BadModelName"),
+        (workload(model=""), "BadModelName"),
+        (workload(pods=""), "PodsNotLabelled"),
+        (workload(pods="other"), "PodsNotLabelled"),
+        (workload(annotations={NAME: "other"}), "LabelsDiffer"),
+        (workload(port="eight"), "BadPort"),
+        (workload(annotations={SERVICE: "nowhere"}), "NoService"),
+        (workload(selector={}), "NoSelector"),
+        (workload(port="1-64"), "TooMany"),
+    ],
+)
+def test_what_is_wrong_with_a_workload_is_its_own_verdict(bad: Workload, reason: str) -> None:
+    found = planned(bad, workload("good", "good"))
+    assert reasons(found) == {"w": (False, reason), "good": (True, "Routed")}
+    assert places(found.apply) == {
+        "services/n/good-model", "httproutes/n/good-router", "backendtrafficpolicies/n/good-router",
+    }  # fmt: skip
+    assert found.verdicts["Deployment", "n", "w"].message.isprintable()
+
+
+def test_a_port_that_stands_on_the_workload_only_is_told() -> None:
+    found = planned(workload(annotations={PORT: "9000"}))
+    assert reasons(found) == {"w": (True, "Routed")}
+    assert "stands on the workload only" in found.verdicts["Deployment", "n", "w"].message
+
+
+# --- others' objects -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "kind_and_name", [("services", "w-model"), ("httproutes", "m-router"), ("backendtrafficpolicies", "m-router")]
+)
+def test_an_object_of_somebody_elses_is_not_touched(kind_and_name: tuple[str, str]) -> None:
+    there = dict([foreign(*kind_and_name)])
+    found = planned(workload(), workload("good", "good"), objects=there)
+    assert reasons(found) == {"w": (False, "NameTaken"), "good": (True, "Routed")}
+    assert not set(there) & ({*found.apply} | {*found.delete})
+
+
+def test_an_object_for_another_gateway_is_somebody_elses() -> None:
+    objects = applied(plan(Observed([workload()]), Settings("other/gateway")))
+    found = planned(objects=objects)
+    assert found.delete == ()
+    assert reasons(planned(workload(), objects=objects)) == {"w": (False, "NameTaken")}
+
+
+def by_hand(**more: Any) -> dict[Place, Object]:
+    route = {
+        "parentRefs": [{"name": "models", "namespace": "system"}],
+        "rules": [{"matches": [{"headers": [{"name": "Model", "value": "m"}]}]}],
+    } | more
+    return dict([foreign("httproutes", "hand", **route)])
+
+
+def test_a_route_by_hand_is_the_models_route() -> None:
+    ours = applied(planned(workload()))
+    found = planned(workload(), objects=ours | by_hand())
+    assert places(found.delete) == {"httproutes/n/m-router", "backendtrafficpolicies/n/m-router"}
+    assert reasons(found) == {"w": (True, "RouteByHand")}
+    assert "n/hand" in found.verdicts["Deployment", "n", "w"].message
+
+
+@pytest.mark.parametrize(
+    "more", [{"parentRefs": [{"name": "other"}]}, {"parentRefs": None}, {"rules": None}, {"rules": [{"matches": None}]}]
+)
+def test_a_route_by_hand_for_something_else_changes_nothing(more: dict[str, Any]) -> None:
+    assert reasons(planned(workload(), objects=by_hand(**more))) == {"w": (True, "Routed")}
+
+
+# --- several workloads -----------------------------------------------------------------------------------------------
+
+
+def test_workloads_of_one_model_share_a_route_and_keep_their_ports() -> None:
+    found = planned(workload("a", port="1"), workload("b", port="2-3", created="2", kind="StatefulSet"))
+    route = found.apply["httproutes", "n", "m-router"]
+    (rule,) = route["spec"]["rules"]
+    assert [(ref["name"], ref["port"]) for ref in rule["backendRefs"]] == [
+        ("a-model", 1), ("b-model", 2), ("b-model", 3),
+    ]  # fmt: skip
+    assert [owner["kind"] for owner in route["metadata"]["ownerReferences"]] == ["Deployment", "StatefulSet"]
+
+
+def test_a_model_in_several_namespaces_has_one_route_and_is_granted_the_rest() -> None:
+    found = planned(workload("a", created="2"), workload("b", namespace="o", created="1"))
+    assert "httproutes/o/m-router" in places(found.apply)
+    assert "httproutes/n/m-router" not in places(found.apply)
+    grant = found.apply["referencegrants", "n", "m-router"]
+    assert grant["spec"]["from"][0]["namespace"] == "o"
+    assert [each["name"] for each in grant["spec"]["to"]] == ["a-model"]
+    assert [each["uid"] for each in grant["metadata"]["ownerReferences"]] == ["n-a"]
+
+
+def test_when_the_oldest_workload_goes_the_route_moves() -> None:
+    a, b = workload("a"), workload("b", namespace="o", created="2")
+    objects = applied(planned(a, b))
+    found = planned(b, objects=objects)
+    assert places(found.delete) == {
+        "services/n/a-model", "httproutes/n/m-router", "backendtrafficpolicies/n/m-router",
+        "referencegrants/o/m-router",
+    }  # fmt: skip
+    assert "httproutes/o/m-router" in places(found.apply)
+
+
+def test_a_route_has_room_for_so_many() -> None:
+    found = planned(*(workload(f"w{number:02}", created=f"{number:02}") for number in range(BACKENDS + 1)))
+    assert reasons(found)[f"w{BACKENDS:02}"] == (False, "TooMany")
+    assert sum(routed for routed, _ in reasons(found).values()) == BACKENDS
+
+
+# --- what is missing -------------------------------------------------------------------------------------------------
+
+
+def test_without_our_gateway_all_is_made_and_it_is_told() -> None:
+    found = planned(workload(), gateway=False)
+    assert reasons(found) == {"w": (False, "NoGateway")}
+    assert "httproutes/n/m-router" in places(found.apply)
+
+
+@pytest.mark.parametrize(("kind", "reason"), [("httproutes", "NoGatewayAPI"), ("services", "NoRights")])
+def test_without_a_kind_that_is_needed_nothing_is_made(kind: str, reason: str) -> None:
+    found = planned(workload(), absent=frozenset({kind}))
+    assert (found.apply, reasons(found)) == ({}, {"w": (False, reason)})
+
+
+def test_without_envoy_gateways_policy_there_is_a_route_and_a_word() -> None:
+    found = planned(workload(), absent=frozenset({"backendtrafficpolicies"}))
+    assert "BackendTrafficPolicy" in found.verdicts["Deployment", "n", "w"].message
+    assert places(found.apply) == {"services/n/w-model", "httproutes/n/m-router"}
+
+
+def test_a_models_own_settings_are_in_its_policy() -> None:
+    settings = Settings(GW, models={"m": (1.5, 0)})
+    spec = plan(Observed([workload()]), settings).apply["backendtrafficpolicies", "n", "m-router"]["spec"]
+    assert (spec["timeout"]["http"]["streamIdleTimeout"], "retry" in spec) == ("1s500ms", False)
+
+
+# --- drift -----------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_as_it_should_be_is_not_written() -> None:
+    objects = applied(planned(workload()))
+    for each in objects.values():
+        each["metadata"]["labels"]["theirs"] = "x"  # type: ignore[index]
+        each["metadata"]["resourceVersion"] = "7"  # type: ignore[index]
+    objects["services", "n", "w-model"]["spec"]["ports"].append({"port": 1})
+    assert planned(workload(), objects=objects).apply == {}
+
+
+def test_what_others_changed_is_written_again() -> None:
+    for change in (
+        lambda objects: objects["services", "n", "w-model"]["spec"]["selector"].update(app="x"),
+        lambda objects: objects["httproutes", "n", "m-router"]["spec"]["rules"].append({}),
+        lambda objects: objects["httproutes", "n", "m-router"]["spec"]["rules"][0]["matches"].clear(),
+        lambda objects: objects["httproutes", "n", "m-router"]["metadata"]["annotations"].pop(APPLIED),
+        lambda objects: objects.pop(("backendtrafficpolicies", "n", "m-router")),
+    ):
+        objects: Any = applied(planned(workload()))
+        change(objects)
+        assert len(planned(workload(), objects=objects).apply) == 1
+
+
+WORKLOADS = st.lists(
+    st.builds(
+        workload,
+        name=st.sampled_from(["a", "b", "c"]),
+        model=st.sampled_from(["x", "y", "X", "x/y", ""]),
+        namespace=st.sampled_from(["n", "o"]),
+        created=st.sampled_from(["1", "2"]),
+        port=st.sampled_from(["", "1", "2-4", "bad"]),
+        kind=st.sampled_from(["Deployment", "StatefulSet"]),
+    ),
+    max_size=6,
+    unique_by=lambda each: each.key,
+)
+
+
+@given(WORKLOADS, WORKLOADS, st.randoms(use_true_random=False))
+def test_from_any_state_one_step_leads_to_the_same_and_the_next_changes_nothing(
+    before: list[Workload], now: list[Workload], random: Any
+) -> None:
+    objects = applied(planned(*before))
+    first = planned(*now, objects=objects)
+    shuffled = list(now)
+    random.shuffle(shuffled)
+    assert planned(*shuffled, objects=objects) == first, "whatever order they come in"
+    there = applied(first, objects)
+    again = planned(*now, objects=there)
+    assert (again.apply, again.delete) == ({}, ())
+    assert there == applied(planned(*now)), "whatever there was before"
+    assert set(first.verdicts) == {each.key for each in now}
+
+
+@given(WORKLOADS)
+def test_killed_between_any_two_writes_the_next_one_finishes(now: list[Workload]) -> None:
+    whole = planned(*now)
+    for count in range(len(whole.apply) + 1):
+        objects = deepcopy(dict(list(whole.apply.items())[:count]))
+        assert applied(planned(*now, objects=objects), objects) == applied(whole)
+
+
+@given(WORKLOADS, WORKLOADS)
+def test_what_is_not_ours_is_never_in_a_plan(before: list[Workload], now: list[Workload]) -> None:
+    objects: Any = applied(planned(*before))
+    for each in objects.values():
+        each["metadata"]["annotations"][GATEWAY] = "other/gateway"
+    found = planned(*now, objects=objects)
+    assert not set(objects) & ({*found.apply} | {*found.delete})
+
+
+# --- names -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_name_that_can_be_one_is_kept() -> None:
+    assert safe_name("llama-3-8b", "-router") == "llama-3-8b-router"
+
+
+@given(st.lists(st.text(min_size=1, max_size=300) | st.from_regex(r"[a-z-]{1,70}", fullmatch=True), min_size=2))
+def test_names_are_valid_and_no_two_texts_have_the_same(texts: list[str]) -> None:
+    names = {text: safe_name(text, "-router") for text in texts}
+    assert len(set(names.values())) == len(set(texts))
+    for name in names.values():
+        assert len(name) <= LABEL
+        assert re.fullmatch(r"[a-z]([a-z0-9-]*[a-z0-9])?", name)
+
+
+def test_a_text_that_looks_like_a_hashed_name_is_hashed_itself() -> None:
+    once = safe_name("A", "")
+    assert safe_name(once, "") != once
+
+
+JSON = st.recursive(
+    st.integers() | st.text(max_size=3), lambda inner: st.lists(inner) | st.dictionaries(st.text(max_size=3), inner)
+)
+
+
+@given(JSON)
+def test_everything_contains_itself(value: Any) -> None:
+    assert contains(value, value)
