@@ -195,6 +195,7 @@ class Reflector(Generic[Value]):
         self.reflection = reflection
         self._changed = changed
         self._rng = rng
+        self._unreadable = 0
         #: Whether there was an answer yet: a list, or that we may not have it.
         self.answered = False
         #: Whether there was a list yet.
@@ -244,6 +245,12 @@ class Reflector(Generic[Value]):
         self.failure = ""
         self.answered = True
 
+    def _complain(self) -> None:
+        if self.reflection.unreadable > self._unreadable:
+            count = self.reflection.unreadable - self._unreadable
+            log.warning("left out what cannot be read", path=self.path, objects=count)
+            self._unreadable = self.reflection.unreadable
+
     async def _list(self) -> None:
         self.reflection.begin()
         params = self._params | {"limit": str(PAGE)}
@@ -255,6 +262,7 @@ class Reflector(Generic[Value]):
             params["continue"] = following
         self.listed = True
         self._succeeded()
+        self._complain()
         self._changed()
 
     async def _watch(self) -> None:
@@ -274,6 +282,7 @@ class Reflector(Generic[Value]):
                         changes |= self.reflection.feed(line)
                 finally:
                     # Also what came before a line that was wrong.
+                    self._complain()
                     if changes:
                         self._changed()
 

@@ -152,7 +152,7 @@ class Controller:
         #: Rounds, and requests that write, since the start.
         self.rounds = 0
         self.requests = 0
-        #: Whether the last round left nothing to do.
+        #: Whether the last round left nothing to do, and nothing has changed since.
         self.settled = False
         spaces = [f"/namespaces/{name}" for name in namespaces] or [""]
         self._workloads: list[Reflector[Workload | None]] = [
@@ -179,6 +179,7 @@ class Controller:
 
     def wake(self) -> None:
         """Something may have changed."""
+        self.settled = False
         self._changed.set()
 
     async def run(self) -> None:

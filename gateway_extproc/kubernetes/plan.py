@@ -171,7 +171,9 @@ def plan(observed: Observed, settings: Settings) -> Plan:
     apply = {
         place: each
         for place, each in wanted.items()
-        if (there := observed.objects.get(place)) is None or not contains(there, each)
+        # The kind is the place's: in lists objects do not say it.
+        if (there := observed.objects.get(place)) is None
+        or not all(contains(there.get(part), each[part]) for part in ("metadata", "spec"))
     }
     gone = (
         place for place, each in observed.objects.items() if place not in wanted and is_ours(each, settings.gateway)

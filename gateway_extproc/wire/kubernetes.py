@@ -37,9 +37,10 @@ class Broken(Exception):
 
 
 class Metadata(msgspec.Struct, frozen=True, rename="camel"):
-    """What every object says of itself, as far as anybody here asks. Labels and annotations may be null."""
+    """What every object says of itself, as far as anybody here asks. Labels and annotations may be null, and what is
+    a template for objects has no name."""
 
-    name: str
+    name: str = ""
     namespace: str = ""
     uid: str = ""
     resource_version: str = ""

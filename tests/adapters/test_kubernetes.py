@@ -266,6 +266,20 @@ async def test_what_is_wrong_with_a_pod_is_told_once(tmp_path: Path) -> None:
         assert line["problem"].startswith("n/a: model.aibrix.ai/port: 'eight' is neither a port")
 
 
+async def test_what_cannot_be_read_is_told_and_left_out(tmp_path: Path) -> None:
+    async with WatchServer() as server:
+        with capture_logs() as lines:
+            put(server, "a", "10.0.0.1")
+            server.put("odd", status=7)
+            async with following(server, tmp_path) as seen:
+                await seen.until_there_are("a")
+                server.put("odd", status=8)
+                put(server, "b", "10.0.0.2")
+                await seen.until_there_are("a", "b")
+        told = [line["objects"] for line in lines if line["event"] == "left out what cannot be read"]
+        assert sum(told) == 2
+
+
 async def test_closing_leaves_no_task_and_no_connection(tmp_path: Path) -> None:
     before = asyncio.all_tasks()
     async with WatchServer() as server, following(server, tmp_path):

@@ -280,6 +280,7 @@ def test_what_is_as_it_should_be_is_not_written() -> None:
     for each in objects.values():
         each["metadata"]["labels"]["theirs"] = "x"  # type: ignore[index]
         each["metadata"]["resourceVersion"] = "7"  # type: ignore[index]
+        del each["kind"], each["apiVersion"]  # type: ignore[attr-defined]  # as in a list
     objects["services", "n", "w-model"]["spec"]["ports"].append({"port": 1})
     assert planned(workload(), objects=objects).apply == {}
 

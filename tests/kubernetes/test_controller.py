@@ -1,0 +1,422 @@
+"""The controller against the real API server: with strict validation, under the rights that it is said to need."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from random import Random
+from typing import Any, Final
+
+import pytest
+import yaml
+
+from gateway_extproc.adapters.kubernetes import Cluster as Connection
+from gateway_extproc.kubernetes import controller as loop
+from gateway_extproc.kubernetes.controller import CONDITION, Controller
+from gateway_extproc.kubernetes.lease import Lease
+from gateway_extproc.kubernetes.plan import GATEWAY_API, SERVICE, Settings
+from tests.kubernetes.cluster import Api, Cluster, Refused
+from tests.kubernetes.programs import definitions
+from tests.plane import until
+
+NAME, PORT = "model.aibrix.ai/name", "model.aibrix.ai/port"
+#: All that the controller may do where models are.
+RULES: Final = [
+    {"apiGroups": ["apps"], "resources": ["deployments", "statefulsets"], "verbs": ["list", "watch"]},
+    {"apiGroups": ["apps"], "resources": ["deployments/status"], "verbs": ["patch"]},
+    {
+        "apiGroups": ["", GATEWAY_API, "gateway.envoyproxy.io"],
+        "resources": ["services", "httproutes", "referencegrants", "backendtrafficpolicies"],
+        "verbs": ["list", "watch", "create", "patch", "delete"],
+    },
+    # Who names an owner says that the owner's removal waits for it, where the cluster checks that.
+    {"apiGroups": ["apps"], "resources": ["deployments/finalizers", "statefulsets/finalizers"], "verbs": ["update"]},
+    {"apiGroups": [""], "resources": ["events"], "verbs": ["create"]},
+]
+#: And where the Gateway is.
+GATEWAY_RULES: Final = [
+    {"apiGroups": [GATEWAY_API], "resources": ["gateways"], "verbs": ["list", "watch"]},
+    {"apiGroups": ["coordination.k8s.io"], "resources": ["leases"], "verbs": ["get", "create", "update"]},
+]
+KINDS: Final = {
+    "services": "/api/v1",
+    "httproutes": f"/apis/{GATEWAY_API}/v1",
+    "backendtrafficpolicies": "/apis/gateway.envoyproxy.io/v1alpha1",
+    "referencegrants": f"/apis/{GATEWAY_API}/v1beta1",
+}
+
+
+@pytest.fixture(scope="session")
+def defined(shared_cluster: Cluster, network: Any) -> None:
+    """The definitions of the Gateway API and of Envoy Gateway."""
+    api = shared_cluster.api
+    with network.entered():
+        for file in definitions():
+            for content in yaml.safe_load_all(file.read_text()):
+                if content and content["kind"] == "CustomResourceDefinition":
+                    path = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions"
+                    # Too large for the strict decoder's patience, and not ours to check.
+                    api.ask("POST", path, content)
+
+        def established() -> bool:
+            """They can be listed; until then they are refused."""
+            return all("items" in api.get(f"{root}/{kind}") for kind, root in KINDS.items())
+
+        shared_cluster.until(established, "kube-apiserver")
+
+
+class Models:
+    """A namespace with models, and the Gateway's beside it."""
+
+    def __init__(self, cluster: Cluster, api: Api, namespace: str) -> None:
+        self.cluster, self.api, self.namespace = cluster, api, namespace
+        self.other, self.system = (api.namespace(f"{namespace}-{name}") for name in ("other", "system"))
+        self.token = api.account(self.system, "controller")
+        for where, rules in ((namespace, RULES), (self.other, RULES), (self.system, GATEWAY_RULES)):
+            self.allow(where, rules)
+        self.settings = Settings(f"{self.system}/models")
+        self.gateway()
+
+    def allow(self, namespace: str, rules: list[Any], verb: str = "create") -> None:
+        path = f"/apis/rbac.authorization.k8s.io/v1/namespaces/{namespace}"
+        if verb == "change":
+            self.api.merge(f"{path}/roles/controller", {"rules": rules})
+            return
+        self.api.create(f"{path}/roles", {"metadata": {"name": "controller"}, "rules": rules})
+        account = {"kind": "ServiceAccount", "name": "controller", "namespace": self.system}
+        role = {"apiGroup": "rbac.authorization.k8s.io", "kind": "Role", "name": "controller"}
+        self.api.create(
+            f"{path}/rolebindings", {"metadata": {"name": "controller"}, "subjects": [account], "roleRef": role}
+        )
+
+    def gateway(self) -> None:
+        listener = {"name": "http", "protocol": "HTTP", "port": 80}
+        self.api.create(f"/apis/{GATEWAY_API}/v1/namespaces/{self.system}/gateways", {
+            "apiVersion": f"{GATEWAY_API}/v1", "kind": "Gateway", "metadata": {"name": "models"},
+            "spec": {"gatewayClassName": "eg", "listeners": [listener]},
+        })  # fmt: skip
+
+    def deployment(self, name: str, model: str = "m", *, namespace: str = "", port: str = "8000", **more: Any) -> str:
+        """A labelled Deployment; its path."""
+        where = f"/apis/apps/v1/namespaces/{namespace or self.namespace}/{more.get('plural', 'deployments')}"
+        labels = {NAME: model, "app": name}
+        service = {"serviceName": ""} if "plural" in more else {}
+        self.api.create(where, {
+            "metadata": {"name": name, "labels": labels, "annotations": more.get("annotations", {})},
+            "spec": {
+                "selector": {"matchLabels": {"app": name}},
+                "template": {
+                    "metadata": {"labels": labels | more.get("pods", {}), "annotations": {PORT: port}},
+                    "spec": {"containers": [{"name": "server", "image": "vllm"}]},
+                },
+                **service,
+            },
+        })  # fmt: skip
+        return f"{where}/{name}"
+
+    def found(self) -> dict[str, Any]:
+        """What the controller wrote: by kind, namespace and name."""
+        return {
+            f"{kind}/{each['metadata']['namespace']}/{each['metadata']['name']}": each
+            for kind, root in KINDS.items()
+            for namespace in (self.namespace, self.other)
+            for each in self.api.get(f"{root}/namespaces/{namespace}/{kind}")["items"]
+            if "app.kubernetes.io/managed-by" in each["metadata"].get("labels", {})
+        }
+
+    def names(self) -> set[str]:
+        """The same, in short: kind and name of those in the first namespace."""
+        return {place.replace(f"/{self.namespace}/", "/") for place in self.found()}
+
+    def condition(self, path: str) -> tuple[str, str]:
+        """What a Deployment's owner is told."""
+        for each in self.api.get(path)["status"].get("conditions", ()):
+            if each["type"] == CONDITION:
+                return each["status"], each["reason"]
+        return "", ""
+
+    def events(self, name: str) -> list[tuple[str, str]]:
+        every = self.api.get(f"/api/v1/namespaces/{self.namespace}/events")["items"]
+        return [(each["type"], each["reason"]) for each in every if each["involvedObject"]["name"] == name]
+
+    @asynccontextmanager
+    async def controlled(self, **more: Any) -> AsyncIterator[Controller]:
+        """A controller runs, as its ServiceAccount."""
+        connection = await Connection.connect(str(self.cluster.kubeconfig(self.token)))
+        made = Controller(connection, [self.namespace, self.other], self.settings, Random(1), **more)
+        task = asyncio.create_task(made.run())
+        try:
+            yield made
+            assert not task.done(), "it fell over"
+        finally:
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+            await connection.close()
+
+
+@pytest.fixture
+def models(defined: None, cluster: Cluster, api: Api, namespace: str) -> Models:
+    return Models(cluster, api, namespace)
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(loop, "FIRST", 0.1)
+    monkeypatch.setattr(loop, "LONGEST", 0.5)
+    return None
+
+
+OBJECTS = {"services/a-model", "httproutes/m-router", "backendtrafficpolicies/m-router"}
+
+
+async def test_a_label_makes_a_route_and_its_end_takes_it_away(models: Models) -> None:
+    async with models.controlled() as running:
+        path = models.deployment("a", port="8001")
+        await until(lambda: models.names() == OBJECTS)
+        await until(lambda: models.condition(path) == ("True", "Routed"))
+        assert models.events("a") == [("Normal", "Routed")]
+        models.api.merge(path, {"metadata": {"labels": {NAME: None}}})
+        await until(lambda: models.names() == set() and models.condition(path) == ("", ""))
+        assert running.settings == models.settings
+
+
+async def test_any_update_is_applied(models: Models) -> None:
+    path = models.deployment("a")
+    service = f"services/{models.namespace}/a-model"
+    async with models.controlled():
+        await until(lambda: service in models.found())
+        models.api.merge(path, {"spec": {"template": {"metadata": {"annotations": {PORT: "8000-8001"}}}}})
+        await until(lambda: len(models.found()[service]["spec"]["ports"]) == 2)
+        models.api.merge(path, {"spec": {"template": {"metadata": {"annotations": {PORT: "9000"}}}}})
+        await until(lambda: [port["port"] for port in models.found()[service]["spec"]["ports"]] == [9000])
+        await until(
+            lambda: (
+                [
+                    ref["port"]
+                    for ref in models.found()[f"httproutes/{models.namespace}/m-router"]["spec"]["rules"][0][
+                        "backendRefs"
+                    ]
+                ]
+                == [9000]
+            )
+        )
+
+
+async def test_drift_is_repaired_and_what_others_added_stays(models: Models) -> None:
+    models.deployment("a")
+    async with models.controlled() as running:
+        await until(lambda: models.names() == OBJECTS and running.settled)
+        route = f"{KINDS['httproutes']}/namespaces/{models.namespace}/httproutes/m-router"
+        service = f"/api/v1/namespaces/{models.namespace}/services/a-model"
+        rule = models.api.get(route)["spec"]["rules"][0] | {"timeouts": {"request": "1s"}}
+        models.api.merge(route, {"spec": {"rules": [rule, rule]}, "metadata": {"labels": {"theirs": "x"}}})
+        models.api.merge(service, {"spec": {"selector": {"app": "elsewhere"}}})
+        models.api.delete(
+            f"{KINDS['backendtrafficpolicies']}/namespaces/{models.namespace}/backendtrafficpolicies/m-router"
+        )
+        await until(lambda: len(models.api.get(route)["spec"]["rules"]) == 1)
+        await until(lambda: models.api.get(service)["spec"]["selector"] == {"app": "a"})
+        await until(lambda: models.names() == OBJECTS)
+        assert models.api.get(route)["metadata"]["labels"]["theirs"] == "x"
+
+
+async def test_nothing_is_written_while_nothing_changes(models: Models) -> None:
+    for number in range(5):
+        models.deployment(f"d{number}", f"m{number}")
+    async with models.controlled() as running:
+        await until(lambda: len(models.found()) == 15 and running.settled)
+        requests, rounds = running.requests, running.rounds
+        for more in (1, 2, 3):
+            running.wake()
+            await until(lambda more=more: running.rounds >= rounds + more and running.settled)  # type: ignore[misc]
+        assert running.requests == requests
+    async with models.controlled() as again:
+        await until(lambda: again.rounds and again.settled)
+        assert again.requests == 0, "nor by the next one"
+
+
+async def test_what_somebody_keeps_undoing_is_told_and_not_fought(
+    models: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "WRITES", 2)
+    path = models.deployment("a")
+    async with models.controlled():
+        service = f"/api/v1/namespaces/{models.namespace}/services/a-model"
+        await until(lambda: models.names() == OBJECTS)
+
+        def undo() -> bool:
+            models.api.merge(service, {"spec": {"selector": {"app": "elsewhere"}}})
+            return models.condition(path) == ("False", "Contested")
+
+        await until(undo)
+
+
+async def test_owners_are_told_what_to_do_and_others_are_not_concerned(models: Models) -> None:
+    models.api.create(f"/api/v1/namespaces/{models.namespace}/services", {
+        "metadata": {"name": "taken-model"}, "spec": {"ports": [{"port": 1}]},
+    })  # fmt: skip
+    cases = {
+        "taken": models.deployment("taken", "x"),
+        "badport": models.deployment("badport", "y", port="eight"),
+        "unlabelled": models.deployment("unlabelled", "z", pods={NAME: "other"}),
+        "differs": models.deployment("differs", "v", annotations={NAME: "w"}),
+        "noservice": models.deployment("noservice", "u", annotations={SERVICE: "nowhere"}),
+    }
+    expected = {
+        "taken": "NameTaken", "badport": "BadPort", "unlabelled": "PodsNotLabelled", "differs": "LabelsDiffer",
+        "noservice": "NoService",
+    }  # fmt: skip
+    good = models.deployment("a")
+    async with models.controlled():
+        await until(lambda: models.condition(good) == ("True", "Routed"))
+        for name, path in cases.items():
+            await until(lambda path=path, name=name: models.condition(path) == ("False", expected[name]))  # type: ignore[misc]
+            assert models.events(name) == [("Warning", expected[name])]
+        assert models.names() == OBJECTS
+        # What was missing comes: no restart, no touch.
+        models.api.create(f"/api/v1/namespaces/{models.namespace}/services", {
+            "metadata": {"name": "nowhere"}, "spec": {"ports": [{"port": 80, "targetPort": 8000}]},
+        })  # fmt: skip
+        await until(lambda: models.condition(cases["noservice"]) == ("True", "Routed"))
+
+
+async def test_a_right_that_is_missing_is_told_and_when_it_comes_all_is_well(models: Models) -> None:
+    less = [rule for rule in RULES if "services" not in rule["resources"]]
+    weak = {
+        "apiGroups": ["", GATEWAY_API, "gateway.envoyproxy.io"],
+        "resources": ["services", "httproutes", "referencegrants", "backendtrafficpolicies"],
+        "verbs": ["list", "watch"],
+    }
+    models.allow(models.namespace, [*less, weak], "change")
+    path = models.deployment("a")
+    async with models.controlled():
+        await until(lambda: models.condition(path) == ("False", "WriteFailed"))
+        models.allow(models.namespace, RULES, "change")
+        await until(lambda: models.condition(path) == ("True", "Routed"))
+
+
+async def test_without_the_gateway_it_is_told(models: Models) -> None:
+    gateway = f"/apis/{GATEWAY_API}/v1/namespaces/{models.system}/gateways/models"
+    models.api.delete(gateway)
+    path = models.deployment("a")
+    async with models.controlled():
+        await until(lambda: models.condition(path) == ("False", "NoGateway"))
+        models.gateway()
+        await until(lambda: models.condition(path) == ("True", "Routed"))
+
+
+async def test_a_model_in_two_namespaces_has_one_route_to_both(models: Models) -> None:
+    models.deployment("a")
+    second = models.deployment("b", namespace=models.other, plural="statefulsets")
+    async with models.controlled():
+        await until(lambda: models.names() == OBJECTS | {
+            f"services/{models.other}/b-model", f"referencegrants/{models.other}/m-router",
+        })  # fmt: skip
+        models.api.delete(second)
+        models.api.delete(f"/apis/apps/v1/namespaces/{models.namespace}/deployments/a")
+        await until(lambda: models.names() == set())
+
+
+async def test_a_route_by_hand_is_left_alone(models: Models) -> None:
+    path = models.deployment("a")
+    root = f"{KINDS['httproutes']}/namespaces/{models.namespace}/httproutes"
+    async with models.controlled():
+        await until(lambda: models.names() == OBJECTS)
+        rule = {"matches": [{"headers": [{"name": "model", "value": "m"}]}]}
+        hand = models.api.create(root, {
+            "apiVersion": f"{GATEWAY_API}/v1", "kind": "HTTPRoute", "metadata": {"name": "by-hand"},
+            "spec": {"parentRefs": [{"name": "models", "namespace": models.system}], "rules": [rule]},
+        })  # fmt: skip
+        await until(lambda: models.names() == {"services/a-model"})
+        await until(lambda: models.condition(path) == ("True", "RouteByHand"))
+        assert models.api.get(f"{root}/by-hand")["metadata"]["resourceVersion"] == hand["metadata"]["resourceVersion"]
+        models.api.delete(f"{root}/by-hand")
+        await until(lambda: models.names() == OBJECTS)
+
+
+@pytest.mark.parametrize("seed", range(4))
+async def test_after_any_history_two_controllers_that_are_killed_agree(models: Models, seed: int) -> None:
+    random = Random(seed)
+    alive: dict[str, str] = {}
+
+    def change() -> None:
+        name = random.choice("abc")
+        where = random.choice([models.namespace, models.other])
+        key = f"{where}/{name}"
+        if key not in alive:
+            alive[key] = models.deployment(name, random.choice("xy"), namespace=where, port=random.choice("12"))
+        elif random.random() < 0.5:
+            models.api.delete(alive.pop(key))
+        else:
+            port = random.choice(["1", "2-3", "none"])
+            models.api.merge(alive[key], {"spec": {"template": {"metadata": {"annotations": {PORT: port}}}}})
+        if random.random() < 0.3 and (found := sorted(models.found())):
+            kind, namespace, other = random.choice(found).split("/")
+            with contextlib.suppress(Refused):
+                models.api.delete(f"{KINDS[kind]}/namespaces/{namespace}/{kind}/{other}")
+
+    for _ in range(3):
+        async with models.controlled(), models.controlled():
+            for _ in range(6):
+                change()
+                # Killed in the middle of whatever it does now.
+                await asyncio.sleep(random.random() * 0.05)
+    async with models.controlled() as first, models.controlled() as second:
+        await until(lambda: first.rounds and first.settled and second.rounds and second.settled)
+
+        def is_as_planned() -> bool:
+            plan = loop.make_plan(first.observe(), models.settings)
+            return not plan.apply and not plan.delete
+
+        await until(is_as_planned)
+        routed = {place.split("/")[2] for place in models.found() if place.startswith("httproutes")}
+        expected = set()
+        for path in alive.values():
+            found = models.api.get(path)
+            if found["spec"]["template"]["metadata"]["annotations"][PORT] != "none":
+                expected.add(f"{found['metadata']['labels'][NAME]}-router")
+        assert routed == expected
+
+
+# --- the lease -------------------------------------------------------------------------------------------------------
+
+
+async def test_one_of_two_holds_the_lease_and_the_other_takes_over(models: Models) -> None:
+    connection = await Connection.connect(str(models.cluster.kubeconfig(models.token)))
+    leases = [Lease(connection, models.system, "controller", name, Random(1)) for name in ("one", "two")]
+    tasks = [asyncio.create_task(lease.run()) for lease in leases]
+    try:
+        await until(lambda: any(lease.held for lease in leases))
+        assert [lease.held for lease in leases].count(True) == 1
+        holder = next(at for at, lease in enumerate(leases) if lease.held)
+        tasks[holder].cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await tasks[holder]
+        await leases[holder].release()
+        assert not leases[holder].held
+        await until(lambda: leases[1 - holder].held)
+    finally:
+        for task in tasks:
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+        await connection.close()
+
+
+async def test_who_does_not_hold_the_lease_writes_nothing(models: Models) -> None:
+    class Turn:
+        held = False
+
+    turn = Turn()
+    models.deployment("a")
+    async with models.controlled(turn=turn) as running:
+        await until(lambda: all(each.listed for each in running._workloads))
+        running.wake()
+        await asyncio.sleep(0)
+        assert (running.rounds, models.names()) == (0, set())
+        turn.held = True
+        running.wake()
+        await until(lambda: models.names() == OBJECTS)
