@@ -54,6 +54,7 @@ from .core.session import ModelPolicy, Policy, World
 from .core.store import RENEW, Settlement, Store
 from .core.strategies import Need, needs
 from .core.tally import Tally, UsageLog
+from .kubernetes.command import Controlling
 from .redis_address import Address
 from .services.access_log import AccessLogs
 from .services.extproc import ExtProc
@@ -78,7 +79,7 @@ STOP_WAIT: Final = 3.0
 #: Seconds that settlements get to reach the store when the gateway stops.
 FLUSH_WAIT: Final = 1.0
 #: Settings that only a start takes up.
-AT_START: Final = ("listen", "store", "admin", "discovery", "logging", "usage")
+AT_START: Final = ("listen", "store", "admin", "discovery", "controller", "logging", "usage")
 #: The like in ``limits``: what receives and holds bodies has its size from the start.
 LIMITS_AT_START: Final = ("max_body_bytes", "bodies_in_memory")
 
@@ -222,6 +223,7 @@ class Gateway:
         self._poller = Poller(self.fleet, config.discovery.poll, config.discovery.timeout, self._rng)
         self._watcher: Watcher | None = None
         self._pods: Pods | None = None
+        self._controlling: Controlling | None = None
         self._named: dict[str, list[tuple[int, PodConfig]]] = {}
         self._numbers: dict[str, str] = {}
         self._wake = asyncio.Event()
@@ -318,6 +320,11 @@ class Gateway:
             except CannotConnect as error:
                 raise Unavailable(f"discovery.kubernetes: {error}") from error
             self._pods = Pods(cluster, found.namespaces, found.selector, self._discovered, self._rng)
+        if (ours := config.controller) is not None and ours.serve:
+            try:
+                self._controlling = Controlling(await Cluster.connect(ours.kubeconfig), config, ours, self._rng)
+            except CannotConnect as error:
+                raise Unavailable(f"controller: {error}") from error
         services = self.extproc.services | self.xds.services | self.health.services | self.access_logs.services
         try:
             self._listener = await _listen(config, services)
@@ -343,6 +350,8 @@ class Gateway:
         self._configure_pods()
         if self._pods is not None:
             self._pods.start()
+        if self._controlling is not None:
+            self._tasks.append(asyncio.create_task(self._controlling.run(), name="control"))
         self._tasks.append(asyncio.create_task(self._follow_fleet(), name="follow the fleet"))
         self._tasks.append(asyncio.create_task(self._renew(), name="renew leases"))
         if self._file is not None:
@@ -524,6 +533,8 @@ class Gateway:
         if isinstance(self.store, GuardedStore):
             self.store.change_policy(config.limits.on_store_failure)
         self._configure_pods()
+        if self._controlling is not None:
+            self._controlling.configure(config)
         self._publish()
         self.metrics.reloaded(True)
         log.info("configuration taken up", users=len(config.users), pods=len(config.pods))

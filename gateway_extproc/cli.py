@@ -55,6 +55,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     envoy.add_argument("--config", type=Path, required=True, metavar="FILE", help="the configuration file")
     _add_workers(envoy, "the gateway's processes, as for serve")
+
+    control = commands.add_parser(
+        "controller", help="write Kubernetes' routes of models",
+        description="Keep a route, a policy and a Service in Kubernetes for each labelled workload, until SIGTERM.",
+    )  # fmt: skip
+    control.add_argument("--config", type=Path, required=True, metavar="FILE", help="the configuration file")
     admin_client.add_commands(commands)
     return parser
 
@@ -129,6 +135,10 @@ def _with_config(args: argparse.Namespace) -> int:
         comment = "Made by `gateway-extproc envoy`: change the gateway's configuration instead."
         print(to_yaml(of(config, workers), comment), end="")
         return FINE
+    if args.command == "controller":
+        from .kubernetes import command
+
+        return command.run(config)
     if workers > 1:
         from .workers import supervisor
 

@@ -19,11 +19,12 @@ from __future__ import annotations
 from .part import effective_yaml, masked
 from .problems import ConfigError
 from .reader import load, parse, part_of, user_of
-from .schema import Config, Listen, PodConfig, PriceConfig, StoreConfig
+from .schema import Config, ControllerConfig, Listen, PodConfig, PriceConfig, StoreConfig
 
 __all__ = [
     "Config",
     "ConfigError",
+    "ControllerConfig",
     "Listen",
     "PodConfig",
     "PriceConfig",

@@ -160,10 +160,15 @@ def _pods(config: Config, sound: Sound) -> Found:
 
 
 def _kubernetes(config: Config) -> Found:
-    found = config.discovery.kubernetes
-    if found is not None and len(found.namespaces) > NAMESPACES:
-        where: Steps = ("discovery", "kubernetes", "namespaces")
-        yield where, f"expected at most {NAMESPACES}: each is watched by itself (leave it out to watch all at once)"
+    found: dict[Steps, tuple[str, ...]] = {}
+    if config.discovery.kubernetes is not None:
+        found["discovery", "kubernetes"] = config.discovery.kubernetes.namespaces
+    if config.controller is not None:
+        found["controller",] = config.controller.namespaces
+    for where, namespaces in found.items():
+        if len(namespaces) > NAMESPACES:
+            why = f"expected at most {NAMESPACES}: each is watched by itself (leave it out to watch all at once)"
+            yield (*where, "namespaces"), why
 
 
 def _twice(section: str, names: list[str]) -> Found:

@@ -315,6 +315,13 @@ NAMESPACE: Final = Form(
     "namespace",
     matching(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?", "expected a namespace: lower case, digits and '-', at most 63"),
 )
+#: An object of Kubernetes in a namespace.
+NAMESPACED: Final = Form(
+    "`namespace/name`",
+    matching(
+        r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?/[a-z0-9](?:[a-z0-9.-]{0,251}[a-z0-9])?", "expected namespace/name"
+    ),
+)
 HOST: Final = Form("host name", matching(HOST_NAME.pattern, "expected a host name in lower case"))
 PREFIX: Final = Form(
     "path",

@@ -24,6 +24,7 @@ from .forms import (
     MODEL,
     NAME,
     NAMESPACE,
+    NAMESPACED,
     ORIGIN,
     PREFIX,
     SECRET,
@@ -198,6 +199,19 @@ class KubernetesDiscovery(Part, frozen=True, kw_only=True):
             or_empty(FILE),
         ),
     ] = ""
+
+
+class ControllerConfig(Part, frozen=True, kw_only=True):
+    """Routes for Envoy Gateway, written to Kubernetes by `gateway-extproc controller`."""
+
+    gateway: Annotated[str, about("The Gateway that models are routed on.", NAMESPACED)]
+    namespaces: Annotated[
+        tuple[str, ...], about("Where the models' workloads are. Empty: in every namespace.", NAMESPACE)
+    ] = ()
+    serve: Annotated[
+        bool, about("Whether `gateway-extproc serve` does the same besides. One of all processes does it at a time.")
+    ] = False
+    kubeconfig: Annotated[str, about("How to reach the cluster, as in `discovery.kubernetes`.", or_empty(FILE))] = ""
 
 
 class Discovery(Part, frozen=True, kw_only=True):
@@ -387,6 +401,7 @@ class Config(Part, frozen=True, kw_only=True):
     auth: Annotated[Auth, about("Whether clients need a key.")] = Auth()
     admin: Annotated[Admin, about("Who may administer.")] = Admin()
     discovery: Annotated[Discovery, about("How pods are found and watched.")] = Discovery()
+    controller: Annotated[ControllerConfig | None, about("Routes for Envoy Gateway. Absent: none.")] = None
     routing: Annotated[Routing, about("How a pod is chosen.")] = Routing()
     limits: Annotated[LimitsConfig, about("Bounds on requests, and users without a record.")] = LimitsConfig()
     users: Annotated[tuple[User, ...], about("Who may use what, and how much.")] = ()

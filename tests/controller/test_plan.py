@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from typing import Any
 
@@ -183,7 +183,7 @@ def test_an_object_for_another_gateway_is_somebody_elses() -> None:
 
 
 def by_hand(**more: Any) -> dict[Place, Object]:
-    route = {
+    route: dict[str, Any] = {
         "parentRefs": [{"name": "models", "namespace": "system"}],
         "rules": [{"matches": [{"headers": [{"name": "Model", "value": "m"}]}]}],
     } | more
@@ -276,26 +276,30 @@ def test_a_models_own_settings_are_in_its_policy() -> None:
 
 
 def test_what_is_as_it_should_be_is_not_written() -> None:
-    objects = applied(planned(workload()))
+    objects: Any = applied(planned(workload()))
     for each in objects.values():
-        each["metadata"]["labels"]["theirs"] = "x"  # type: ignore[index]
-        each["metadata"]["resourceVersion"] = "7"  # type: ignore[index]
-        del each["kind"], each["apiVersion"]  # type: ignore[attr-defined]  # as in a list
+        each["metadata"]["labels"]["theirs"] = "x"
+        each["metadata"]["resourceVersion"] = "7"
+        del each["kind"], each["apiVersion"]  # as in a list
     objects["services", "n", "w-model"]["spec"]["ports"].append({"port": 1})
     assert planned(workload(), objects=objects).apply == {}
 
 
-def test_what_others_changed_is_written_again() -> None:
-    for change in (
-        lambda objects: objects["services", "n", "w-model"]["spec"]["selector"].update(app="x"),
-        lambda objects: objects["httproutes", "n", "m-router"]["spec"]["rules"].append({}),
-        lambda objects: objects["httproutes", "n", "m-router"]["spec"]["rules"][0]["matches"].clear(),
-        lambda objects: objects["httproutes", "n", "m-router"]["metadata"]["annotations"].pop(APPLIED),
-        lambda objects: objects.pop(("backendtrafficpolicies", "n", "m-router")),
-    ):
-        objects: Any = applied(planned(workload()))
-        change(objects)
-        assert len(planned(workload(), objects=objects).apply) == 1
+#: What others may do to what we wrote.
+CHANGES: list[Callable[[Any], object]] = [
+    lambda objects: objects["services", "n", "w-model"]["spec"]["selector"].update(app="x"),
+    lambda objects: objects["httproutes", "n", "m-router"]["spec"]["rules"].append({}),
+    lambda objects: objects["httproutes", "n", "m-router"]["spec"]["rules"][0]["matches"].clear(),
+    lambda objects: objects["httproutes", "n", "m-router"]["metadata"]["annotations"].pop(APPLIED),
+    lambda objects: objects.pop(("backendtrafficpolicies", "n", "m-router")),
+]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_others_changed_is_written_again(change: Callable[[Any], object]) -> None:
+    objects: Any = applied(planned(workload()))
+    change(objects)
+    assert len(planned(workload(), objects=objects).apply) == 1
 
 
 WORKLOADS = st.lists(

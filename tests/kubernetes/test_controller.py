@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Iterator
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from random import Random
 from typing import Any, Final
 
@@ -17,29 +22,20 @@ from gateway_extproc.kubernetes import controller as loop
 from gateway_extproc.kubernetes.controller import CONDITION, Controller
 from gateway_extproc.kubernetes.lease import Lease
 from gateway_extproc.kubernetes.plan import GATEWAY_API, SERVICE, Settings
+from gateway_extproc.kubernetes.plan import plan as make_plan
 from tests.kubernetes.cluster import Api, Cluster, Refused
 from tests.kubernetes.programs import definitions
 from tests.plane import until
+from tests.system import DEADLINE, Process, System
+from tests.system import until as settled
 
 NAME, PORT = "model.aibrix.ai/name", "model.aibrix.ai/port"
-#: All that the controller may do where models are.
-RULES: Final = [
-    {"apiGroups": ["apps"], "resources": ["deployments", "statefulsets"], "verbs": ["list", "watch"]},
-    {"apiGroups": ["apps"], "resources": ["deployments/status"], "verbs": ["patch"]},
-    {
-        "apiGroups": ["", GATEWAY_API, "gateway.envoyproxy.io"],
-        "resources": ["services", "httproutes", "referencegrants", "backendtrafficpolicies"],
-        "verbs": ["list", "watch", "create", "patch", "delete"],
-    },
-    # Who names an owner says that the owner's removal waits for it, where the cluster checks that.
-    {"apiGroups": ["apps"], "resources": ["deployments/finalizers", "statefulsets/finalizers"], "verbs": ["update"]},
-    {"apiGroups": [""], "resources": ["events"], "verbs": ["create"]},
-]
-#: And where the Gateway is.
-GATEWAY_RULES: Final = [
-    {"apiGroups": [GATEWAY_API], "resources": ["gateways"], "verbs": ["list", "watch"]},
-    {"apiGroups": ["coordination.k8s.io"], "resources": ["leases"], "verbs": ["get", "create", "update"]},
-]
+DOCUMENT: Final = Path(__file__).parents[2] / "docs" / "kubernetes.md"
+#: What it may do where models are, and where the Gateway is: no more than users are told to grant.
+RULES, GATEWAY_RULES = (
+    yaml.safe_load(block)
+    for block in re.findall(r"```yaml\n(- .*?)```", DOCUMENT.read_text(encoding="utf-8"), re.DOTALL)
+)
 KINDS: Final = {
     "services": "/api/v1",
     "httproutes": f"/apis/{GATEWAY_API}/v1",
@@ -163,10 +159,9 @@ def models(defined: None, cluster: Cluster, api: Api, namespace: str) -> Models:
 
 
 @pytest.fixture(autouse=True)
-def impatient(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loop, "FIRST", 0.1)
     monkeypatch.setattr(loop, "LONGEST", 0.5)
-    return None
 
 
 OBJECTS = {"services/a-model", "httproutes/m-router", "backendtrafficpolicies/m-router"}
@@ -368,17 +363,19 @@ async def test_after_any_history_two_controllers_that_are_killed_agree(models: M
         await until(lambda: first.rounds and first.settled and second.rounds and second.settled)
 
         def is_as_planned() -> bool:
-            plan = loop.make_plan(first.observe(), models.settings)
+            plan = make_plan(first.observe(), models.settings)
             return not plan.apply and not plan.delete
 
-        await until(is_as_planned)
-        routed = {place.split("/")[2] for place in models.found() if place.startswith("httproutes")}
         expected = set()
         for path in alive.values():
             found = models.api.get(path)
             if found["spec"]["template"]["metadata"]["annotations"][PORT] != "none":
                 expected.add(f"{found['metadata']['labels'][NAME]}-router")
-        assert routed == expected
+
+        def routed() -> set[str]:
+            return {place.split("/")[2] for place in models.found() if place.startswith("httproutes")}
+
+        await until(lambda: is_as_planned() and routed() == expected)
 
 
 # --- the lease -------------------------------------------------------------------------------------------------------
@@ -420,3 +417,80 @@ async def test_who_does_not_hold_the_lease_writes_nothing(models: Models) -> Non
         turn.held = True
         running.wake()
         await until(lambda: models.names() == OBJECTS)
+
+
+# --- as processes ----------------------------------------------------------------------------------------------------
+
+
+def holder(models: Models) -> str:
+    """Who holds the lease; empty: nobody."""
+    path = f"/apis/coordination.k8s.io/v1/namespaces/{models.system}/leases/gateway-extproc-controller-models"
+    try:
+        return str(models.api.get(path)["spec"].get("holderIdentity", ""))
+    except Refused:
+        return ""
+
+
+def test_the_command_controls_until_it_is_told_to_end(models: Models, tmp_path: Path) -> None:
+    path = models.deployment("a")
+    found = {
+        "gateway": models.settings.gateway,
+        "namespaces": [models.namespace, models.other],
+        "kubeconfig": str(models.cluster.kubeconfig(models.token)),
+    }
+    file = tmp_path / "gateway.yaml"
+    file.write_text(yaml.safe_dump({"controller": found, "models": {"m": {"timeout": "7s"}}}))
+    command = [sys.executable, "-m", "gateway_extproc.cli", "controller", "--config", str(file)]
+    running = Process("controller", command, tmp_path / "controller.log")
+    try:
+        settled(lambda: models.condition(path) == ("True", "Routed"), running.output())
+        policy = models.found()[f"backendtrafficpolicies/{models.namespace}/m-router"]
+        assert policy["spec"]["timeout"]["http"]["streamIdleTimeout"] == "7s"
+        assert holder(models)
+        running.signal(signal.SIGTERM)
+        assert running.wait() == 0
+        assert holder(models) == ""
+        assert models.names() == OBJECTS, "routes do not go with it"
+    finally:
+        running.kill()
+
+
+def test_a_gateway_controls_where_it_is_told_to(models: Models) -> None:
+    path = models.deployment("a")
+    found = {
+        "gateway": models.settings.gateway,
+        "namespaces": [models.namespace, models.other],
+        "kubeconfig": str(models.cluster.kubeconfig(models.token)),
+        "serve": True,
+    }
+    with System(config={"controller": found}, store=False) as system:
+        settled(lambda: models.condition(path) == ("True", "Routed"), system.gateway.output())
+        system.write_config(models={"m": {"retries": 7}})
+
+        def retries() -> Any:
+            policy = models.found()[f"backendtrafficpolicies/{models.namespace}/m-router"]
+            return policy["spec"]["retry"]["numRetries"]
+
+        settled(lambda: retries() == 7)
+        system.gateway.signal(signal.SIGTERM)
+        assert system.gateway.wait() == 0
+    assert holder(models) == ""
+
+
+@pytest.mark.parametrize(
+    ("content", "code", "told"),
+    [
+        ("{}", 1, "no section 'controller'"),
+        ("controller: {gateway: x}", 1, "expected namespace/name"),
+        ("controller: {gateway: a/b, kubeconfig: gateway.yaml}", 3, "cannot connect to Kubernetes"),
+    ],
+)
+def test_what_is_wrong_at_the_start_is_one_line(tmp_path: Path, content: str, code: int, told: str) -> None:
+    (tmp_path / "gateway.yaml").write_text(content)
+    made = subprocess.run(
+        [sys.executable, "-m", "gateway_extproc.cli", "controller", "--config", str(tmp_path / "gateway.yaml")],
+        capture_output=True, text=True, check=False, timeout=DEADLINE,
+    )  # fmt: skip
+    assert made.returncode == code
+    assert told in made.stderr
+    assert "Traceback" not in made.stderr

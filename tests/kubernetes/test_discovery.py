@@ -7,10 +7,12 @@ import json
 import signal
 from collections.abc import Iterator
 from itertools import count
+from pathlib import Path
 from random import Random
 from typing import Any
 
 import pytest
+import yaml
 
 from gateway_extproc.adapters.kubernetes import Cluster as Connection
 from gateway_extproc.adapters.kubernetes import Pods
@@ -20,8 +22,13 @@ from tests.plane import until as eventually
 from tests.system import System, until
 
 NAME, PORT = "model.aibrix.ai/name", "model.aibrix.ai/port"
-#: All that discovery may do.
-RULES = [{"apiGroups": [""], "resources": ["pods"], "verbs": ["list", "watch"]}]
+#: What discovery may do: no more than users are told to grant.
+RULES = yaml.safe_load(
+    (Path(__file__).parents[2] / "docs" / "kubernetes.md")
+    .read_text(encoding="utf-8")
+    .partition("rules:\n")[2]
+    .partition("```")[0]
+)
 _addresses = count(1)
 
 
