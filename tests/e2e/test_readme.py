@@ -90,6 +90,9 @@ RUN_BY = {
     ),
     r"gateway-extproc compare .*": COMPARE + "test_what_the_document_says_runs",
     r"pip install 'gateway-extproc\[plot\]'": COMPARE + "test_without_matplotlib_it_says_what_to_install",
+    r"gateway-extproc controller --config \S+": (
+        "tests/kubernetes/test_controller.py::test_the_command_controls_until_it_is_told_to_end"
+    ),
     r"gateway-extproc \w+": "test_the_program_has_every_command_that_is_named",
     r"docker compose up --build": DOCKER + "test_the_three_curls_of_the_readme_work_as_they_are",
     r"docker compose up -d --scale pod=\d": DOCKER + "test_scaled_pods_are_found_by_dns_and_no_request_fails",

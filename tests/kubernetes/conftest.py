@@ -10,12 +10,20 @@ from pathlib import Path
 from typing import Final
 
 import pytest
+import yaml
 
 from tests.kubernetes.cluster import Api, Cluster, Network
-from tests.kubernetes.programs import find
+from tests.kubernetes.programs import definitions, find
 
 #: Without these there is no cluster; others are asked for by the tests that need them.
 NEEDED: Final = ("etcd", "kube-apiserver")
+#: One kind of each part of the definitions, which is served when the others are.
+DEFINED: Final = (
+    ("/apis/gateway.networking.k8s.io/v1", "httproutes"),
+    ("/apis/gateway.networking.k8s.io/v1beta1", "referencegrants"),
+    ("/apis/gateway.envoyproxy.io/v1alpha1", "backendtrafficpolicies"),
+    ("/apis/gateway.envoyproxy.io/v1alpha1", "securitypolicies"),
+)
 LOUD: Final = "NOT TESTED AGAINST KUBERNETES"
 _numbers = count(1)
 
@@ -82,3 +90,22 @@ def api(cluster: Cluster) -> Api:
 def namespace(api: Api) -> str:
     """A namespace of the test's own."""
     return api.namespace(f"test-{next(_numbers)}")
+
+
+@pytest.fixture(scope="session")
+def defined(shared_cluster: Cluster, network: Network) -> None:
+    """The definitions of the Gateway API and of Envoy Gateway."""
+    api = shared_cluster.api
+    with network.entered():
+        for file in definitions():
+            for content in yaml.safe_load_all(file.read_text()):
+                if content and content["kind"] == "CustomResourceDefinition":
+                    path = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions"
+                    # Too large for the strict decoder's patience, and not ours to check.
+                    api.ask("POST", path, content)
+
+        def established() -> bool:
+            """They can be listed; until then they are refused."""
+            return all("items" in api.get(f"{root}/{kind}") for root, kind in DEFINED)
+
+        shared_cluster.until(established, "kube-apiserver")

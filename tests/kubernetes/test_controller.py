@@ -24,7 +24,6 @@ from gateway_extproc.kubernetes.lease import Lease
 from gateway_extproc.kubernetes.plan import GATEWAY_API, SERVICE, Settings
 from gateway_extproc.kubernetes.plan import plan as make_plan
 from tests.kubernetes.cluster import Api, Cluster, Refused
-from tests.kubernetes.programs import definitions
 from tests.plane import until
 from tests.system import DEADLINE, Process, System
 from tests.system import until as settled
@@ -42,25 +41,6 @@ KINDS: Final = {
     "backendtrafficpolicies": "/apis/gateway.envoyproxy.io/v1alpha1",
     "referencegrants": f"/apis/{GATEWAY_API}/v1beta1",
 }
-
-
-@pytest.fixture(scope="session")
-def defined(shared_cluster: Cluster, network: Any) -> None:
-    """The definitions of the Gateway API and of Envoy Gateway."""
-    api = shared_cluster.api
-    with network.entered():
-        for file in definitions():
-            for content in yaml.safe_load_all(file.read_text()):
-                if content and content["kind"] == "CustomResourceDefinition":
-                    path = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions"
-                    # Too large for the strict decoder's patience, and not ours to check.
-                    api.ask("POST", path, content)
-
-        def established() -> bool:
-            """They can be listed; until then they are refused."""
-            return all("items" in api.get(f"{root}/{kind}") for kind, root in KINDS.items())
-
-        shared_cluster.until(established, "kube-apiserver")
 
 
 class Models:

@@ -23,12 +23,8 @@ from tests.system import System, until
 
 NAME, PORT = "model.aibrix.ai/name", "model.aibrix.ai/port"
 #: What discovery may do: no more than users are told to grant.
-RULES = yaml.safe_load(
-    (Path(__file__).parents[2] / "docs" / "kubernetes.md")
-    .read_text(encoding="utf-8")
-    .partition("rules:\n")[2]
-    .partition("```")[0]
-)
+DOCUMENT = (Path(__file__).parents[2] / "docs" / "kubernetes.md").read_text(encoding="utf-8")
+RULES = yaml.safe_load(DOCUMENT.partition("rules:\n")[2].partition("```")[0])
 _addresses = count(1)
 
 
