@@ -318,9 +318,7 @@ NAMESPACE: Final = Form(
 #: An object of Kubernetes in a namespace.
 NAMESPACED: Final = Form(
     "`namespace/name`",
-    matching(
-        r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?/[a-z0-9](?:[a-z0-9.-]{0,251}[a-z0-9])?", "expected namespace/name"
-    ),
+    matching(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?/[a-z0-9](?:[a-z0-9.-]{0,251}[a-z0-9])?", "expected namespace/name"),
 )
 HOST: Final = Form("host name", matching(HOST_NAME.pattern, "expected a host name in lower case"))
 PREFIX: Final = Form(

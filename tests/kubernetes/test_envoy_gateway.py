@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any, Final
@@ -153,6 +154,15 @@ class Served:
             raise AssertionError(f"{error}: {last}\n" + "\n".join(each.output()[-3000:] for each in logs)) from error
         return last[0]
 
+    def conditions(self, path: str) -> dict[str, str]:
+        """What Envoy Gateway says of an object."""
+        status = self.api.get(f"/apis/{path}").get("status", {})
+        every = [*status.get("parents", ()), *status.get("ancestors", ())]
+        return {each["type"]: each["status"] for parent in every for each in parent["conditions"]}
+
+    def accepted(self, path: str) -> bool:
+        return self.conditions(path).get("Accepted") == "True"
+
     def close(self) -> None:
         for each in reversed(self.parts):
             each.kill() if isinstance(each, Process) else each.close()
@@ -224,11 +234,5 @@ def test_what_the_controller_wrote_is_accepted(served: Served) -> None:
     served.until_chat("accepted", 200)
     base = f"/namespaces/{served.namespace}"
     for path in (f"{ROUTES}{base}/httproutes/accepted-router", f"{ENVOY}{base}/backendtrafficpolicies/accepted-router"):
-
-        def conditions(path: str = path) -> dict[str, str]:
-            status = served.api.get(f"/apis/{path}").get("status", {})
-            every = [*status.get("parents", ()), *status.get("ancestors", ())]
-            return {each["type"]: each["status"] for parent in every for each in parent["conditions"]}
-
-        until(lambda conditions=conditions: conditions().get("Accepted") == "True", path)
-        assert "False" not in conditions().values()
+        until(partial(served.accepted, path), path)
+        assert "False" not in served.conditions(path).values()
