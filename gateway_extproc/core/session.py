@@ -57,17 +57,17 @@ from .fleet import Fleet
 from .identify import Mode, identify
 from .keys import PREFIX as KEY_PREFIX
 from .keys import Key
+from .limits_told import denial, limit_headers, relieved
 from .naming import Naming
 from .parse import Body, Kind, Piece, Request, Splice, changed, naming, parse_request, route_of
 from .parse import Route as Target
-from .price import Prices, dollars
+from .price import Prices
 from .refusal import Refusal, Refused
+from .reserve import reserve
 from .store import (
     Admission,
     Admitted,
-    Amount,
     Denied,
-    Level,
     Reserve,
     Settlement,
     Window,
@@ -343,31 +343,19 @@ class Session:
             self._name = asked
             self._renaming = naming(content_type, body, model)
         windows = self._windows = directory.windows(self._user, model)
-        tightest, apart, counted = None, False, False
-        for window in windows:
-            most = _most_tokens(window)
-            if most is not None:
-                counted = True
-                if window.part == "all" and (tightest is None or most < tightest):
-                    tightest = most
-            apart = apart or window.part != "all" or (window.reserve or policy.reserve) != policy.reserve
-        spends = with_budgets(windows)
-        counted = counted or spends != 0  # somebody's tokens are limited
-        self._strip = bool(request.stream and not request.include_usage and self._target.may_ask_usage and counted)
+        self._prompt = world.estimates.prompt(model, request.prompt_bytes)
+        reserved = reserve(model, windows, self._prompt, self._expected, policy.reserve, policy.prices)
+        self._output = reserved.output
+        if reserved.unpriced and policy.unknown_price == "refuse":
+            return self._refuse(refusals.price_unknown(model))
+        self._strip = bool(
+            request.stream and not request.include_usage and self._target.may_ask_usage and reserved.counted
+        )
         if self._strip or self._carry or self._renaming is not None:  # it is needed again once the question is answered
             self._parts.append(body)
-        tokens = self._estimate(request, tightest)
         self._asked = self._asks(prompt)
-        cost = 0
-        if spends:
-            if policy.prices.of(model) is not None:
-                cost = policy.prices.cost(model, Usage(self._prompt, tokens - self._prompt))
-            elif policy.unknown_price == "refuse" and any(
-                budget.unit == "usd" for window in windows for budget in window.budgets
-            ):
-                return self._refuse(refusals.price_unknown(model))
-        shares = tuple([self._share(request, window) for window in windows]) if apart else ()
-        admission = self._admission = Admission(world.new_id(), windows, tokens, cost, shares)
+        admission = Admission(world.new_id(), windows, reserved.tokens, reserved.cost, reserved.shares)
+        self._admission = admission
         if windows:
             self._state = _State.ASKING
             return [Ask(admission)]
@@ -384,16 +372,6 @@ class Session:
             kept = next((model for model, _ in split if sessions.read(secret, model, session) is not None), "")
         return world.policy.naming.serving(name, world.fleet.view(self._node).models, key, kept)
 
-    def _estimate(self, request: Request, tightest: int | None) -> int:
-        """Tokens to reserve. A guess of the output never makes a request larger than the ``tightest`` limit that it is
-        under: only the prompt, and what ``reserve: max`` declares, can do that."""
-        reserve = self._world.policy.reserve
-        prompt = self._prompt = self._world.estimates.prompt(self._model, request.prompt_bytes)
-        output = self._output = self._expected(request, reserve)
-        if tightest is not None and reserve == "expected":
-            output = min(output, max(0, tightest - prompt))
-        return prompt + output
-
     def _asks(self, prompt: list[Piece]) -> Asked:
         """The request as the strategy sees it; what it does not need is not computed."""
         world = self._world
@@ -401,33 +379,21 @@ class Session:
         needs = mixed.needs
         output = self._output
         if world.policy.reserve == "max":
-            assert self._request is not None
-            output = self._expected(self._request, "expected")
+            output = self._expected("expected")
         if not needs:
             return Asked(self._model, self._prompt, output)
         blocks = blocks_of(self._model, prompt) if Need.PROMPT in needs else ()
         session = self._headers.get("x-session-id", b"").decode("latin-1") if Need.SESSION in needs else ""
         return Asked(self._model, self._prompt, output, blocks, session, world.policy.directory.pepper or world.secret)
 
-    def _expected(self, request: Request, reserve: Reserve) -> int:
-        """Tokens of output to set aside."""
+    def _expected(self, rule: Reserve) -> int:
+        """Tokens of output to set aside by a rule."""
+        request = self._request
+        assert request is not None
         if not self._target.generates:
             return 0
         answers = request.n * request.prompts
-        return self._world.estimates.output(self._model, request.max_tokens, answers, reserve, self._user or "")
-
-    def _share(self, request: Request, window: Window) -> Amount:
-        """What one window is to set aside, where it counts a part of the tokens or reserves by a rule of its own."""
-        policy, prompt = self._world.policy, self._prompt
-        if window.part == "input":
-            return prompt, 0
-        reserve, most = window.reserve or policy.reserve, _most_tokens(window)
-        output = self._expected(request, reserve)
-        counted = prompt if window.part == "all" else 0
-        if most is not None and reserve == "expected":
-            output = min(output, max(0, most - counted))
-        cost = policy.prices.cost(self._model, Usage(prompt, output)) if window.budgets else 0
-        return counted + output, cost
+        return self._world.estimates.output(self._model, request.max_tokens, answers, rule, self._user or "")
 
     def _on_admitted(self, event: Admitted) -> list[Action]:
         self._admitted = event
@@ -438,25 +404,8 @@ class Session:
         return self._route()
 
     def _on_denied(self, event: Denied) -> list[Action]:
-        window = self._windows[event.window]
-        level = event.levels[event.window] if event.window < len(event.levels) else Level(0, 0, 0.0, 0.0)
-        admission = self._admission
-        assert admission is not None
-        if event.kind == "budget":
-            refused = _over_budget(window, event, admission)
-            return self._refuse(refused, limit_headers(self._windows, event.levels))
-        if event.kind == "rpm":
-            limit, used, asked = window.rpm or 0, level.requests, 1
-        elif event.kind == "concurrency":
-            limit, used, asked = window.concurrency or 0, event.used, 1
-        else:
-            limit, used, asked = window.tpm or 0, level.tokens, admission.amounts[event.window][0]
-        kind = event.kind if window.part == "all" else f"{window.part}_{event.kind}"
-        if event.retry_after is None:
-            refused = refusals.request_exceeds_limit(kind, window.scope, limit, asked)
-        else:
-            refused = refusals.rate_limit_exceeded(kind, window.scope, limit, used, asked, event.retry_after)
-        return self._refuse(refused, limit_headers(self._windows, event.levels))
+        assert self._admission is not None
+        return self._refuse(denial(self._admission, event), limit_headers(self._windows, event.levels))
 
     def _on_unavailable(self, _: Unavailable) -> list[Action]:
         return self._refuse(refusals.limits_unavailable())
@@ -833,36 +782,8 @@ class Session:
         admission, admitted = self._admission, self._admitted
         if admission is None or admitted is None:
             return {}
-        levels = admitted.levels
-        if not self._took:
-            pairs = zip(levels, admission.amounts, strict=False)  # no levels where limits were not applied
-            levels = tuple([_relieved(level, tokens) for level, (tokens, _) in pairs])
+        levels = admitted.levels if self._took else relieved(admission, admitted.levels)
         return limit_headers(self._windows, levels)
-
-
-def _most_tokens(window: Window) -> int | None:
-    """The most tokens that one request may have, None where the window does not limit them."""
-    most = window.tpm
-    for budget in window.budgets:
-        if budget.unit == "tokens" and (most is None or budget.amount < most):
-            most = budget.amount
-    return most
-
-
-def _over_budget(window: Window, event: Denied, admission: Admission) -> Refusal:
-    budget, (tokens, cost) = window.budgets[event.budget], admission.amounts[event.window]
-    period = f"{budget.period} s" if isinstance(budget.period, int) else budget.period
-    if budget.unit == "tokens":
-        amount, used, asked = f"{budget.amount} tokens", str(event.used), str(tokens)
-    else:
-        amount, used, asked = (f"${dollars(nano)}" for nano in (budget.amount, event.used, cost))
-    return refusals.insufficient_quota(window.scope, f"{amount} per {period}", used, asked, event.retry_after)
-
-
-def _relieved(level: Level, tokens: int) -> Level:
-    """``level`` as it will be once one request and its tokens are given back."""
-    requests, rest = max(0, level.requests - 1), max(0, level.tokens - tokens)
-    return Level(requests, rest, level.requests_reset if requests else 0.0, level.tokens_reset if rest else 0.0)
 
 
 def _repeated(headers: Headers) -> str | None:
@@ -879,40 +800,6 @@ def _status_of(headers: Mapping[str, bytes]) -> int:
     """An answer's status; 0 for what is none."""
     status = headers.get(":status", b"")
     return int(status) if status.isdigit() and len(status) == 3 else 0
-
-
-def limit_headers(windows: tuple[Window, ...], levels: tuple[Level, ...]) -> dict[str, str]:
-    """The x-ratelimit-* headers: of each kind of limit the window with the least room, in OpenAI's form. ``levels``
-    is empty where limits were not applied."""
-    found: dict[str, str] = {}
-    requests: tuple[int, int, float] | None = None
-    tokens: tuple[int, int, float] | None = None
-    for window, level in zip(windows, levels, strict=False):
-        rpm, tpm = window.rpm, window.tpm
-        if rpm is not None:
-            room = (rpm - level.requests, rpm, level.requests_reset)
-            requests = room if requests is None or room < requests else requests
-        if tpm is not None:
-            room = (tpm - level.tokens, tpm, level.tokens_reset)
-            tokens = room if tokens is None or room < tokens else tokens
-    if requests is not None:
-        left, limit, reset = requests
-        found["x-ratelimit-limit-requests"] = str(limit)
-        found["x-ratelimit-remaining-requests"] = str(left if left > 0 else 0)
-        found["x-ratelimit-reset-requests"] = duration(reset)
-    if tokens is not None:
-        left, limit, reset = tokens
-        found["x-ratelimit-limit-tokens"] = str(limit)
-        found["x-ratelimit-remaining-tokens"] = str(left if left > 0 else 0)
-        found["x-ratelimit-reset-tokens"] = duration(reset)
-    return found
-
-
-def duration(seconds: float) -> str:
-    """Seconds as OpenAI writes them: ``6.5s``, ``1m3s``; to the millisecond."""
-    whole, part = divmod(max(0, round(seconds * 1000)), 1000)
-    text = f"{whole % 60}.{part:03}".rstrip("0") if part else str(whole % 60)
-    return f"{whole // 60}m{text}s" if whole >= 60 else f"{text}s"
 
 
 #: A handler takes the one event type of its key.
