@@ -446,7 +446,9 @@ def test_two_envoys_share_a_gateway_and_do_not_wait_for_each_other(system: Share
 
 @contextlib.contextmanager
 def channel(system: Shared) -> Iterator[grpc.Channel]:
-    with grpc.insecure_channel(system.settings["listen"]["grpc"]) as opened:
+    # A gateway that starts listens soon; by default a channel looks again after a second.
+    often = [(f"grpc.{name}_reconnect_backoff_ms", 20) for name in ("initial", "min", "max")]
+    with grpc.insecure_channel(system.settings["listen"]["grpc"], options=often) as opened:
         yield opened
 
 
