@@ -57,7 +57,8 @@ INPUT, OUTPUT = 1_000, 3_000
 #: settlement waits 10 ms for others, an entry of Envoy's log LOG_FLUSH, and workers end a moment after their parent.
 ARRIVES = 10.0
 UNTOLD: dict[Source, float] = {"body": 0.05, "access_log": 2 * LOG_FLUSH}
-#: Seconds by which a gateway on a busy machine may hear later than its client that a request has ended.
+#: Seconds by which a gateway may hear later than its client that a request has ended, at least: on a busy machine it is
+#: twice what was seen of those that it did hear of.
 BEHIND = 0.5
 #: Seconds after which a gateway has told its sums of usage: it does so every second.
 REPORTED = 1.5
@@ -188,6 +189,7 @@ class Storm:
         self.wrong: list[str] = []
         self.sums = {fate: Sums() for fate in FATES}
         self.left = self.cut = self.kills = self.held = 0
+        self._behind = BEHIND
         self.told: dict[str, Scope] = {}
         #: What each scope must have been charged, at least and at most.
         self.due: dict[str, tuple[Charge, Charge]] = {}
@@ -370,6 +372,8 @@ class Storm:
         least: defaultdict[str, list[Charge]] = defaultdict(list)
         most: defaultdict[str, list[Charge]] = defaultdict(list)
         served = _served(system)
+        heard = [self._ended[one.id].at - one.ended for one in asked if one.ended and one.id in self._ended]
+        self._behind = max(BEHIND, 2 * max(heard, default=0.0))
         for one in asked:
             ended = self._ended.get(one.id)
             low, high = self._charged(one, ended, down)
@@ -397,7 +401,7 @@ class Storm:
             return True
         ended = self._ended.get(one.id)
         if ended is None:
-            return one.ended >= down - BEHIND and one.status != 429
+            return one.ended >= down - self._behind and one.status != 429
         return abs(ended.at - down) <= UNTOLD[self.source] and ended.status != 429
 
     def _charged(self, one: Asked, ended: Ended | None, down: float) -> tuple[Charge, Charge]:
@@ -519,7 +523,8 @@ class Storm:
         id = line.get("request_id", "")
         if not id.startswith("storm-"):
             return
-        if id in self._ended:
+        if id in self._ended and not line["status"] == self._ended[id].status == 429:
+            # A refusal takes nothing; where its gateway was killed before Envoy heard of it, another one refuses, too.
             self.wrong.append(f"{id} ended twice: {self._ended[id]} and {line}")
         prompt, output = line.get("prompt_tokens", 0), line.get("output_tokens", 0)
         routed = bool(prompt or output) or line["reason"] == "upstream_error"
