@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import ctypes
 import gc
+import math
 import secrets
 import signal
 import sys
@@ -104,8 +105,8 @@ async def _listen(config: Config, services: Services) -> Listener:
     return await grpc_server.serve(listen.grpc, services, most, listen.tls)
 
 
-def policy_of(config: Config, directory: Directory) -> Policy:
-    """What the configuration says about requests."""
+def policy_of(config: Config, directory: Directory, longest_wait: float = math.inf) -> Policy:
+    """What the configuration says about requests; none waits longer for its turn than ``longest_wait`` seconds."""
     return Policy(
         max_body_bytes=config.limits.max_body_bytes,
         default_strategy=config.routing.default,
@@ -117,7 +118,14 @@ def policy_of(config: Config, directory: Directory) -> Policy:
         prices=Prices({pattern: price_of(price) for pattern, price in config.prices.items()}),
         models={
             name: ModelPolicy(
-                model.strategy or None, model.timeout, model.retries, model.first_byte_timeout, model.lock_strategy
+                model.strategy or None,
+                model.timeout,
+                model.retries,
+                model.first_byte_timeout,
+                model.lock_strategy,
+                model.saturation,
+                model.queue_size,
+                min(model.queue_wait, longest_wait),
             )
             for name, model in config.models.items()
         },
@@ -188,6 +196,11 @@ class Gateway:
         self._read = read
         self._siblings = siblings
         self._rng = Random()
+        #: Seconds that Envoy, by its bootstrap, lets a request wait for its turn.
+        given = config.envoy.message_timeout
+        self._longest_wait = (
+            max(extproc.BODY_WAIT, config.longest_wait) if given is None else given - config.store.timeout - 1.0
+        )
         self.fleet = Fleet(time.monotonic)
         # Ids must differ between gateways and starts: a random name for this start, and a count.
         self._name = secrets.token_hex(8)
@@ -459,6 +472,7 @@ class Gateway:
         began = loop.time()
         version = -1
         while True:
+            self.extproc.serve_queues()
             if self.fleet.version != version:
                 version = self.fleet.version
                 for address in [known for known in self._numbers if self.fleet.member(known) is None]:
@@ -529,7 +543,11 @@ class Gateway:
             log.warning("some changes are taken up at the next start", settings=late)
         self.config = config = msgspec.structs.replace(config, limits=msgspec.structs.replace(config.limits, **old))
         self.administration.configure(config)
-        self.world.policy = policy_of(config, self.administration.directory)
+        if config.longest_wait > self._longest_wait:
+            log.warning(
+                "a longer queue_wait needs a new start, and Envoy's bootstrap made anew", longest=self._longest_wait
+            )  # fmt: skip
+        self.world.policy = policy_of(config, self.administration.directory, self._longest_wait)
         if isinstance(self.store, GuardedStore):
             self.store.change_policy(config.limits.on_store_failure)
         self._configure_pods()
@@ -593,6 +611,7 @@ class Gateway:
         return Sources(
             fleet=lambda: self.fleet,
             streams=lambda: self.extproc.streams,
+            queued=lambda: self.world.queues.lengths(),
             strategies_degraded=lambda: self.world.strategies.degraded(),
             store_mode=lambda: self.store.mode if isinstance(self.store, GuardedStore) else "memory",
             store_away=self._store_away,

@@ -70,7 +70,7 @@ def of(config: Config, workers: int = 1) -> Bootstrap:
     """The bootstrap that a configuration asks for, for a gateway of so many processes."""
     envoy, tls, inner = config.envoy, config.envoy.tls, config.envoy.gateway_tls
     # Envoy must wait longer than the gateway ever does, or a slow store becomes Envoy's error (docs/decisions).
-    shortest = config.store.timeout + BODY_WAIT + 1.0
+    shortest = config.store.timeout + max(BODY_WAIT, config.longest_wait) + 1.0
     return Bootstrap(
         listen=envoy.listen,
         admin=envoy.admin,

@@ -110,6 +110,8 @@ def test_the_file_says_what_was_built_below_its_comment() -> None:
 def test_envoy_waits_longer_than_the_gateway_ever_does() -> None:
     made = bootstrap.of(parse("store: {url: 'redis://localhost', timeout: 10s}"))
     assert made.message_timeout > 10 + BODY_WAIT
+    queued = bootstrap.of(parse("models: {m: {saturation: 4, queue_wait: 60s}}"))
+    assert queued.message_timeout == 60 + 0.25 + 1
     assert made.message_timeout >= bootstrap.of(parse("")).message_timeout >= bootstrap.RESTART_WAIT / 2
 
 

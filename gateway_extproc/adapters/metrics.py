@@ -52,13 +52,14 @@ _Key = tuple[str, str, int, str]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sources:
-    """Values that live elsewhere, read when the page is rendered. ``streams``: requests in progress;
-    ``strategies_degraded``: how often each strategy had no fresh metrics of pods to decide by;
-    ``settlements_dropped`` and ``xds_refused``: how many since the start; ``envoys``: how many are connected;
-    ``clock``: the seconds that loads are kept by."""
+    """Values that live elsewhere, read when the page is rendered. ``streams``: requests in progress; ``queued``: those
+    that wait for a pod with room, by model; ``strategies_degraded``: how often each strategy had no fresh metrics of
+    pods to decide by; ``settlements_dropped`` and ``xds_refused``: how many since the start; ``envoys``: how many are
+    connected; ``clock``: the seconds that loads are kept by."""
 
     fleet: Callable[[], Fleet]
     streams: Callable[[], int]
+    queued: Callable[[], Mapping[str, int]]
     strategies_degraded: Callable[[], Mapping[str, int]]
     store_mode: Callable[[], str]
     store_away: Callable[[], Collection[str]]
@@ -293,6 +294,12 @@ class Metrics:
     def _read(self) -> Iterator[Metric]:
         sources = self._sources
         yield GaugeMetricFamily("gateway_requests_in_flight", "Requests in progress.", value=sources.streams())
+        queued = GaugeMetricFamily(
+            "gateway_requests_queued", "Requests that wait for a pod that has room.", labels=("model",)
+        )
+        for model, waiting in sources.queued().items():
+            queued.add_metric([model], waiting)
+        yield queued
         in_force = sources.store_mode()
         modes = GaugeMetricFamily(
             "gateway_store_mode", "1 for the mode in force of the limits' store.", labels=("mode",)

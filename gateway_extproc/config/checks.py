@@ -59,9 +59,11 @@ def _envoy(config: Config, sound: Sound) -> Found:
     tls, where = config.envoy.gateway_tls, ("envoy", "gateway_tls")
     if tls is not None and sound(where) and bool(tls.cert_file) != bool(tls.key_file):
         yield where, "cert_file and key_file need each other"
-    given, shortest = config.envoy.message_timeout, config.store.timeout + 1
-    if given is not None and given <= shortest and sound(("store", "timeout")):
-        message = f"must be longer than store.timeout and 1s together ({show_duration(shortest)})"
+    given, waits = config.envoy.message_timeout, config.longest_wait
+    shortest = config.store.timeout + waits + 1
+    if given is not None and given <= shortest and sound(("store", "timeout"), ("models",)):
+        parts = "store.timeout, the longest queue_wait" if waits else "store.timeout"
+        message = f"must be longer than {parts} and 1s together ({show_duration(shortest)})"
         yield ("envoy", "message_timeout"), message
 
 

@@ -357,6 +357,23 @@ class ModelConfig(Part, frozen=True, kw_only=True):
         ),
     ] = None
     retries: Annotated[int, about("Further pods tried when one fails before it answers.", whole(0, 10))] = 2
+    saturation: Annotated[
+        int | None,
+        about(
+            "Requests that a pod has at once, of each process of the gateway. While all pods have that many, further "
+            "ones wait. Absent: no bound, and nobody waits.",
+            whole(1, 1_000_000),
+        ),
+    ] = None
+    queue_size: Annotated[int, about("Requests that wait at most; further ones get 503.", whole(0, 100_000))] = 1000
+    queue_wait: Annotated[
+        float,
+        about(
+            "How long a request waits at most before it gets 503. More than 10 s needs a longer "
+            "`envoy.message_timeout`: where that is computed, Envoy's bootstrap must be made anew.",
+            duration(0.01, 600),
+        ),
+    ] = 10.0
     limits: Annotated[Limits | None, about("Limits of all its requests together, whoever asks.")] = None
 
 
@@ -417,3 +434,8 @@ class Config(Part, frozen=True, kw_only=True):
     ] = msgspec.field(default_factory=dict)
     usage: Annotated[Usage, about("Where usage is read.")] = Usage()
     logging: Annotated[Logging, about("What is logged.")] = Logging()
+
+    @property
+    def longest_wait(self) -> float:
+        """Seconds that a request waits at most for its turn at a pod; 0 where none does."""
+        return max([model.queue_wait for model in self.models.values() if model.saturation is not None], default=0.0)

@@ -2,7 +2,7 @@
 
 A listener turns its messages into events, feeds them, and carries out the actions in order. Every event but
 ``Observed``, ``Closed`` and ``Drain`` is answered by exactly one reply (``Continue``, ``Route``, ``Refuse``,
-``Answer``, ``Respond``, ``Replace``), which may come only after the answer to an ``Ask``.
+``Answer``, ``Respond``, ``Replace``), which may come only after the answer to an ``Ask`` or a ``Queue``.
 """
 
 from __future__ import annotations
@@ -57,6 +57,17 @@ class Unavailable(msgspec.Struct, frozen=True):
     """The store could not answer and the policy is to refuse."""
 
 
+class Turn(msgspec.Struct, frozen=True):
+    """After ``Queue``: a pod has room, and it is this request's turn."""
+
+
+class Overdue(msgspec.Struct, frozen=True):
+    """After ``Queue``: there was no room in time, or too many wait already. One more request would find some in
+    ``retry_after`` seconds, as far as can be told."""
+
+    retry_after: float
+
+
 class Crowded(msgspec.Struct, frozen=True):
     """There is no room for the request's body now."""
 
@@ -109,6 +120,8 @@ Event = (
     | Admitted
     | Denied
     | Unavailable
+    | Turn
+    | Overdue
     | Crowded
     | Oversized
     | ResponseHeaders
@@ -133,6 +146,16 @@ class Ask(msgspec.Struct, frozen=True):
     """The one question; its answer comes back as an event."""
 
     admission: Admission
+
+
+class Queue(msgspec.Struct, frozen=True):
+    """Wait until a pod of ``model`` has room, ``wait`` seconds at most and behind fewer than ``size`` others, in fair
+    order between users; what comes of it comes back as an event."""
+
+    model: str
+    user: str
+    size: int
+    wait: float
 
 
 class Route(msgspec.Struct, frozen=True):
@@ -247,5 +270,18 @@ class Leave(msgspec.Struct, frozen=True):
 
 
 Action = (
-    Continue | Ask | Route | Refuse | Answer | Respond | Replace | TopUp | Settle | Await | Release | Suspect | Leave
+    Continue
+    | Ask
+    | Queue
+    | Route
+    | Refuse
+    | Answer
+    | Respond
+    | Replace
+    | TopUp
+    | Settle
+    | Await
+    | Release
+    | Suspect
+    | Leave
 )

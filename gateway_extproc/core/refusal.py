@@ -220,8 +220,15 @@ def no_ready_pods(model: str) -> Refusal:
     return Refusal(status=503, type="overloaded_error", code="no_ready_pods", message=message, retry_after=1.0)
 
 
-def overloaded(why: str) -> Refusal:
-    return Refusal(status=503, type="overloaded_error", code="overloaded", message=why, retry_after=1.0)
+def overloaded(why: str, retry_after: float = 1.0, reason: str = "") -> Refusal:
+    return Refusal(
+        status=503, type="overloaded_error", code="overloaded", message=why, retry_after=retry_after, reason=reason
+    )
+
+
+def saturated(model: str, retry_after: float) -> Refusal:
+    """All pods have as much to do as they may, and the wait was too long, or too many wait already."""
+    return overloaded(f"All servers of the model '{quoted(model)}' are busy.", retry_after, "saturated")
 
 
 def limits_unavailable() -> Refusal:

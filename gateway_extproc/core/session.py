@@ -36,7 +36,9 @@ from .events import (
     Misconfigured,
     Observed,
     Outcome,
+    Overdue,
     Oversized,
+    Queue,
     Refuse,
     Release,
     Replace,
@@ -51,9 +53,10 @@ from .events import (
     Settle,
     TopUp,
     Truncated,
+    Turn,
     Unavailable,
 )
-from .fleet import Fleet
+from .fleet import Fleet, Pod
 from .identify import Mode, identify
 from .keys import PREFIX as KEY_PREFIX
 from .keys import Key
@@ -62,6 +65,7 @@ from .naming import Naming
 from .parse import Body, Kind, Piece, Request, Splice, changed, naming, parse_request, route_of
 from .parse import Route as Target
 from .price import Prices
+from .queues import Queues
 from .refusal import Refusal, Refused
 from .reserve import reserve
 from .store import (
@@ -84,13 +88,20 @@ from .usage import JsonUsage, SseUsage, Usage
 class ModelPolicy(msgspec.Struct, frozen=True):
     """One model's settings. ``strategy`` None: the gateway's default; ``locked``: requests cannot choose another.
     ``timeout`` in seconds, to the first byte and between bytes; a stream that waits for ``first_byte_timeout`` seconds
-    (None: the same) goes to another pod."""
+    (None: the same) goes to another pod. A pod has room for ``saturation`` requests at once (None: for any number); for
+    up to ``queue_size`` further ones of the model, ``queue_wait`` seconds each."""
 
     strategy: str | None = None
     timeout: float = 300.0
     retries: int = 2
     first_byte_timeout: float | None = None
     locked: bool = False
+    saturation: int | None = None
+    queue_size: int = 1000
+    queue_wait: float = 10.0
+
+    def has_room(self, pod: Pod) -> bool:
+        return self.saturation is None or pod.load.in_flight < self.saturation
 
 
 class Policy(msgspec.Struct, frozen=True, kw_only=True):
@@ -122,8 +133,8 @@ class World:
     ``logged``: usage comes with Envoy's access log. ``secret`` signs session ids where the gateways share none."""
 
     __slots__ = (
-        "clock", "ended", "estimates", "fleet", "logged", "new_id", "now", "policy", "rng", "secret", "started",
-        "strategies",
+        "clock", "ended", "estimates", "fleet", "logged", "new_id", "now", "policy", "queues", "rng", "secret",
+        "started", "strategies",
     )  # fmt: skip
 
     def __init__(
@@ -135,6 +146,7 @@ class World:
         self.estimates = Estimates()
         self.strategies = Strategies()
         self.ended = Ended()
+        self.queues = Queues()
         self.secret = secret
         self.clock = clock
         self.rng = rng
@@ -148,6 +160,7 @@ class _State(IntEnum):  # of ints, whose hash costs nothing: the table is asked 
     NEW = auto()  # nothing has come yet
     BODY = auto()  # headers accepted, waiting for the body
     ASKING = auto()  # the store was asked
+    QUEUED = auto()  # admitted, waiting for a pod that has room
     ROUTED = auto()  # a pod was chosen, no answer yet
     ANSWERING = auto()  # the answer has begun
     LOGGED = auto()  # a pod was chosen, and what follows comes with Envoy's access log
@@ -232,7 +245,7 @@ class Session:
     @property
     def deciding(self) -> bool:
         """Whether the request still needs an answer from us before Envoy can go on without us."""
-        return self._state in (_State.NEW, _State.BODY, _State.ASKING)
+        return self._state in (_State.NEW, _State.BODY, _State.ASKING, _State.QUEUED)
 
     @property
     def holding(self) -> bool:
@@ -437,15 +450,23 @@ class Session:
             self._took = False
             return self._refuse(refusals.no_ready_pods(self._name or self._model), self._limit_headers())
         settings = world.policy.model(self._model)
+        last = view.cold(self._model, now)
+        if settings.saturation is not None:
+            full = [pod for pod in pods if not settings.has_room(pod)]
+            # Whoever waits already goes first.
+            if len(full) == len(pods) or (self._state is not _State.QUEUED and world.queues.waiting(self._model)):
+                self._state = _State.QUEUED
+                return [Queue(self._model, self._user or "", settings.queue_size, settings.queue_wait)]
+            if full:
+                cold = [pod for pod in last if pod not in full]
+                last = full if len(full) + len(cold) == len(pods) else [*full, *cold]
         choices = 1 + settings.retries if world.fleet.retries.allowed(self._model, now) else 1
         # A probe is for requests that have somewhere else to go.
         probe = view.probe(self._model, now) if choices > 1 or not settings.retries else None
         asked, mixed = self._asked, self._mixed
         assert asked is not None
         assert mixed is not None
-        lease = self._lease = choose(
-            mixed, pods, choices, asked, now, world.rng, probe=probe, last=view.cold(self._model, now)
-        )  # fmt: skip
+        lease = self._lease = choose(mixed, pods, choices, asked, now, world.rng, probe=probe, last=last)
         # It may live as long as the answer, and a long prompt has many blocks.
         self._asked = msgspec.structs.replace(asked, blocks=()) if asked.blocks else asked
         note = self._note = self._write_note(lease)
@@ -463,6 +484,26 @@ class Session:
             return [Route(change, remove, body, len(note.pods), note.written(), first_byte)]
         self._state = _State.ROUTED
         return [Route(change, remove, body, len(note.pods), first_byte=first_byte)]
+
+    @property
+    def roomy(self) -> bool:
+        """Whether some pod has room for the request, which waits for that."""
+        world = self._world
+        settings = world.policy.model(self._model)
+        return any(map(settings.has_room, world.fleet.view(self._node).models.get(self._model, ())))
+
+    @property
+    def held(self) -> int:
+        """Bytes of the body that are kept while the request waits."""
+        return sum(map(len, self._parts))
+
+    def _on_turn(self, _: Turn) -> list[Action]:
+        return self._route()
+
+    def _on_overdue(self, event: Overdue) -> list[Action]:
+        self._took = False
+        refused = refusals.saturated(self._name or self._model, event.retry_after)
+        return self._refuse(refused, self._limit_headers())
 
     def _write_note(self, lease: Lease) -> Note:
         admission, admitted, request = self._admission, self._admitted, self._request
@@ -827,6 +868,11 @@ _TABLE: Final[Mapping[tuple[_State, type], _Handler]] = {
     (_State.ASKING, Unavailable): _S._on_unavailable,
     (_State.ASKING, Closed): _S._on_closed_early,
     (_State.ASKING, Drain): _S._on_nothing,
+    (_State.QUEUED, Turn): _S._on_turn,
+    (_State.QUEUED, Overdue): _S._on_overdue,
+    (_State.QUEUED, Crowded): _S._on_crowded,
+    (_State.QUEUED, Closed): _S._on_closed_early,
+    (_State.QUEUED, Drain): _S._on_nothing,
     (_State.ROUTED, RequestTrailers): lambda _, __: [Continue()],
     (_State.ROUTED, ResponseHeaders): _S._on_answer,
     (_State.ROUTED, ResponseBody): _S._on_headless_answer,

@@ -1,9 +1,10 @@
 """The ext_proc service: each stream's messages to its session, the session's wishes to Envoy, the store and the sink.
 
-Owns one small object for each stream, what it waits for (the store's answer, room for a large body, the gateway's
-start), and leaving without hurting answers in flight. Promises: every session is told how it ended, exactly once;
-messages that come while a stream waits are taken up in order; a failure of ours answers 500 and is reported. Leaves
-out deciding (core/session.py), what messages mean (wire/extproc.py) and how they travel (services/rpc.py).
+Owns one small object for each stream, what it waits for (the store's answer, room for a large body, its turn at a pod,
+the gateway's start), and leaving without hurting answers in flight. Promises: every session is told how it ended,
+exactly once; messages that come while a stream waits are taken up in order; a failure of ours answers 500 and is
+reported. Leaves out deciding (core/session.py), what messages mean (wire/extproc.py) and how they travel
+(services/rpc.py).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any, Final, Protocol
 
 import structlog
 
+from ..core import queues
 from ..core.events import (
     Action,
     Ask,
@@ -28,7 +30,9 @@ from ..core.events import (
     Leave,
     Misconfigured,
     Outcome,
+    Overdue,
     Oversized,
+    Queue,
     Refuse,
     Release,
     RequestBody,
@@ -38,6 +42,7 @@ from ..core.events import (
     Settle,
     Suspect,
     TopUp,
+    Turn,
     Unavailable,
 )
 from ..core.refusal import internal_error
@@ -97,6 +102,7 @@ class ExtProc:
         #: Bytes of unfinished bodies that come in pieces, and the streams that hold them, longest first.
         self.gathered = 0
         self._gathering: OrderedDict[_Stream, None] = OrderedDict()
+        self._serving = False
         #: What was said of filters that cannot be served; the codec has three such texts.
         self._said: set[str] = set()
         #: When a failure of each kind was last told, by the world's clock.
@@ -125,11 +131,31 @@ class ExtProc:
         for stream in [*self.all]:
             stream.resume()
 
+    def serve_queues(self) -> None:
+        """Give turns to those that wait, as far as pods have room. To be called when a request has ended, and when pods
+        or settings have changed."""
+        waits = self.world.queues
+        if self._serving or not waits.length:  # whoever had its turn may end at once: the loop below goes on
+            return
+        self._serving = True
+        try:
+            for model in waits.models():
+                while (place := waits.first(model)) is not None:
+                    stream = place.whose
+                    assert isinstance(stream, _Stream)
+                    if not stream.roomy:
+                        break
+                    waits.take(place, self.world.clock())
+                    stream.turn()
+        finally:
+            self._serving = False
+
     def drain(self) -> None:
         """Leave each stream as soon as its request needs us no more; streams that still need a decision get it."""
         self.draining = True
         for stream in [*self.all]:
-            stream.drain()
+            if stream in self.all:  # one that leaves gives its turn to another, which may then leave, too
+                stream.drain()
 
     async def drained(self) -> None:
         """Returns when no stream is left, and nothing waits for a log entry."""
@@ -201,7 +227,7 @@ class _Stream:
     """One request."""
 
     __slots__ = ("_asked", "_began", "_call", "_codec", "_gathered", "_half_closed", "_held", "_how", "_place",
-                 "_question", "_service", "_session", "_waiting")  # fmt: skip
+                 "_question", "_queued", "_service", "_session", "_until", "_waiting")  # fmt: skip
 
     def __init__(self, service: ExtProc, call: Call) -> None:
         self._service = service
@@ -214,6 +240,8 @@ class _Stream:
         self._half_closed = False
         self._question: Question | None = None
         self._place: Place | None = None
+        self._queued: queues.Place | None = None
+        self._until: asyncio.TimerHandle | None = None
         self._gathered = 0
         self._asked = 0.0
         self._began = 0.0
@@ -251,6 +279,7 @@ class _Stream:
         if self._question is not None:
             self._question.withdraw()
             self._question = None
+        self._leave_queue()
         self._leave_place()
         self._waiting = None
         self._service.ended(self)
@@ -269,12 +298,8 @@ class _Stream:
             self._carry_out(self._session.feed(Drain()))
 
     def crowded(self) -> None:
-        """There is no room for the rest of its body."""
-        self._leave_place()
-        try:
-            self._act(self._session.feed(Crowded()))
-        except Exception as error:
-            self._fail(error)
+        """There is no room for its body any more."""
+        self._go_on(Crowded())
 
     def resume(self) -> None:
         """Go on: take up the messages that waited."""
@@ -302,8 +327,9 @@ class _Stream:
             self._asked = 0.0
             undecided = session.deciding
             self._act(session.feed(event))
-            if undecided and (self._asked or not session.deciding):
-                self._leave_place()
+            if undecided and (self._asked or self._queued is not None or not session.deciding):
+                if self._queued is None:
+                    self._leave_place()
                 if not self._asked:
                     self._service.sink.decided(perf_counter() - self._began)
             elif undecided and isinstance(event, RequestBody) and (size := len(event.data)):
@@ -345,12 +371,14 @@ class _Stream:
         if action.settlement is not None:
             self._service.store.settle(action.settlement)
         self._service.sink.settled(action.outcome, action.settlement)
+        self._service.serve_queues()
 
     def _top_up(self, action: TopUp) -> None:
         self._service.store.settle(action.settlement)
 
     def _await(self, action: Await) -> None:
         self._service.sink.awaited()
+        self._service.serve_queues()
         if action.settlement is not None:
             self._service.settle_unless_heard(action.settlement)
 
@@ -387,6 +415,57 @@ class _Stream:
         sink.decided(perf_counter() - self._began - taken)
         if self._waiting or self._half_closed:
             self.resume()
+
+    def _queue(self, action: Queue) -> None:
+        service, waits = self._service, self._service.world.queues
+        self._leave_place()
+        if held := self._session.held:  # it may be a while: not all that wait may hold large bodies
+            self._gathered += held
+            service.gathers(self, held)
+            if not self._session.deciding:
+                return
+        self._held = True
+        place = self._queued = waits.enter(action.model, action.user, action.size, self)
+        if place is None:
+            self._overdue(action)
+            return
+        self._until = asyncio.get_running_loop().call_later(action.wait, self._overdue, action)
+        if self.roomy:  # it waits for those before it
+            asyncio.get_running_loop().call_soon(service.serve_queues)
+
+    @property
+    def roomy(self) -> bool:
+        """Whether a pod has room for it."""
+        return self._session.roomy
+
+    def turn(self) -> None:
+        """A pod has room."""
+        self._go_on(Turn())
+
+    def _overdue(self, action: Queue) -> None:
+        world = self._service.world
+        self._leave_queue()
+        self._go_on(Overdue(world.queues.retry_after(action.model, action.wait, world.clock())))
+
+    def _go_on(self, event: Turn | Overdue | Crowded) -> None:
+        self._leave_queue()
+        self._leave_place()
+        self._held = False
+        try:
+            self._act(self._session.feed(event))
+        except Exception as error:
+            self._fail(error)
+            return
+        if self._waiting or self._half_closed:
+            self.resume()
+
+    def _leave_queue(self) -> None:
+        if self._until is not None:
+            self._until.cancel()
+            self._until = None
+        if self._queued is not None:
+            self._service.world.queues.leave(self._queued)
+            self._queued = None
 
     def _has_room(self, declared: int | None) -> bool:
         """Before a body is read: room for it. What is not read stays in Envoy."""
@@ -425,6 +504,7 @@ class _Stream:
 #: What is done with an action. What is not here is a reply.
 _ACTIONS: Final[Mapping[type, Callable[[_Stream, Any], None]]] = {
     Ask: _Stream._ask,
+    Queue: _Stream._queue,
     TopUp: _Stream._top_up,
     Settle: _Stream._settle,
     Await: _Stream._await,

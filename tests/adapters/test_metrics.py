@@ -37,6 +37,7 @@ class World:
         self.metrics = Metrics(
             Sources(
                 fleet=lambda: self.fleet,
+                queued=lambda: {"m": 2},
                 streams=lambda: self.streams,
                 strategies_degraded=lambda: self.degraded,
                 store_mode=lambda: self.mode,

@@ -56,6 +56,13 @@ def test_envoy_waits_longer_than_the_store_may_take() -> None:
     assert parse("store: {timeout: 2s}\nenvoy: {message_timeout: 3001ms}").envoy.message_timeout == 3.001
 
 
+def test_envoy_waits_longer_than_a_queue() -> None:
+    text = "models:\n  m: {saturation: 1, queue_wait: 20s}\nenvoy: {message_timeout: 21s}"
+    assert problem(text).endswith("longer than store.timeout, the longest queue_wait and 1s together (21250ms)")
+    parse(text.replace("saturation: 1, ", ""))
+    assert parse(text.replace("21s", "22s")).longest_wait == 20.0
+
+
 def test_a_first_byte_comes_sooner_than_a_pod_may_be_silent() -> None:
     text = "models:\n  m:\n    timeout: 5s\n    first_byte_timeout: 5s\n"
     assert problem(text) == "4: models.m.first_byte_timeout: must be shorter than timeout (5s)"

@@ -14,11 +14,14 @@ from gateway_extproc.core.events import (
     Ask,
     Closed,
     Continue,
+    Crowded,
     Drain,
     Event,
     Leave,
     Misconfigured,
     Observed,
+    Overdue,
+    Queue,
     Refuse,
     Replace,
     RequestBody,
@@ -31,6 +34,7 @@ from gateway_extproc.core.events import (
     Settle,
     Suspect,
     Truncated,
+    Turn,
     Unavailable,
 )
 from gateway_extproc.core.limits_told import duration, limit_headers
@@ -1099,6 +1103,77 @@ def test_only_a_stream_that_can_go_elsewhere_has_a_time_for_its_first_byte() -> 
     assert Playbook(made).through(headers()) >> body(stream=True) << Like(Route, first_byte=2.0)
     assert Playbook(made).through(headers()) >> body() << Like(Route, first_byte=None)
     assert Playbook(made).through(headers()) >> body("lone", stream=True) << Like(Route, first_byte=None)
+
+
+# --- waiting for a pod that has room --------------------------------------------------------------------------------
+
+SATURATED = {"m": ModelPolicy(saturation=1, queue_size=7, queue_wait=3.0)}
+
+
+def busy_world(**more: Any) -> World:
+    """Both pods have as much as they may."""
+    made = make_world(models=SATURATED, **more)
+    for name in ("a", "b"):
+        view_pod(made, name).load.in_flight = 1
+    return made
+
+
+def test_a_request_waits_while_all_pods_are_saturated_and_goes_when_it_is_its_turn() -> None:
+    made = busy_world()
+    play = Playbook(made).through(headers(user="ann"))
+    assert play >> body() << Queue("m", "ann", 7, 3.0)
+    assert play.session.deciding
+    assert not play.session.roomy
+    view_pod(made, "b").load.in_flight = 0
+    assert play.session.roomy
+    assert play >> Turn() << routed("b", "a")
+
+
+def test_a_saturated_pod_is_no_first_choice_even_where_the_other_is_cold() -> None:
+    made = make_world(models=SATURATED)
+    view_pod(made, "a").load.in_flight = 1
+    for _ in range(10):
+        play = Playbook(made).through(headers())
+        assert play >> body() << routed("b", "a")
+        play >> Closed("reset")
+
+
+def test_nobody_passes_those_that_wait() -> None:
+    made = make_world(models=SATURATED)
+    place = made.queues.enter("m", "bob", 7, None)
+    assert place is not None
+    play = Playbook(made).through(headers())
+    assert play >> body() << Like(Queue)
+    made.queues.leave(place)
+    assert play >> Turn() << Like(Route)
+
+
+def test_whoever_waits_too_long_is_told_when_to_come_back_and_gets_back_what_was_taken() -> None:
+    made = busy_world(users=[User(name="alice", rpm=20, tpm=3000, concurrency=5)])
+    play = Playbook(made).through(headers(user="alice"), body())
+    assert play >> admitted(Level(1, RESERVED, 3.0, 3.0)) << Like(Queue)
+    assert play.session.running is not None
+    play >> Overdue(12.0)
+    assert refused(503, "overloaded", retry_after=12.0, reason="saturated") == play.refuse
+    assert play.refuse.headers["x-ratelimit-remaining-requests"] == "20"
+    assert [settled("saturated", requests=-1, tokens=-play.admission.tokens)] == play.settles
+    assert len(play.releases) == 1
+    assert in_flight(made) == {"pod-a": 1, "pod-b": 1}
+
+
+@pytest.mark.parametrize("how", [Closed("reset"), Crowded()])
+def test_whoever_leaves_while_it_waits_gets_back_what_was_taken(how: Event) -> None:
+    play = Playbook(busy_world(users=[User(name="alice", rpm=20, tpm=3000, concurrency=5)]))
+    play.through(headers(user="alice"), body(), admitted(Level(1, RESERVED, 3.0, 3.0)), how)
+    assert [settle.settlement and settle.settlement.requests for settle in play.settles] == [-1]
+    assert len(play.releases) == 1
+
+
+def test_what_a_waiting_request_keeps_of_its_body_is_known() -> None:
+    plain = Playbook(busy_world()).through(headers(), body())
+    assert plain.session.held == 0
+    changed = Playbook(busy_world(naming=NAMES)).through(headers(), body("alias"))
+    assert changed.session.held == len(payload("alias"))
 
 
 NAMES = Naming(aliases={"alias": "m"}, fallbacks={"away": "m"})
