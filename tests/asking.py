@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import time
+from collections.abc import Awaitable, Callable
 
+from gateway_extproc.core.account import given_back
 from gateway_extproc.core.store import (
     Admission,
     Admitted,
     Answer,
     Denied,
-    Settlement,
     Store,
     StoreUnavailable,
     chosen,
@@ -31,8 +33,12 @@ async def admit(store: Store, admission: Admission) -> Admitted | Denied:
     def give_back(answer: Answer) -> None:
         if isinstance(answer, Admitted):
             keys, windows = tuple(window.key for window in admission.windows), admission.windows
-            spent = -1, -admission.tokens, -admission.cost
-            store.settle(Settlement(admission.id, keys, answer.second, *spent, with_budgets(windows)))
+            back = given_back(
+                admission.id, keys, answer.second, admission.tokens, admission.cost, with_budgets(windows),
+                admission.shares,
+            )  # fmt: skip
+            if back is not None:
+                store.settle(back)
             store.release(admission.id, chosen(keys, with_leases(windows)))
 
     question = store.ask(admission, tell)
@@ -47,3 +53,14 @@ async def admit(store: Store, admission: Admission) -> Admitted | Denied:
     if isinstance(answer, StoreUnavailable):
         raise answer
     return answer
+
+
+async def until(condition: Callable[[], bool | Awaitable[bool]], deadline: float) -> None:
+    """Wait for a state, for so many seconds at most."""
+    ends = time.monotonic() + deadline
+    while True:
+        found = condition()
+        if found if isinstance(found, bool) else await found:
+            return
+        assert time.monotonic() < ends, "what was waited for did not come"
+        await asyncio.sleep(0.01)

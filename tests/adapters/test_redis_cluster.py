@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from itertools import count
@@ -35,12 +35,14 @@ from gateway_extproc.core.store import (
     Window,
 )
 from gateway_extproc.redis_address import Address, Server
+from tests import asking
 from tests.asking import admit
 from tests.cluster import AtomicMigration, Cluster, Migration
 from tests.valkey import Valkey
 
 TIMEOUT = 0.4
 DEADLINE = 30.0
+until = partial(asking.until, deadline=DEADLINE)
 
 _ids = count()
 _names = count()
@@ -105,16 +107,6 @@ async def is_counted(store: Any, key: str, expected: tuple[int, int]) -> bool:
     with suppress(StoreUnavailable):
         return await counted(store, key) == expected
     return False
-
-
-async def until(condition: Callable[[], bool | Awaitable[bool]]) -> None:
-    deadline = time.monotonic() + DEADLINE
-    while True:
-        found = condition()
-        if found if isinstance(found, bool) else await found:
-            return
-        assert time.monotonic() < deadline, "what was waited for did not come"
-        await asyncio.sleep(0.01)
 
 
 def settles(admission: Admission, answer: Answer, tokens: int, requests: int = 0) -> Settlement:
@@ -286,7 +278,7 @@ async def test_a_part_that_is_answered_too_late_costs_nothing_in_any_slot(own_cl
         assert time.monotonic() - began < 3 * TIMEOUT
         assert store.away == ("no answer in time",)
         own_cluster.nodes[2].resume()
-        await until(lambda: store.away == ())
+        await until(lambda: not store.away)
         for key in (first, second):
             await until(lambda key=key: is_counted(store, key, (1, 1)))  # type: ignore[misc]
         await store.flush()

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import ssl
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from gateway_extproc.core.store import Admission, Admitted, Denied, Settlement, 
 from gateway_extproc.core.tally import Group, Used
 from gateway_extproc.redis_address import NO_MASTER, Address, Server
 from gateway_extproc.wire.resp import command
+from tests import asking
 from tests.asking import admit
 from tests.certificates import Authority
 from tests.proxy import Proxy
@@ -31,6 +33,7 @@ from tests.valkey import Valkey
 KEY = "{user:alice}:*"
 TIMEOUT = 0.3
 DEADLINE = 30.0
+until = partial(asking.until, deadline=DEADLINE)
 
 _ids = iter(range(10**9))
 
@@ -49,16 +52,6 @@ async def counted(store: RedisStore | GuardedStore, key: str = KEY) -> tuple[int
     answer = await admit(store, asks(0, key=key))
     assert isinstance(answer, Denied)
     return answer.levels[0].requests, answer.levels[0].tokens
-
-
-async def until(condition: Callable[[], bool | Awaitable[bool]]) -> None:
-    deadline = time.monotonic() + DEADLINE
-    while True:
-        found = condition()
-        if found if isinstance(found, bool) else await found:
-            return
-        assert time.monotonic() < deadline, "what was waited for did not come"
-        await asyncio.sleep(0.02)
 
 
 @asynccontextmanager

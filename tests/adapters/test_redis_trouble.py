@@ -6,8 +6,9 @@ import asyncio
 import contextlib
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 
 import pytest
 import redis
@@ -33,6 +34,7 @@ from gateway_extproc.core.store import (
     with_leases,
 )
 from gateway_extproc.core.tally import Group, Used
+from tests import asking
 from tests.asking import admit
 from tests.cluster import Cluster
 from tests.ports import free_port
@@ -42,6 +44,7 @@ from tests.valkey import Valkey
 KEY = "{user:alice}:*"
 TIMEOUT = 0.3
 DEADLINE = 15.0
+until = partial(asking.until, deadline=DEADLINE)
 
 _ids = iter(range(10**9))
 
@@ -53,16 +56,6 @@ def asks(rpm: int | None = None, tokens: int = 0, **limits: object) -> Admission
 
 def settles(admission: Admission, answer: Admitted, tokens: int) -> Settlement:
     return Settlement(admission.id, (KEY,), answer.second, 0, tokens, 0, with_budgets(admission.windows))
-
-
-async def until(condition: Callable[[], bool | Awaitable[bool]]) -> None:
-    deadline = time.monotonic() + DEADLINE
-    while True:
-        found = condition()
-        if found if isinstance(found, bool) else await found:
-            return
-        assert time.monotonic() < deadline, "what was waited for did not come"
-        await asyncio.sleep(0.01)
 
 
 async def counted(store: RedisStore | GuardedStore) -> tuple[int, int]:
