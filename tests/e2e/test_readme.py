@@ -117,7 +117,7 @@ RUN_BY = {
     r"python proto/generate\.py --check": "Makefile::check",
 }
 #: The languages of blocks: nothing is a command that does not say so.
-LANGUAGES = {"sh", "yaml", "promql", ""}
+LANGUAGES = {"sh", "yaml", "python", "promql", ""}
 
 
 def run(command: str, folder: Path, environ: dict[str, str]) -> subprocess.CompletedProcess[str]:

@@ -15,9 +15,12 @@ from typing import Any
 from urllib.parse import quote, urlencode
 
 import pytest
+import redis
 
 from tests.e2e.asking import MODEL
-from tests.system import Reply, System, request, until
+from tests.e2e.documents import BLOCK, DOCUMENTS
+from tests.system import DEADLINE, Reply, System, request, until
+from tests.valkey import Valkey
 
 #: The issue's seconds from a change to the last gateway that judges by it.
 SOON = 1.0
@@ -373,6 +376,31 @@ def test_users_are_exported_and_imported_from_a_terminal(system: System, name: s
     assert (late.returncode, "somebody else has changed it" in late.stderr) == (1, True)
     told(system, "user", "import", "--overwrite", str(file))
     assert ask(system, "GET", path("users", name)).json["rpm"] == 500
+
+
+def test_users_of_aibrix_are_taken_over(system: System, tmp_path: Path) -> None:
+    (program,) = (
+        block for language, block in BLOCK.findall(DOCUMENTS["docs/migrating-from-aibrix.md"]) if language == "python"
+    )
+    valkey = Valkey().start()
+    try:
+        there = redis.Redis.from_url(valkey.url)
+        there.set("aibrix-users/bob", '{"name":"from-aibrix","rpm":60,"tpm":5000}')
+        there.set("aibrix-users/carol", '{"name":"by-default","rpm":0,"tpm":0}')
+        there.set("from-aibrix_RPM_CURRENT", "7")
+        there.close()
+        command = [sys.executable, "-c", program.replace("redis://127.0.0.1:6379", valkey.url)]
+        made = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE, check=True).stdout
+    finally:
+        valkey.stop()
+    file = tmp_path / "users.jsonl"
+    file.write_text(made)
+    told(system, "user", "import", str(file))
+    found = {user: ask(system, "GET", path("users", user)).json for user in ("from-aibrix", "by-default")}
+    assert {user: (each["rpm"], each["tpm"]) for user, each in found.items()} == {
+        "from-aibrix": (60, 5000),
+        "by-default": (100, 100_000),
+    }
 
 
 def users_in(file: Path) -> int:
