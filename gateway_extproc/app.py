@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import ctypes
 import gc
-import math
 import secrets
 import signal
 import sys
@@ -53,9 +52,10 @@ from .core.price import Price, Prices, nano
 from .core.records import Records
 from .core.session import ModelPolicy, Policy, World
 from .core.store import RENEW, Settlement, Store
-from .core.strategies import Need, needs
+from .core.strategies import Failure, Need, Strategies
 from .core.tally import Tally, UsageLog
 from .kubernetes.command import Controlling
+from .plugins import Plugins
 from .redis_address import Address
 from .services.access_log import AccessLogs
 from .services.extproc import ExtProc
@@ -105,8 +105,9 @@ async def _listen(config: Config, services: Services) -> Listener:
     return await grpc_server.serve(listen.grpc, services, most, listen.tls)
 
 
-def policy_of(config: Config, directory: Directory, longest_wait: float = math.inf) -> Policy:
-    """What the configuration says about requests; none waits longer for its turn than ``longest_wait`` seconds."""
+def policy_of(config: Config, directory: Directory, strategies: Strategies, longest_wait: float) -> Policy:
+    """What the configuration says about requests. All strategies that it names are among ``strategies``; nobody waits
+    longer for a turn than ``longest_wait`` seconds."""
     return Policy(
         max_body_bytes=config.limits.max_body_bytes,
         default_strategy=config.routing.default,
@@ -135,7 +136,7 @@ def policy_of(config: Config, directory: Directory, longest_wait: float = math.i
             fallbacks={name: model.fallback for name, model in config.models.items() if model.fallback},
         ),
         keeps_sessions=any(
-            Need.SESSION in needs(text)
+            Need.SESSION in strategies.named(text).needs
             for text in (config.routing.default, *(model.strategy for model in config.models.values()))
             if text
         ),
@@ -182,7 +183,8 @@ def spec_of(pod: PodConfig, address: str, host: str, name: str) -> PodSpec:
 
 class Gateway:
     """One gateway process. ``run`` serves until a signal; ``start`` and ``stop`` do it by hand. ``file`` is watched,
-    and read again by ``read`` when it changes. ``siblings`` are the other processes of this gateway, if any."""
+    and read again by ``read`` when it changes; ``plugins`` has the plug-ins that it names. ``siblings`` are the other
+    processes of this gateway, if any."""
 
     def __init__(
         self,
@@ -190,11 +192,13 @@ class Gateway:
         file: Path | None = None,
         read: Callable[[Path], Config] = load,
         siblings: Siblings | None = None,
+        plugins: Plugins | None = None,
     ) -> None:
         self.config = config
         self._file = file
         self._read = read
         self._siblings = siblings
+        self._plugins = plugins or Plugins()
         self._rng = Random()
         #: Seconds that Envoy, by its bootstrap, lets a request wait for its turn.
         given = config.envoy.message_timeout
@@ -205,9 +209,12 @@ class Gateway:
         # Ids must differ between gateways and starts: a random name for this start, and a count.
         self._name = secrets.token_hex(8)
         self._admissions = 0
+        strategies = Strategies(time.monotonic, self._strategy_failed)
+        strategies.offer(self._plugins.all(config.routing.strategies))
         self.world = World(
-            policy_of(config, Directory()), self.fleet, clock=time.monotonic, now=time.time, rng=self._rng,
-            new_id=self._new_id, logged=config.usage.source == "access_log", secret=secrets.token_bytes(32),
+            policy_of(config, Directory(), strategies, self._longest_wait), self.fleet,
+            clock=time.monotonic, now=time.time, rng=self._rng, new_id=self._new_id,
+            logged=config.usage.source == "access_log", secret=secrets.token_bytes(32), strategies=strategies,
         )  # fmt: skip
         url, prefix = config.store.url, config.store.prefix
         self._records: Records = RedisRecords(url, prefix=prefix) if url else MemoryRecords()
@@ -281,6 +288,13 @@ class Gateway:
             log.warning("a node of the store is away", reason=reason, away=away, nodes=nodes)
         else:
             log.info("a node of the store is back", away=away, nodes=nodes)
+
+    def _strategy_failed(self, failure: Failure) -> None:
+        log.error(
+            "a plug-in's strategy failed: requests in flight decide in its place",
+            strategy=failure.strategy, reason=failure.reason, why=failure.why, failures=failure.count,
+            exc_info=failure.error,
+        )  # fmt: skip
 
     def _resources(self, endpoints: Endpoints, routed: frozenset[str]) -> Resources:
         envoy = self.config.envoy
@@ -547,7 +561,9 @@ class Gateway:
             log.warning(
                 "a longer queue_wait needs a new start, and Envoy's bootstrap made anew", longest=self._longest_wait
             )  # fmt: skip
-        self.world.policy = policy_of(config, self.administration.directory, self._longest_wait)
+        strategies = self.world.strategies
+        strategies.offer(self._plugins.all(config.routing.strategies))
+        self.world.policy = policy_of(config, self.administration.directory, strategies, self._longest_wait)
         if isinstance(self.store, GuardedStore):
             self.store.change_policy(config.limits.on_store_failure)
         self._configure_pods()
@@ -612,7 +628,9 @@ class Gateway:
             fleet=lambda: self.fleet,
             streams=lambda: self.extproc.streams,
             queued=lambda: self.world.queues.lengths(),
+            strategies=lambda: self.world.strategies.names,
             strategies_degraded=lambda: self.world.strategies.degraded(),
+            strategies_failed=lambda: self.world.strategies.failures(),
             store_mode=lambda: self.store.mode if isinstance(self.store, GuardedStore) else "memory",
             store_away=self._store_away,
             follows=lambda: self.administration.follows,
@@ -666,14 +684,18 @@ def exit_code(serve: Callable[[], None]) -> int:
 
 
 def run(
-    config: Config, file: Path | None, read: Callable[[Path], Config] = load, siblings: Siblings | None = None
+    config: Config,
+    file: Path | None,
+    read: Callable[[Path], Config] = load,
+    siblings: Siblings | None = None,
+    plugins: Plugins | None = None,
 ) -> None:
     """Serve until told to stop. Raises Unavailable."""
     logs.configure(config.logging.level, sys.stderr)
     _return_memory()
 
     async def main() -> None:
-        await Gateway(config, file, read, siblings).run()
+        await Gateway(config, file, read, siblings, plugins).run()
 
     try:
         import uvloop

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -115,9 +116,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _with_config(args: argparse.Namespace) -> int:
     from .config import ConfigError, effective_yaml, load
+    from .plugins import Plugins
 
+    plugins = Plugins()
+    read = functools.partial(load, plugins=plugins)
     try:
-        config = load(args.config)
+        config = read(args.config)
         workers = getattr(args, "workers", 1)
         if workers > 1:
             from .workers.seat import check
@@ -145,7 +149,7 @@ def _with_config(args: argparse.Namespace) -> int:
         return supervisor.run(config, args.config, workers)
     from .app import exit_code, run
 
-    return exit_code(lambda: run(config, args.config))
+    return exit_code(lambda: run(config, args.config, read, plugins=plugins))
 
 
 def entry() -> int:

@@ -81,7 +81,7 @@ def _prose(part: type[msgspec.Struct]) -> str:
 
 def _kind(setting: Setting, where: str) -> str:
     if setting.part is None:
-        return f"list: {setting.form.kind}" if setting.many else setting.form.kind
+        return {"": "", "[]": "list: ", ".*": "mapping by name: "}[setting.many] + setting.form.kind
     anchor = where + {"": "", "[]": "", ".*": "NAME"}[setting.many]
     link = f"#{anchor.lower().translate({ord(c): None for c in '.[]'})}"
     kind = {"": "mapping", "[]": "list of mappings", ".*": "mapping by name"}[setting.many]

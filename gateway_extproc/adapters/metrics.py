@@ -21,7 +21,7 @@ from .. import __version__
 from ..core.events import Outcome
 from ..core.fleet import Fleet
 from ..core.store import Settlement
-from ..core.strategies import STRATEGIES
+from ..core.strategies import STRATEGIES, Reason
 
 #: What the page is: the text format that every Prometheus since 2014 reads.
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
@@ -53,14 +53,17 @@ _Key = tuple[str, str, int, str]
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sources:
     """Values that live elsewhere, read when the page is rendered. ``streams``: requests in progress; ``queued``: those
-    that wait for a pod with room, by model; ``strategies_degraded``: how often each strategy had no fresh metrics of
-    pods to decide by; ``settlements_dropped`` and ``xds_refused``: how many since the start; ``envoys``: how many are
+    that wait for a pod with room, by model; ``strategies``: the names of all; ``strategies_degraded``: how often
+    requests in flight decided in each one's place; ``strategies_failed``: how often plug-ins failed, by name and kind
+    of failure; ``settlements_dropped`` and ``xds_refused``: how many since the start; ``envoys``: how many are
     connected; ``clock``: the seconds that loads are kept by."""
 
     fleet: Callable[[], Fleet]
     streams: Callable[[], int]
     queued: Callable[[], Mapping[str, int]]
+    strategies: Callable[[], Collection[str]]
     strategies_degraded: Callable[[], Mapping[str, int]]
+    strategies_failed: Callable[[], Mapping[tuple[str, Reason], int]]
     store_mode: Callable[[], str]
     store_away: Callable[[], Collection[str]]
     follows: Callable[[], bool]
@@ -119,7 +122,7 @@ class Metrics:
         """A request has ended. What the store was told of it is not counted here: the outcome says what was used."""
         model = outcome.model
         strategy = outcome.strategy
-        if strategy and strategy not in STRATEGIES:
+        if strategy and strategy not in STRATEGIES and strategy not in self._sources.strategies():
             strategy = MIX
         key = (model, strategy, outcome.status, outcome.reason)
         requests = self._requests
@@ -322,12 +325,20 @@ class Metrics:
         )
         degraded = CounterMetricFamily(
             "gateway_strategy_degraded",
-            "Decisions by requests in flight because no pod's metrics were fresh, by the strategy that wanted them.",
+            "Decisions by requests in flight because no pod's metrics were fresh, or a plug-in did not decide.",
             labels=("strategy",),
         )
         for strategy, count in sources.strategies_degraded().items():
             degraded.add_metric([strategy], count)
         yield degraded
+        failures = CounterMetricFamily(
+            "gateway_strategy_failures",
+            "How often strategies of plug-ins raised, gave no scores, or were too slow.",
+            labels=("strategy", "reason"),
+        )
+        for (strategy, reason), count in sources.strategies_failed().items():
+            failures.add_metric([strategy, reason], count)
+        yield failures
         yield CounterMetricFamily(
             "gateway_settlements_dropped",
             "Corrections of charged tokens that could not be brought to the store.",

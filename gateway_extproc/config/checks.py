@@ -14,8 +14,9 @@ import msgspec
 from ..core.address import is_loopback, split_address
 from ..core.directory import Limits, User
 from ..core.refusal import quoted
+from ..core.strategies import mix
 from .forms import show_duration, show_size
-from .problems import Steps
+from .problems import Steps, said
 from .schema import Config
 
 #: A problem: where, and what. The path may be one that the file left out.
@@ -28,8 +29,9 @@ NAMESPACES: Final = 64
 Sound = Callable[..., bool]
 
 
-def across(config: Config, sound: Sound) -> Found:
-    """What is wrong with values that are right each by itself. ``sound`` takes any number of paths."""
+def across(config: Config, sound: Sound, strategies: Collection[str]) -> Found:
+    """What is wrong with values that are right each by itself. ``sound`` takes any number of paths; ``strategies`` are
+    those that there are."""
     yield from _listeners(config, sound)
     yield from _envoy(config, sound)
     if config.limits.bodies_in_memory < config.limits.max_body_bytes and sound(("limits",)):
@@ -37,6 +39,7 @@ def across(config: Config, sound: Sound) -> Found:
         yield ("limits", "bodies_in_memory"), f"bodies_in_memory must be at least max_body_bytes ({least})"
     yield from _users(config, sound)
     yield from _limits(config)
+    yield from _strategies(config, sound, strategies)
     yield from _models(config, sound)
     yield from _pods(config, sound)
     yield from _kubernetes(config)
@@ -96,6 +99,18 @@ def _budgets(where: Steps, limits: Limits, priced: bool) -> Found:
             yield (*where, "budgets", at, "unit"), "a budget in dollars needs prices, and there are none"
         if budget.wrong is not None:
             yield (*where, "budgets", at, "amount"), budget.wrong
+
+
+def _strategies(config: Config, sound: Sound, known: Collection[str]) -> Found:
+    named: list[tuple[Steps, str]] = [(("routing", "default"), config.routing.default)]
+    named += [(("models", name, "strategy"), model.strategy) for name, model in config.models.items() if model.strategy]
+    for where, text in named:
+        try:
+            mix.read(text, known)
+        except ValueError:
+            if sound(where, ("routing", "strategies")):
+                example = "a mix such as prefix-cache:2,least-request:1"
+                yield where, f"expected a strategy ({', '.join(known)}) or {example}, got {said(text)}"
 
 
 def _models(config: Config, sound: Sound) -> Found:

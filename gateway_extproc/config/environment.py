@@ -1,8 +1,8 @@
 """The environment: variables over the file.
 
 Owns which variable sets which key, and laying the variables over the nodes of a file. Promises that every scalar
-setting outside lists has its own variable, and that a variable which sets nothing is a mistake. Leaves out whether
-the values are right: they are read as the file's are (reader.py).
+setting outside lists and mappings has its own variable, and that a variable which sets nothing is a mistake. Leaves
+out whether the values are right: they are read as the file's are (reader.py).
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ def variables() -> Mapping[str, tuple[tuple[str, ...], Setting]]:
     def add(part: type[msgspec.Struct], path: tuple[str, ...]) -> None:
         for setting in settings(part):
             here = (*path, setting.name)
-            if setting.part is None:
+            if setting.part is None and setting.many != ".*":
                 found["_".join(("GATEWAY", *here)).upper()] = here, setting
-            elif not setting.many:
+            elif setting.part is not None and not setting.many:
                 add(setting.part, here)
 
     add(Config, ())

@@ -17,7 +17,7 @@ from typing import Any, Final
 import msgspec
 
 from ..core.address import HOST_NAME, is_ip, join_address, split_address
-from ..core.strategies import STRATEGIES, needs
+from ..plugins import REFERENCE
 from ..redis_address import Address
 from .problems import mask_url
 
@@ -188,16 +188,6 @@ def _name(value: object) -> str:
     return text
 
 
-def _strategy(value: object) -> str:
-    text = _text(value)
-    try:
-        needs(text)
-    except ValueError:
-        known = ", ".join(STRATEGIES)
-        raise ValueError(f"expected a strategy ({known}) or a mix such as prefix-cache:2,least-request:1") from None
-    return text
-
-
 def number(kind: str, low: int, high: int) -> Form:
     """A number from ``low`` to ``high``, with at most nine decimals."""
 
@@ -309,7 +299,11 @@ SECRET: Final = or_empty(
     )
 )
 URL: Final = or_empty(Form("URL", _url, show=mask_url, secret=True))
-STRATEGY: Final = Form("strategy", _strategy)
+#: Which strategies there are is known when the whole file is (checks.py).
+STRATEGY: Final = Form("strategy", _text)
+CLASS: Final = Form(
+    "`module:Class`", matching(REFERENCE.pattern, "expected module:Class, such as my_package.routing:Nearest")
+)
 #: RFC 1123 section 2.1, as Kubernetes takes it for a label.
 NAMESPACE: Final = Form(
     "namespace",

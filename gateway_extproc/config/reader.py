@@ -16,6 +16,8 @@ import msgspec
 
 from ..core.directory import User
 from ..core.refusal import quoted
+from ..core.strategies import STRATEGIES
+from ..plugins import MOST, Plugins, Unusable, Wanted, wanted
 from .checks import Found, Sound, across, of_user
 from .environment import overlay
 from .forms import NAME
@@ -33,14 +35,19 @@ _Part = TypeVar("_Part", bound=msgspec.Struct)
 _WRONG: Final = object()
 
 
-def parse(text: str, *, file: str = "<string>", environ: Mapping[str, str] | None = None) -> Config:
-    """A configuration from its text. ``file`` is for messages, and its folder is where relative paths begin. Raises
+def parse(
+    text: str, *, file: str = "<string>", environ: Mapping[str, str] | None = None, plugins: Plugins | None = None
+) -> Config:
+    """A configuration from its text. ``file`` is for messages, and its folder is where relative paths begin;
+    ``plugins`` keeps those that it names. Raises ConfigError."""
+    return _Reader(file).config(text.removeprefix("\ufeff"), environ or {}, plugins or Plugins())
+
+
+def load(
+    path: str | os.PathLike[str], environ: Mapping[str, str] = os.environ, plugins: Plugins | None = None
+) -> Config:
+    """The configuration in a file, and the environment over it; ``plugins`` keeps those that it names. Raises
     ConfigError."""
-    return _Reader(file).config(text.removeprefix("\ufeff"), environ or {})
-
-
-def load(path: str | os.PathLike[str], environ: Mapping[str, str] = os.environ) -> Config:
-    """The configuration in a file, and the environment over it. Raises ConfigError."""
     file = os.fspath(path)
     try:
         with open(file, "rb") as opened:
@@ -48,7 +55,7 @@ def load(path: str | os.PathLike[str], environ: Mapping[str, str] = os.environ) 
     except OSError as error:
         raise ConfigError((Problem(file, 0, "", f"cannot be read: {error.strerror}"),)) from None
     # Bytes that are no UTF-8 become lone surrogates, which parse() refuses with their line.
-    return parse(data.decode(errors="surrogateescape"), file=file, environ=environ)
+    return parse(data.decode(errors="surrogateescape"), file=file, environ=environ, plugins=plugins)
 
 
 def user_of(name: str, fields: Mapping[str, Any], teams: Collection[str], priced: bool) -> User:
@@ -143,18 +150,38 @@ class _Reader:
 
     # ---- reading
 
-    def config(self, text: str, environ: Mapping[str, str]) -> Config:
+    def config(self, text: str, environ: Mapping[str, str], plugins: Plugins) -> Config:
         try:
             self.root = nodes(text, self.report_line)
             overlay(self.root, environ, self.report_variable)
             config = msgspec.convert(self.part(Config, self.root, (), ""), Config)
-            for path, message in across(config, self.sound):
+            strategies = wanted(config.routing.strategies)
+            for path, message in across(config, self.sound, (*STRATEGIES, *[each.name for each in strategies])):
                 self.report(path, message)
+            self.load(strategies, plugins)
         except Unreadable:
             pass
         if self.problems:
             raise ConfigError(tuple(sorted(self.problems, key=lambda problem: (not problem.line, problem.line))))
         return config
+
+    def load(self, strategies: Collection[Wanted], plugins: Plugins) -> None:
+        """Have the plug-ins, or say why not."""
+        here: Steps = ("routing", "strategies")
+        if len(strategies) > MOST:
+            self.report(here, f"expected at most {MOST}, with those of installed packages")
+            return
+        for each in strategies:
+            path = (*here, each.name)
+            if not each.origin and not self.sound(path):
+                continue
+            try:
+                plugins.one(each)
+            except Unusable as error:
+                if each.origin:
+                    self.add(Problem(each.origin, 0, each.name, str(error)))
+                else:
+                    self.report(path, str(error))
 
     def part(self, part: type[msgspec.Struct], node: Node, path: Steps, pattern: str) -> dict[str, Any]:
         """One section as builtins that msgspec converts. What was wrong has its default, so that reading goes on."""

@@ -14,6 +14,7 @@ import msgspec
 
 from ..core.directory import Limits, Team, User
 from .forms import (
+    CLASS,
     DOLLARS,
     ENVOY_FILE,
     FILE,
@@ -232,6 +233,14 @@ class Routing(Part, frozen=True, kw_only=True):
 
     default: Annotated[str, about("The strategy of models and requests that name none.", STRATEGY)] = "least-request"
     expose: Annotated[bool, about("Whether answers carry `routing-strategy` and `target-pod`, the pod's name.")] = False
+    strategies: Annotated[
+        dict[str, str],
+        about(
+            "Strategies of your own, such as `{nearest: my_package.routing:Nearest}` "
+            "([how to write one](routing.md#a-strategy-of-your-own)). Installed packages may bring further ones.",
+            CLASS,
+        ),
+    ] = msgspec.field(default_factory=dict)
 
 
 class LimitsConfig(Part, frozen=True, kw_only=True):

@@ -79,7 +79,7 @@ from .store import (
     with_budgets,
     with_leases,
 )
-from .strategies import STRATEGIES, Asked, Mixed, Need, Strategies, sessions
+from .strategies import Asked, Mixed, Need, Strategies, sessions
 from .strategies.prefixes import blocks_of
 from .strategies.session_affinity import id_for
 from .usage import JsonUsage, SseUsage, Usage
@@ -139,12 +139,12 @@ class World:
 
     def __init__(
         self, policy: Policy, fleet: Fleet, *, clock: Callable[[], float], now: Callable[[], float], rng: Random,
-        new_id: Callable[[], str], logged: bool = False, secret: bytes = b"",
+        new_id: Callable[[], str], logged: bool = False, secret: bytes = b"", strategies: Strategies | None = None,
     ) -> None:  # fmt: skip
         self.policy = policy
         self.fleet = fleet
         self.estimates = Estimates()
-        self.strategies = Strategies()
+        self.strategies = strategies or Strategies()
         self.ended = Ended()
         self.queues = Queues()
         self.secret = secret
@@ -292,10 +292,12 @@ class Session:
         keeps_session = policy.keeps_sessions
         if "routing-strategy" in headers:
             strategy = headers["routing-strategy"].decode("latin-1")
-            try:
-                keeps_session = Need.SESSION in world.strategies.named(strategy).needs if strategy else keeps_session
-            except ValueError:
-                return self._refuse(refusals.unknown_strategy(strategy, tuple(STRATEGIES)))
+            if strategy:
+                try:
+                    self._mixed = world.strategies.named(strategy)
+                except ValueError:
+                    return self._refuse(refusals.unknown_strategy(strategy, world.strategies.names))
+                keeps_session = Need.SESSION in self._mixed.needs
             self._strategy = strategy
         self._carry = event.carry
         self._state = _State.BODY
@@ -348,8 +350,9 @@ class Session:
         if not directory.may_use(self._user, name, self._key):
             return self._refuse(refusals.model_not_allowed(asked))
         settings = policy.model(model)
-        if settings.locked or not self._strategy:
+        if settings.locked or self._mixed is None:
             self._strategy = settings.strategy or policy.default_strategy
+            self._mixed = world.strategies.named(self._strategy)
         if not pods:
             return self._refuse(refusals.no_ready_pods(asked))
         if asked != model:
@@ -366,7 +369,7 @@ class Session:
         )
         if self._strip or self._carry or self._renaming is not None:  # it is needed again once the question is answered
             self._parts.append(body)
-        self._asked = self._asks(prompt)
+        self._asked = self._asks(prompt, self._mixed.needs)
         admission = Admission(world.new_id(), windows, reserved.tokens, reserved.cost, reserved.shares)
         self._admission = admission
         if windows:
@@ -385,11 +388,9 @@ class Session:
             kept = next((model for model, _ in split if sessions.read(secret, model, session) is not None), "")
         return world.policy.naming.serving(name, world.fleet.view(self._node).models, key, kept)
 
-    def _asks(self, prompt: list[Piece]) -> Asked:
+    def _asks(self, prompt: list[Piece], needs: Need) -> Asked:
         """The request as the strategy sees it; what it does not need is not computed."""
         world = self._world
-        mixed = self._mixed = world.strategies.named(self._strategy)
-        needs = mixed.needs
         output = self._output
         if world.policy.reserve == "max":
             output = self._expected("expected")

@@ -17,6 +17,7 @@ import msgspec
 
 from .. import app
 from ..config import Config, load
+from ..plugins import Plugins
 from .fill import Fill
 
 
@@ -28,10 +29,12 @@ def main() -> int:
         return 1
     fill = msgspec.json.decode(line, type=Fill)
 
-    def read(path: str | os.PathLike[str]) -> Config:
-        return fill.into(load(path))
+    plugins = Plugins()
 
-    return app.exit_code(lambda: app.run(read(file), file, read))
+    def read(path: str | os.PathLike[str]) -> Config:
+        return fill.into(load(path, plugins=plugins))
+
+    return app.exit_code(lambda: app.run(read(file), file, read, plugins=plugins))
 
 
 if __name__ == "__main__":

@@ -6,24 +6,28 @@ import argparse
 import contextlib
 import math
 import sys
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Final
 
 import msgspec
 
-from ..core.strategies import STRATEGIES, needs
+from ..core.strategies import STRATEGIES, mix
+from ..core.strategies.plugin import Strategy
+from ..plugins import REFERENCE, Unusable, find, make, wanted
 from ..simulator.engine import GPUS
 from . import report, traces
 from .machines import Machine
-from .replay import Change, Done, replay
+from .replay import Change, Done, Failed, replay
 from .scenarios import SCENARIOS, WARM_UP, Phase
 from .traces import Arrival, BadTrace
 
 #: What others are compared with.
 COMPARED: Final = "least-request"
-#: Every strategy once, by the name that it goes by.
-EVERY: Final = tuple(name for name in STRATEGIES if name != "least-gpu-cache")
+#: A name for what was given as ``module:Class``.
+_GIVEN: Final = "given"
 #: Most pods of a fleet.
 PODS: Final = 5000
 #: Exit codes (contract section 1).
@@ -43,8 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"pods that the trace is replayed to; may be repeated ({', '.join(GPUS)}; default l4:4)",
     )  # fmt: skip
     parser.add_argument(
-        "--strategy", action="append", default=[], type=_strategy, metavar="NAME",
-        help="a strategy, or a mix of some; may be repeated (default: every one)",
+        "--strategy", action="append", default=[], type=_choice, metavar="NAME",
+        help="a strategy, a mix of some, or module:Class; may be repeated (default: every one)",
     )  # fmt: skip
     parser.add_argument(
         "--load", action="append", default=[], type=_load, metavar="SHARE",
@@ -64,8 +68,13 @@ def run(args: argparse.Namespace) -> int:
     """The exit code."""
     try:
         return _run(args)
-    except BadTrace as error:
+    except (BadTrace, Unusable) as error:
         print(error, file=sys.stderr)
+        return _USERS_ERROR
+    except Failed as error:
+        if error.__cause__ is not None:
+            traceback.print_exception(error.__cause__)
+        print(f"a strategy of a plug-in failed: {error}", file=sys.stderr)
         return _USERS_ERROR
     except OSError as error:
         print(f"{error.filename}: {error.strerror}", file=sys.stderr)
@@ -73,6 +82,15 @@ def run(args: argparse.Namespace) -> int:
     except ImportError:
         print("--plot needs matplotlib: pip install 'gateway-extproc[plot]'", file=sys.stderr)
         return _MISSING
+
+
+class _Choice(msgspec.Struct, frozen=True):
+    """A strategy as it was asked for, as the gateway's code for choosing is asked for it, and what makes the plug-ins
+    of it."""
+
+    title: str
+    text: str
+    plugins: Mapping[str, Callable[[], Strategy]] = {}
 
 
 class _Experiment(msgspec.Struct, frozen=True):
@@ -109,10 +127,10 @@ def _run(args: argparse.Namespace) -> int:
         import matplotlib  # noqa: F401  # missing, it is said before minutes of work
     for experiment in experiments:
         done: dict[str, list[Done]] = {}
-        for strategy in args.strategy or EVERY:
-            done[strategy] = replay(
-                experiment.trace, experiment.machines, strategy,
-                seed=args.seed, changes=experiment.changes, streamed=not args.whole,
+        for choice in args.strategy or [_choice(name) for name in _every()]:
+            done[choice.title] = replay(
+                experiment.trace, experiment.machines, choice.text,
+                seed=args.seed, changes=experiment.changes, streamed=not args.whole, plugins=choice.plugins,
             )  # fmt: skip
         for phase in experiment.phases:
             title = experiment.title + (f", {phase.name}" if phase.name else "")
@@ -140,12 +158,24 @@ def _plot(experiment: _Experiment, done: dict[str, list[Done]], file: Path) -> N
 # --- what arguments may be ------------------------------------------------------------------------------------------
 
 
-def _strategy(text: str) -> str:
+def _every() -> list[str]:
+    """Every strategy once, by the name that it goes by."""
+    return [name for name in STRATEGIES if name != "least-gpu-cache"] + [each.name for each in wanted({})]
+
+
+def _choice(text: str) -> _Choice:
+    installed = {each.name: each.reference for each in wanted({})}
+    known = [*STRATEGIES, *installed]
     try:
-        needs(text)
+        if REFERENCE.fullmatch(text) and text.partition(":")[0] not in known:
+            find(text)
+            return _Choice(text, _GIVEN, {_GIVEN: partial(make, text)})
+        names = [name for name, _ in mix.read(text, known)]
+    except Unusable as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
     except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{error}; known: {', '.join(STRATEGIES)}") from None
-    return text
+        raise argparse.ArgumentTypeError(f"{error}; known: {', '.join(known)}") from None
+    return _Choice(text, text, {name: partial(make, installed[name]) for name in names if name in installed})
 
 
 def _load(text: str) -> float:

@@ -7,7 +7,7 @@ a heap of moments, so that an hour passes in seconds. Promises the same result f
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from random import Random
 from typing import Final
 
@@ -18,7 +18,8 @@ from ..core.choose import Lease, choose
 from ..core.estimate import Estimates
 from ..core.fleet import Pod
 from ..core.load import Load, Metrics
-from ..core.strategies import Asked, Strategies
+from ..core.strategies import Asked, Failure, Mixed, Strategies
+from ..core.strategies.plugin import Strategy
 from ..simulator.engine import TOKEN_BYTES
 from .machines import TOKENS, Job, Machine, SimulatedPod
 from .traces import Arrival
@@ -30,6 +31,10 @@ LOOK: Final = 0.2
 #: Blocks that no other prompt has: numbers beyond all hashes, and apart for each request.
 _OWN: Final = 1 << 64
 _OWN_BLOCKS: Final = 1 << 20
+
+
+class Failed(Exception):
+    """A plug-in did what a gateway would not have borne either; its cause is the plug-in's own exception, if any."""
 
 
 class Change(msgspec.Struct, frozen=True):
@@ -72,21 +77,29 @@ def replay(
     seed: int = 0,
     changes: Sequence[Change] = (),
     streamed: bool = True,
+    plugins: Mapping[str, Callable[[], Strategy]] = {},
 ) -> list[Done]:
     """What came of each request, in the order of ``trace``. ``streamed``: the gateway sees the first token of each
-    answer, and not only its end. Raises ValueError for an unknown strategy."""
-    return _Run(trace, machines, strategy, seed, changes, streamed).play()
+    answer, and not only its end. ``plugins`` make those that ``strategy`` may name besides built-in ones. Raises
+    ValueError for an unknown strategy, and Failed where a plug-in fails; in simulated time none is slow."""
+    strategies = Strategies(tell=_tell)
+    strategies.offer({name: make() for name, make in plugins.items()})
+    return _Run(trace, machines, strategies.named(strategy), seed, changes, streamed).play()
+
+
+def _tell(failure: Failure) -> None:
+    raise Failed(failure.why) from failure.error
 
 
 class _Run:
     def __init__(
-        self, trace: Sequence[Arrival], machines: Sequence[Machine], strategy: str, seed: int,
+        self, trace: Sequence[Arrival], machines: Sequence[Machine], strategy: Mixed, seed: int,
         changes: Sequence[Change], streamed: bool,
     ) -> None:  # fmt: skip
         self._trace = trace
         self._streamed = streamed
         self._rng = Random(seed)
-        self._strategy = Strategies().named(strategy)
+        self._strategy = strategy
         self._estimates = Estimates()
         self._prompts = _Prompts()
         self._simulated = [SimulatedPod(machine) for machine in machines]

@@ -16,6 +16,7 @@ import msgspec
 from .. import app, lifetime
 from ..adapters.siblings import Siblings
 from ..config import Config, load
+from ..plugins import Plugins
 from .seat import Seat, check
 
 
@@ -25,12 +26,17 @@ def main() -> int:
     lifetime.die_with_parent(int(parent))
     seat = msgspec.json.decode(text, type=Seat)
 
+    plugins = Plugins()
+
     def read(path: Path) -> Config:
-        config = load(path)
+        config = load(path, plugins=plugins)
         check(config, seat.workers, path)
         return seat.of(config)
 
-    return app.exit_code(lambda: app.run(read(Path(file)), Path(file), read, Siblings(socket.socket(fileno=0))))
+    def serve() -> None:
+        app.run(read(Path(file)), Path(file), read, Siblings(socket.socket(fileno=0)), plugins)
+
+    return app.exit_code(serve)
 
 
 if __name__ == "__main__":

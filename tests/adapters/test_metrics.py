@@ -16,6 +16,7 @@ from gateway_extproc.core.events import Doubt, Outcome
 from gateway_extproc.core.fleet import Fleet, PodSpec
 from gateway_extproc.core.load import STALE
 from gateway_extproc.core.load import Metrics as Told
+from gateway_extproc.core.strategies import Reason
 
 #: The seconds that loads are kept by.
 NOW = 100.0
@@ -27,7 +28,9 @@ class World:
     def __init__(self) -> None:
         self.fleet = Fleet()
         self.streams = 0
+        self.strategies: tuple[str, ...] = ()
         self.degraded: dict[str, int] = {}
+        self.failed: dict[tuple[str, Reason], int] = {}
         self.follows = True
         self.mode = "ok"
         self.away: tuple[str, ...] = ()
@@ -39,7 +42,9 @@ class World:
                 fleet=lambda: self.fleet,
                 queued=lambda: {"m": 2},
                 streams=lambda: self.streams,
+                strategies=lambda: self.strategies,
                 strategies_degraded=lambda: self.degraded,
+                strategies_failed=lambda: self.failed,
                 store_mode=lambda: self.mode,
                 store_away=lambda: self.away,
                 follows=lambda: self.follows,

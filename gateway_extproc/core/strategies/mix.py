@@ -1,7 +1,7 @@
 """What a request or the configuration may say of the strategy: one name, or several with weights.
 
 Owns that grammar: ``NAME[:WEIGHT]``, several separated by commas, blanks around each ignored. Leaves out which names
-there are (the table in __init__.py).
+there are (__init__.py).
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ from typing import Final
 LONGEST: Final = 400
 #: Largest weight; the smallest is a thousandth.
 HEAVIEST: Final = 1000.0
-_PART: Final = re.compile(r"[ \t]*([a-z][a-z0-9-]*)(?::([0-9]{1,4}(?:\.[0-9]{1,3})?))?[ \t]*")
+#: What a name may be: a header carries it, and neither a weight nor the next part can be taken for some of it.
+NAME: Final = re.compile(r"[a-z][a-z0-9-]{0,62}")
+_PART: Final = re.compile(rf"[ \t]*({NAME.pattern})(?::([0-9]{{1,4}}(?:\.[0-9]{{1,3}})?))?[ \t]*")
 
 #: Names and their shares, which add up to one.
 Mix = tuple[tuple[str, float], ...]

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from enum import Flag, auto
 from random import Random
-from typing import ClassVar
 
 import msgspec
 
@@ -43,7 +42,7 @@ class Asked(msgspec.Struct, frozen=True, gc=False):
 class Strategy:
     """Scores candidates. Called from the event loop only; must not block, and must not raise."""
 
-    needs: ClassVar[Need] = Need.NOTHING
+    needs: Need = Need.NOTHING
 
     def __init__(self) -> None:
         #: How often it had to do without what it needs, and judged by requests in flight instead.

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from gateway_extproc.core.strategies import STRATEGIES, TEXTS, Need, Strategies, mix, needs
+from gateway_extproc.core.strategies import STRATEGIES, TEXTS, Need, Strategies, mix
 
 NAMES = list(STRATEGIES)
 
@@ -62,11 +62,10 @@ def test_every_mix_of_allowed_weights_is_read_as_it_is_written(weights: dict[str
 
 
 def test_a_mix_needs_what_its_parts_need() -> None:
-    assert needs("random") == Need.NOTHING
-    assert needs("least-request:1,prefix-cache:2") == Need.PROMPT
-    assert needs("session-affinity,least-kv-cache") == Need.SESSION | Need.METRICS
-    for text in ("random", "least-request:1,prefix-cache:2", "session-affinity,least-kv-cache"):
-        assert Strategies().named(text).needs == needs(text)
+    named = Strategies().named
+    assert named("random").needs == Need.NOTHING
+    assert named("least-request:1,prefix-cache:2").needs == Need.PROMPT
+    assert named("session-affinity,least-kv-cache").needs == Need.SESSION | Need.METRICS
 
 
 def test_texts_are_read_once_and_only_so_many_are_kept() -> None:
