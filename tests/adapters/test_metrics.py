@@ -16,7 +16,7 @@ from gateway_extproc.core.events import Doubt, Outcome
 from gateway_extproc.core.fleet import Fleet, PodSpec
 from gateway_extproc.core.load import STALE
 from gateway_extproc.core.load import Metrics as Told
-from gateway_extproc.core.strategies import Reason
+from gateway_extproc.core.strategies import RESERVED, Reason
 
 #: The seconds that loads are kept by.
 NOW = 100.0
@@ -318,6 +318,21 @@ def test_mixes_of_strategies_share_one_series_however_many_clients_think_of(worl
         world.metrics.settled(Outcome(model="m", status=200, strategy=f"prefix-cache:{weight},least-request:1"))
     world.metrics.settled(Outcome(model="m", status=200, strategy="adaptive"))
     assert labelled(world.metrics, "gateway_requests_total", "strategy") == {"mix": 29, "adaptive": 1}
+
+
+def test_plug_ins_count_under_their_names_while_they_are_there_and_their_failures_by_kind(world: World) -> None:
+    world.strategies = ("mine",)
+    for strategy in ("mine", "mine:1,random:1", "of-yesterday"):
+        world.metrics.settled(Outcome(model="m", status=200, strategy=strategy))
+    assert labelled(world.metrics, "gateway_requests_total", "strategy") == {"mine": 1, "mix": 2}
+    assert labelled(world.metrics, "gateway_strategy_failures_total", "reason") == {}
+    world.failed = {("mine", "raised"): 3, ("mine", "slow"): 0}
+    assert labelled(world.metrics, "gateway_strategy_failures_total", "reason") == {"raised": 3, "slow": 0}
+    assert labelled(world.metrics, "gateway_strategy_failures_total", "strategy") == {"mine": 3}
+
+
+def test_no_plug_in_can_have_a_name_that_means_something_else_here() -> None:
+    assert {under_test.MIX, under_test.OTHER} == RESERVED
 
 
 def test_decisions_without_fresh_metrics_are_counted_by_strategy(world: World) -> None:

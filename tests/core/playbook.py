@@ -35,6 +35,7 @@ from gateway_extproc.core.events import (
 from gateway_extproc.core.fleet import Fleet, Pod, PodSpec
 from gateway_extproc.core.session import Policy, Session, World
 from gateway_extproc.core.store import Admission, Admitted, Level, Settlement
+from gateway_extproc.core.strategies import Strategies
 
 #: Tokens that an answer is expected to have before anything was learned.
 EXPECTED: Final = round(PRIOR_OUTPUT)
@@ -75,6 +76,7 @@ def make_world(
     limited: Mapping[str, Limits] | None = None,
     seed: int = 0,
     clock: Callable[[], float] | None = None,
+    strategies: Strategies | None = None,
     **policy: Any,
 ) -> World:
     """A gateway with these pods, all ready; without any, pods a and b serve the model m. ``limited`` are the limits of
@@ -87,7 +89,10 @@ def make_world(
     directory = msgspec.structs.replace(Directory.of(users, teams, default), models=limited or {})
     rules = Policy(directory=directory, **policy)
     ids = count(1)
-    return World(rules, fleet, clock=clock, now=lambda: SECOND, rng=Random(seed), new_id=lambda: f"id-{next(ids)}")
+    return World(
+        rules, fleet, clock=clock, now=lambda: SECOND, rng=Random(seed), new_id=lambda: f"id-{next(ids)}",
+        strategies=strategies,
+    )  # fmt: skip
 
 
 def in_flight(world: World) -> dict[str, int]:

@@ -15,7 +15,8 @@ from gateway_extproc.core.choose import AWAITED, Ended, Lease, choose
 from gateway_extproc.core.events import Outcome
 from gateway_extproc.core.fleet import Pod
 from gateway_extproc.core.load import HALF_LIFE, Load
-from gateway_extproc.core.strategies import STRATEGIES, Asked, Strategies
+from gateway_extproc.core.strategies import Asked, Strategies
+from tests.plugged import NAMES, strategies
 
 ASKED = Asked("m", 30, 20)
 
@@ -31,7 +32,7 @@ def take(
     strategy: str, candidates: Sequence[Pod], choices: int = 1, asked: Asked = ASKED, now: float = 0.0,
     rng: Random | None = None, of: Strategies | None = None, **more: Any,
 ) -> Lease:  # fmt: skip
-    return choose((of or Strategies()).named(strategy), candidates, choices, asked, now, rng or Random(0), **more)
+    return choose((of or strategies()).named(strategy), candidates, choices, asked, now, rng or Random(0), **more)
 
 
 def first(strategy: str, candidates: Sequence[Pod], rng: Random, now: float = 0.0) -> Pod:
@@ -44,7 +45,7 @@ def first(strategy: str, candidates: Sequence[Pod], rng: Random, now: float = 0.
 # --- the pick ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", NAMES)
 def test_equals_share_evenly(strategy: str) -> None:
     rng, candidates = Random(7), pods(5)
     picked = Counter(first(strategy, candidates, rng).name for _ in range(5000))
@@ -53,7 +54,7 @@ def test_equals_share_evenly(strategy: str) -> None:
     assert len(picked) == 5
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", NAMES)
 def test_the_second_choice_is_shared_evenly_too(strategy: str) -> None:
     rng, candidates = Random(7), pods(4)
     seconds: Counter[str] = Counter()
@@ -65,9 +66,9 @@ def test_the_second_choice_is_shared_evenly_too(strategy: str) -> None:
     assert len(seconds) == 4
 
 
-@pytest.mark.parametrize("strategy", [name for name in STRATEGIES if name != "random"])
+@pytest.mark.parametrize("strategy", [name for name in NAMES if name != "random"])
 def test_a_burst_spreads_though_nothing_has_answered_yet(strategy: str) -> None:
-    candidates, rng, made = pods(8), Random(3), Strategies()
+    candidates, rng, made = pods(8), Random(3), strategies()
     for _ in range(1000):
         take(strategy, candidates, rng=rng, of=made)
     assert max(pod.load.in_flight for pod in candidates) <= 1.1 * 1000 / 8

@@ -71,6 +71,7 @@ from tests.core.playbook import (
     usage_event,
     view_pod,
 )
+from tests.plugged import GOOD, Scored, strategies
 
 ALICE = (Window("{user:alice}:*", "user 'alice'", 20, 3000),)
 #: Alice's window after a request of 10 + 4 tokens.
@@ -947,6 +948,39 @@ def test_a_malformed_mix_is_refused_with_the_names_that_there_are(text: str) -> 
     assert ", ".join(STRATEGIES) in refuse.refusal.message
 
 
+def test_a_plug_in_is_taken_by_the_header_and_named_among_those_that_there_are() -> None:
+    made = strategies()
+    play = sent_to_pod(make_world(pod("a", "m"), expose=True, strategies=made), routing_strategy=f"{GOOD}:2,random:1")
+    play >> answer()
+    (respond,) = [action for action in play.actions if isinstance(action, Respond)]
+    assert respond.set["routing-strategy"] == f"{GOOD}:2,random:1"
+    play = Playbook(make_world(strategies=made)) >> headers(routing_strategy=f"{GOOD}:1e9")
+    refuse = next(action for action in play.actions if isinstance(action, Refuse))
+    assert refuse.refusal.message.endswith(f"Known: {', '.join([*STRATEGIES, GOOD])}.")
+
+
+def test_a_request_has_the_strategy_that_it_was_promised_though_the_plug_in_went_meanwhile() -> None:
+    made = strategies()
+    play = Playbook(make_world(pod("a", "m"), strategies=made)) >> headers(routing_strategy=GOOD)
+    made.offer({})
+    play.through(body())
+    assert play.route.set["target-pod"]
+    play = Playbook(make_world(strategies=made)) >> headers(routing_strategy=GOOD)
+    assert any(isinstance(action, Refuse) for action in play.actions)
+
+
+def test_a_plug_in_that_fails_fails_no_request() -> None:
+    def score(*_: object) -> list[float]:
+        raise RuntimeError("of the plug-in's own")
+
+    made = strategies(bad=Scored(score))
+    world = make_world(default_strategy="bad", strategies=made)
+    for _ in range(4):
+        Playbook(world).through(headers(), body())
+    assert in_flight(world) == {"pod-a": 2, "pod-b": 2}
+    assert made.degraded()["bad"] == 4
+
+
 def test_prompts_that_begin_alike_go_to_one_pod_and_other_models_and_prompts_anywhere() -> None:
     specs = [pod(name, "m", "lora") for name in "abcdefgh"]
     world = make_world(*specs, default_strategy="prefix-cache")
@@ -989,6 +1023,39 @@ def test_a_session_gets_an_id_that_leads_it_to_its_pod_again() -> None:
     assert {sent("chat-42")[0] for _ in range(20)} == {named}
     assert given != "chat-42"
     assert sent(given) == (named, given)
+
+
+def test_a_forged_session_id_or_one_of_another_model_leads_nowhere_and_is_replaced() -> None:
+    specs = [pod(name, "m", "other") for name in "abcdefgh"]
+    world = make_world(*specs, default_strategy="session-affinity")
+
+    def sent(model: str, session: str = "") -> tuple[str, str]:
+        play = Playbook(world).through(headers(x_session_id=session), body(model))
+        first = play.route.set["target-pod"].decode().split(",")[0]
+        play >> answer()
+        (respond,) = [action for action in play.actions if isinstance(action, Respond)]
+        play >> Closed("reset")
+        return first, respond.set["x-gateway-session-id"]
+
+    chosen, given = sent("m")
+    flipped = ("B" if given[20] == "A" else "A") + given[21:]
+    for forged in (
+        given[:20] + flipped,
+        given[:-2],
+        given + "A",
+        "A" * len(given),
+        "\xff\xfe",
+        "../../etc",
+        "x" * 5000,
+    ):
+        places = {sent("m", forged) for _ in range(3)}
+        assert len({place for place, _ in places}) == 1, "a name of the client's own making"
+        assert forged not in {told for _, told in places}
+    # Of eight pods the other model's session would find this one by chance only.
+    others = [(*sent("m"), n) for n in range(40)]
+    assert sum(sent("other", session)[0] == place for place, session, _ in others) < 20
+    assert sent("other", given)[1] != given
+    assert sent("m", given) == (chosen, given)
 
 
 def test_no_other_strategy_gives_session_ids() -> None:

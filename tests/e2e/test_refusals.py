@@ -122,6 +122,14 @@ ROWS = [
         headers={"routing-strategy": "fastest"}, says=f"'fastest'. Known: {', '.join(STRATEGIES)}."),
     Row("a strategy in capitals", 400, INVALID, "unknown_strategy", "routing-strategy",
         headers={"routing-strategy": "Random"}),
+    *[
+        Row(f"the mix {mix}", 400, INVALID, "unknown_strategy", "routing-strategy", headers={"routing-strategy": mix},
+            says=f"'{mix}'. Known: {', '.join(STRATEGIES)}.")
+        for mix in ("random,", "random:", "random:-1", "random:0", "random:nan", "random:NaN", "random:inf",
+                    "random:1e9", "random:1001", "random,random", "random;adaptive", "adaptive:1,fastest:1")
+    ],
+    Row("a mix without end", 400, INVALID, "unknown_strategy", "routing-strategy",
+        headers={"routing-strategy": "random:1," * 500}),
     _form("a form without a boundary", "multipart/form-data", b"--b\r\n\r\n", "content-type"),
     _form("a form that is none", "multipart/form-data; boundary=b", BODY, "body"),
     _form("a form without a model", "multipart/form-data; boundary=b",

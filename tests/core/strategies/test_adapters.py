@@ -9,8 +9,9 @@ import pytest
 from gateway_extproc.core.choose import choose
 from gateway_extproc.core.fleet import Pod
 from gateway_extproc.core.load import STALE, Load, Metrics
-from gateway_extproc.core.strategies import STRATEGIES, Asked, Strategies, adapters
+from gateway_extproc.core.strategies import Asked, Strategies, adapters
 from gateway_extproc.core.strategies.adapters import HELD, MOST, ROOM, nearness, sent
+from tests.plugged import NAMES, strategies
 
 ASKED = Asked("sql", 100, 100)
 
@@ -79,12 +80,12 @@ def test_what_was_sent_is_remembered_as_far_as_the_pod_has_room_the_latest_first
 # --- what it does to a choice ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", sorted(STRATEGIES.keys() - {"session-affinity"}))
+@pytest.mark.parametrize("name", sorted({*NAMES} - {"session-affinity"}))
 def test_adapters_stay_where_they_are_whatever_the_strategy(name: str) -> None:
     """Eight adapters on eight pods with room for one each: by load alone seven of eight requests would load one.
     power-of-two stays with the two pods that it looks at, of which one has the adapter in a quarter of the cases."""
     names = [f"a{n}" for n in range(8)]
-    mixed, rng, candidates = Strategies().named(name), Random(1), pods(8, *names)
+    mixed, rng, candidates = strategies().named(name), Random(1), pods(8, *names)
     loads = 0
     for turn in range(800):
         now = turn * 0.5

@@ -16,6 +16,7 @@ from gateway_extproc.core.strategies import STRATEGIES, Asked, Strategies
 from gateway_extproc.core.strategies.adaptive import WAITING
 from gateway_extproc.core.strategies.expectation import FORGIVEN, REVIEWED, UNKNOWN, review
 from gateway_extproc.core.strategies.prefix_cache import GUARD, SLACK
+from tests.plugged import NAMES, strategies
 
 ASKED = Asked("m", 100, 100)
 
@@ -51,7 +52,7 @@ def test_the_strategies_are_those_of_the_contract() -> None:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize("name", NAMES)
 def test_scores_are_from_nought_to_one_and_the_strategy_changes_no_load(name: str) -> None:
     rng, candidates = Random(1), pods(9)
     for pod in candidates[1:]:
@@ -60,7 +61,7 @@ def test_scores_are_from_nought_to_one_and_the_strategy_changes_no_load(name: st
         pod.load.seconds.add(rng.random() * 100, 1.0)
         pod.load.looked(Metrics(1, 0, rng.random(), 1.0))
         taught(pod, decode=rng.random(), first=rng.random(), ahead=pod.load.in_flight, now=1.0)
-    made = Strategies().named(name)
+    made = strategies().named(name)
     made.routed(Asked(blocks=(1, 2, 3)), candidates[3])
     before = [pod.load.in_flight for pod in candidates]
     scores = made.scores(candidates, Asked("m", 10, 10, (1, 2, 9), "mine", b"s"), 1.5, rng)
