@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from textwrap import dedent
@@ -15,8 +17,12 @@ from hypothesis import strategies as st
 
 from gateway_extproc.config import effective_yaml, parse
 from gateway_extproc.core.strategies import STRATEGIES
-from gateway_extproc.plugins import MOST, Plugins, Unusable, find, make
+from gateway_extproc.plugins import GROUP, MOST, Plugins, Unusable, find, make
+from gateway_extproc.strategies import Asked, Pod, Strategy
 from tests.config.reading import problem, problems
+from tests.e2e.documents import BLOCK, DOCUMENTS, prose, quoted, typed_commands
+
+SECTION = DOCUMENTS["docs/routing.md"].partition("## A strategy of your own")[2].partition("\n## ")[0]
 
 GOOD = """\
     from gateway_extproc.strategies import Strategy, least
@@ -283,6 +289,46 @@ def test_serve_says_what_check_says(tmp_path: Path) -> None:
     for command in ("check", "serve", "envoy"):
         done = run(tmp_path, command, "--config", str(file))
         assert (done.returncode, done.stdout, done.stderr) == (1, "", said)
+
+
+# --- in the documents ----------------------------------------------------------------------------------------------
+
+
+def test_the_documents_example_is_tried_and_served_as_it_stands(tmp_path: Path) -> None:
+    blocks = dict(BLOCK.findall(SECTION))
+    (tmp_path / "nearest.py").write_text(blocks["python"])
+    (tmp_path / "gateway.yaml").write_text(blocks["yaml"])
+    compare, serve = [line.removeprefix("PYTHONPATH=. gateway-extproc ").split() for line in typed_commands(SECTION)]
+    done = run(tmp_path, *compare, "--requests", "200", "--load", "0.7")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert re.search(r"^nearest:Nearest .*\nleast-request ", done.stdout, re.MULTILINE)
+    assert serve == ["serve", "--config", "gateway.yaml"]  # and tests/e2e/test_strategies.py has Envoy before it
+    done = check(tmp_path, blocks["yaml"])
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_documents_example_passes_a_strict_type_checker(tmp_path: Path) -> None:
+    (tmp_path / "nearest.py").write_text(dict(BLOCK.findall(SECTION))["python"])
+    command = [sys.executable, "-m", "mypy", "--strict", "--cache-dir", str(tmp_path), "nearest.py"]
+    environ = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, cwd=tmp_path, env=environ)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_an_installed_package_needs_what_the_document_says(tmp_path: Path) -> None:
+    blocks = dict(BLOCK.findall(SECTION))
+    (tmp_path / "nearest.py").write_text(blocks["python"])
+    ((group, entries),) = tomllib.loads(blocks["toml"])["project"]["entry-points"].items()
+    assert group == GROUP
+    distribution(tmp_path, "nearest", "\n".join(f"{name} = {value}" for name, value in entries.items()))
+    done = check(tmp_path, blocks["yaml"].partition("  strategies:")[0])
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_all_that_is_promised_is_in_the_document() -> None:
+    said = set(re.findall(r"[\w.]+", " ".join(quoted(prose(SECTION)))))
+    for kind in (Pod, Asked, Strategy):
+        assert {name for name in dir(kind) if not name.startswith("_")} - {"secret"} <= said
 
 
 # --- in the laboratory ---------------------------------------------------------------------------------------------

@@ -88,6 +88,9 @@ RUN_BY = {
     r"gateway-extproc envoy --workers N": (
         "tests/e2e/test_workers.py::test_limits_are_exact_over_all_workers_and_each_of_them_serves"
     ),
+    r"PYTHONPATH=\. gateway-extproc (compare|serve) .*": (
+        "tests/test_plugins.py::test_the_documents_example_is_tried_and_served_as_it_stands"
+    ),
     r"gateway-extproc compare .*": COMPARE + "test_what_the_document_says_runs",
     r"pip install 'gateway-extproc\[plot\]'": COMPARE + "test_without_matplotlib_it_says_what_to_install",
     r"gateway-extproc controller --config \S+": (
@@ -117,7 +120,7 @@ RUN_BY = {
     r"python proto/generate\.py --check": "Makefile::check",
 }
 #: The languages of blocks: nothing is a command that does not say so.
-LANGUAGES = {"sh", "yaml", "python", "promql", ""}
+LANGUAGES = {"sh", "yaml", "toml", "python", "promql", ""}
 
 
 def run(command: str, folder: Path, environ: dict[str, str]) -> subprocess.CompletedProcess[str]:

@@ -25,8 +25,9 @@ from .strategy import Asked, Strategy, requests
 #: Seconds that a decision may take, and a change of the pods: built-in strategies take some 2 ms with 5,000 pods, and
 #: all requests of the process wait meanwhile.
 ALLOWED: Final = 0.005
-#: Seconds beyond it that are borne: a garbage collection, or a moment without a core, is no reason.
-BURST: Final = 0.04
+#: Seconds beyond it that are borne: on a machine with too few cores any call may have to wait some tens of milliseconds
+#: for one, and no plug-in is to be blamed for a few of these.
+BURST: Final = 0.25
 #: Seconds for which a plug-in is suspended, at first and at most. It doubles where it is suspended again within
 #: ``PROVEN`` seconds. One that takes a second each time so costs at most a sixtieth of all.
 SOON: Final = 1.0

@@ -302,12 +302,12 @@ def test_one_that_takes_no_longer_than_it_may_is_never_suspended(made: Strategie
 
 def test_one_call_that_takes_far_too_long_suspends_it(made: Strategies, slow: Slow, clock: Clock, told: Told) -> None:
     candidates = pods(3)
-    slow.takes = ALLOWED + 1.01 * BURST
+    slow.takes = ALLOWED + BURST + 0.003
     for _ in range(10):
         assert chosen(made, "bad", candidates) is candidates[0]
     assert slow.calls == 1
     assert counts(made) == {"slow": 1, "degraded": 9}  # what it gave that late was still used
-    assert told[0].why == "the last call took 45 ms; suspended for 1 s"
+    assert told[0].why == "the last call took 258 ms; suspended for 1 s"
     clock.now += SOON
     chosen(made, "bad", candidates)
     assert slow.calls == 2
@@ -317,7 +317,7 @@ def test_calls_that_take_a_little_too_long_suspend_it_when_there_are_many(made: 
     slow.takes = 1.2 * ALLOWED
     while not counts(made).get("slow"):
         chosen(made, "bad", pods(2))
-        assert slow.calls <= 100
+        assert slow.calls <= 1000
     assert slow.calls == pytest.approx(BURST / (0.2 * ALLOWED), abs=1)
 
 
@@ -341,7 +341,7 @@ def test_one_that_has_proven_itself_begins_anew(made: Strategies, slow: Slow, cl
         chosen(made, "bad", pods(2))
         clock.now += SOON
         slow.takes = 0.0
-        for _ in range(10):  # it makes up for what it took
+        for _ in range(100):  # it makes up for what it took
             chosen(made, "bad", pods(2))
         clock.now += PROVEN
     assert {failure.why for failure in told} == {"the last call took 1000 ms; suspended for 1 s"}
