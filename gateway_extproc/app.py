@@ -29,6 +29,7 @@ from . import __version__, admin_schemas, logs
 from .adapters import admin, h2_server
 from .adapters.admin_file import FileViews
 from .adapters.admin_users import UserViews
+from .adapters.alarm import Alarm
 from .adapters.dns import Resolver, Watcher
 from .adapters.guarded import GuardedStore
 from .adapters.kubernetes import CannotConnect, Cluster, Pods
@@ -209,7 +210,7 @@ class Gateway:
         # Ids must differ between gateways and starts: a random name for this start, and a count.
         self._name = secrets.token_hex(8)
         self._admissions = 0
-        strategies = Strategies(time.monotonic, self._strategy_failed)
+        strategies = Strategies(time.monotonic, self._strategy_failed, Alarm())
         strategies.offer(self._plugins.all(config.routing.strategies))
         self.world = World(
             policy_of(config, Directory(), strategies, self._longest_wait), self.fleet,

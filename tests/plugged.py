@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from random import Random
 from typing import Any, Final
 
@@ -13,6 +14,9 @@ from gateway_extproc.strategies import Asked, Pod, Strategy, least
 GOOD: Final = "third-party"
 #: All that any strategy must do, it must do, too.
 NAMES: Final = (*STRATEGIES, GOOD)
+
+
+UNLIMITED: Final = nullcontext()
 
 
 class Good(Strategy):
@@ -34,9 +38,12 @@ class Scored(Strategy):
 
 
 def strategies(
-    clock: Callable[[], float] = lambda: 0.0, tell: Callable[[Failure], None] = lambda failure: None, **more: Strategy
+    clock: Callable[[], float] = lambda: 0.0,
+    tell: Callable[[Failure], None] = lambda failure: None,
+    limit: AbstractContextManager[None] = UNLIMITED,
+    **more: Strategy,
 ) -> Strategies:
     """A gateway's, among them the good plug-in and ``more``; underscores in names stand for dashes."""
-    made = Strategies(clock, tell)
+    made = Strategies(clock, tell, limit)
     made.offer({GOOD: Good(), **{name.replace("_", "-"): each for name, each in more.items()}})
     return made

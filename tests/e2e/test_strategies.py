@@ -113,6 +113,11 @@ class Sleeps(Strategy):
     def scores(self, pods, asked, now, rng):
         time.sleep(0.1)
         return [1.0] * len(pods)
+
+class Hangs(Strategy):
+    def scores(self, pods, asked, now, rng):
+        while True:
+            pass
 """
 
 
@@ -128,7 +133,7 @@ def modules(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def plugged(modules: Path) -> Iterator[System]:
     """Two processes that have plug-ins."""
     strategies = {"nearest": "nearest:Nearest"}
-    strategies |= {name.lower(): f"bad:{name}" for name in ("Raises", "Malformed", "Sleeps")}
+    strategies |= {name.lower(): f"bad:{name}" for name in ("Raises", "Malformed", "Sleeps", "Hangs")}
     config = {
         "routing": {"expose": True, "default": "nearest", "strategies": strategies},
         "models": {"locked": {"strategy": "nearest:1,least-request:1", "lock_strategy": True}},
@@ -144,7 +149,7 @@ def plugged(modules: Path) -> Iterator[System]:
 @pytest.mark.parametrize("strategy", ["", "nearest", "nearest:3,least-request:1"])
 def test_a_plug_in_decides_by_default_by_header_and_in_a_mix(plugged: System, strategy: str) -> None:
     headers = {"routing_strategy": strategy} if strategy else {}
-    replies = [ask(plugged, "hello", **headers) for _ in range(20)]
+    replies = [ask(plugged, "hello", 2, **headers) for _ in range(20)]
     assert {reply.headers["target-pod"] for reply in replies} == {NEAR}
     assert {reply.headers["routing-strategy"] for reply in replies} == {strategy or "nearest"}
 
@@ -159,7 +164,7 @@ def test_a_model_is_locked_to_it_and_the_admin_side_says_so(plugged: System) -> 
 def test_a_400_names_the_plug_ins_too(plugged: System) -> None:
     reply = plugged.chat(routing_strategy="farthest")
     assert reply.status == 400
-    assert reply.error["message"].endswith("adaptive, malformed, nearest, raises, sleeps.")
+    assert reply.error["message"].endswith("adaptive, hangs, malformed, nearest, raises, sleeps.")
 
 
 @pytest.mark.parametrize(("strategy", "reason"), [("raises", "raised"), ("malformed", "malformed"), ("sleeps", "slow")])
@@ -176,6 +181,16 @@ def test_one_that_fails_fails_no_request_and_is_told(plugged: System, strategy: 
     assert 1 <= len(lines) <= 2, "one of each process"
     assert all(f'"reason": "{reason}"' in line and f'"strategy": "{strategy}"' in line for line in lines), lines
     assert all(("in scores" in line and "KeyError" in line) == (reason == "raised") for line in lines), lines
+
+
+def test_one_that_hangs_delays_requests_and_fails_none(plugged: System) -> None:
+    replies = [ask(plugged, "hello", routing_strategy="hangs:1,nearest:1") for _ in range(10)]
+    assert {reply.headers["target-pod"] for reply in replies} == {NEAR}
+    assert plugged.metric("gateway_strategy_failures_total", strategy="hangs", reason="slow") >= 1
+    assert plugged.metric("gateway_strategy_degraded_total", strategy="hangs") == 10
+    (line, *_) = [line for line in plugged.gateway.output().splitlines() if '"strategy": "hangs"' in line]
+    assert "bad.py" in line
+    assert "in scores" in line
 
 
 def test_plug_ins_come_and_go_while_requests_do_and_a_broken_one_changes_nothing(

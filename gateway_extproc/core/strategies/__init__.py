@@ -7,6 +7,7 @@ A strategy is one file here and one line in ``STRATEGIES``; or a plug-in, which 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from random import Random
 from typing import Final
 
@@ -14,7 +15,7 @@ from ..fleet import Pod
 from . import adapters, mix, plugin
 from .adaptive import Adaptive
 from .chance import Chance
-from .guarded import Failure, Guarded, Reason
+from .guarded import Failure, Guarded, Reason, TooLong
 from .least_busy_time import LeastBusyTime
 from .least_kv_cache import LeastKvCache
 from .least_latency import LeastLatency
@@ -25,7 +26,18 @@ from .session_affinity import SessionAffinity
 from .strategy import Asked, Need, Strategy
 from .throughput import Throughput
 
-__all__ = ["STRATEGIES", "Asked", "Failure", "Mixed", "Need", "Reason", "Strategies", "Strategy", "wrong_name"]
+__all__ = [
+    "STRATEGIES",
+    "Asked",
+    "Failure",
+    "Mixed",
+    "Need",
+    "Reason",
+    "Strategies",
+    "Strategy",
+    "TooLong",
+    "wrong_name",
+]
 
 #: Every strategy by name (contract section 4).
 STRATEGIES: Final[Mapping[str, type[Strategy]]] = {
@@ -44,6 +56,8 @@ STRATEGIES: Final[Mapping[str, type[Strategy]]] = {
 #: Most texts whose meaning is kept; what clients send is not ours to bound.
 TEXTS: Final = 256
 
+
+_NO_LIMIT: Final = nullcontext()
 
 #: What requests count under in metrics that no strategy of one name decided.
 RESERVED: Final = frozenset({"mix", "other"})
@@ -93,15 +107,19 @@ class Mixed:
 class Strategies:
     """One gateway's. Built-in ones are made when they are first asked for, plug-ins by whoever offers them. ``clock``
     gives seconds of real time, by which plug-ins are suspended that are slow (standing still: none); ``tell`` hears of
-    their failures."""
+    their failures; ``limit`` ends calls of theirs that do not come back, by raising TooLong in them."""
 
-    __slots__ = ("_clock", "_known", "_made", "_mixed", "_plugins", "_tell")
+    __slots__ = ("_clock", "_known", "_limit", "_made", "_mixed", "_plugins", "_tell")
 
     def __init__(
-        self, clock: Callable[[], float] = lambda: 0.0, tell: Callable[[Failure], None] = lambda failure: None
+        self,
+        clock: Callable[[], float] = lambda: 0.0,
+        tell: Callable[[Failure], None] = lambda failure: None,
+        limit: AbstractContextManager[None] = _NO_LIMIT,
     ) -> None:
         self._clock = clock
         self._tell = tell
+        self._limit = limit
         self._made: dict[str, Strategy] = {}
         self._mixed: dict[str, Mixed] = {}
         self._plugins: dict[str, Guarded] = {}
@@ -119,7 +137,7 @@ class Strategies:
         self._plugins = {
             name: before[name]
             if name in before and before[name].plugin is made
-            else Guarded(name, made, self._clock, self._tell)
+            else Guarded(name, made, self._clock, self._tell, self._limit)
             for name, made in plugins.items()
         }
         self._known = {**STRATEGIES, **self._plugins}

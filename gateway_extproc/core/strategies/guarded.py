@@ -4,7 +4,8 @@ Owns the bounds of what is believed and borne. A call that raises, or gives anyt
 pod, counts as a failure, and requests in flight decide. What a call takes beyond ``ALLOWED`` adds up; with ``BURST`` of
 that the plug-in is suspended, and tried again after a while, which grows while it does not get better. Promises that a
 plug-in can change nothing by what it is given, and that whoever is told of failures hears of each kind once in
-``PERIOD``, however often it happens. Cannot end a call that does not come back: there is one thread.
+``PERIOD``, however often it happens. A call that does not come back is ended by ``limit`` (adapters/alarm.py), as far
+as that is possible.
 
 Built-in strategies are called without any of this. Leaves out what a plug-in may do (plugin.py) and writing the log.
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from random import Random
 from typing import Final, Literal, TypeVar, get_args
 
@@ -54,16 +56,25 @@ class Failure(msgspec.Struct, frozen=True):
     error: BaseException | None = None
 
 
+class TooLong(BaseException):
+    """The call has taken so long that it was ended. Not an Exception, lest the plug-in take it for one of its own."""
+
+
 class _Malformed(Exception):
     """What was given is no list of scores; the text says what is wrong with it."""
 
 
 class Guarded(Strategy):
     """``made`` under the name ``name``. ``clock`` gives seconds of real time; one that stands still suspends nobody.
-    ``tell`` hears of failures."""
+    ``tell`` hears of failures; ``limit`` may end what runs in it by TooLong."""
 
     def __init__(
-        self, name: str, made: plugin.Strategy, clock: Callable[[], float], tell: Callable[[Failure], None]
+        self,
+        name: str,
+        made: plugin.Strategy,
+        clock: Callable[[], float],
+        tell: Callable[[Failure], None],
+        limit: AbstractContextManager[None],
     ) -> None:
         super().__init__()
         self.needs = made.needs
@@ -72,6 +83,7 @@ class Guarded(Strategy):
         self._name = name
         self._clock = clock
         self._tell = tell
+        self._limit = limit
         #: By each kind of failure: when it was told last, and of how many.
         self._told: dict[Reason, tuple[float, int]] = dict.fromkeys(REASONS, (-math.inf, 0))
         self._learns = type(made).routed is not plugin.Strategy.routed
@@ -114,11 +126,14 @@ class Guarded(Strategy):
         began = self._clock()
         if began < self._until:
             return None
-        found = None
+        found, ended_by = None, None
         try:
-            found = call()
+            with self._limit:
+                found = call()
         except KeyboardInterrupt:
             raise
+        except TooLong as error:
+            ended_by = error
         except _Malformed as error:
             self._failed("malformed", str(error), began)
         except BaseException as error:  # sys.exit() among them: what ends the gateway is not for a plug-in to say
@@ -127,14 +142,14 @@ class Guarded(Strategy):
         took = ended - began
         self._late = max(0.0, self._late + took - allowed)
         if self._late > BURST:
-            self._suspend(ended, took)
+            self._suspend(ended, took, ended_by)
         return found
 
-    def _suspend(self, now: float, took: float) -> None:
+    def _suspend(self, now: float, took: float, error: BaseException | None) -> None:
         self._late = BURST  # the next call that takes too long is enough, until others have made up for it
         self._wait = min(LATE, 2.0 * self._wait) if now - self._until < PROVEN else SOON
         self._until = now + self._wait
-        self._failed("slow", f"the last call took {took * 1000:.0f} ms; suspended for {self._wait:.0f} s", now)
+        self._failed("slow", f"the last call took {took * 1000:.0f} ms; suspended for {self._wait:.0f} s", now, error)
 
     def _failed(self, reason: Reason, why: str, now: float, error: BaseException | None = None) -> None:
         self.failures[reason] += 1
