@@ -181,6 +181,12 @@ def test_a_name_that_cannot_be_is_told_with_its_line(name: str, why: str) -> Non
     assert found.endswith(f": {why}")
 
 
+def test_a_name_that_no_part_of_the_file_may_have_is_told_once() -> None:
+    assert problem("routing:\n  strategies:\n    ' a': 'sys:Class'").startswith(
+        '3: routing.strategies." a": expected 1 to'
+    )
+
+
 def test_there_are_only_so_many() -> None:
     lines = "".join(f"    n{number}: 'sys:Class'\n" for number in range(MOST + 1))
     assert problem(f"routing:\n  strategies:\n{lines}").startswith(f"2: routing.strategies: expected at most {MOST}")

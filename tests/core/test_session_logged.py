@@ -271,3 +271,13 @@ def test_an_answer_that_is_to_carry_a_session_id_is_looked_at(sent: dict[str, An
     play >> body() >> answer()
     (respond,) = [action for action in play.actions if isinstance(action, Respond)]
     assert respond.set["x-gateway-session-id"]
+
+
+@pytest.mark.parametrize(("keeps", "strategy", "looked_at"), [
+    (False, "session-affinity", True), (False, "random:1,session-affinity:1", True), (True, "random", False),
+])  # fmt: skip
+def test_the_strategy_of_the_header_decides_whether_an_answer_carries_a_session_id(
+    keeps: bool, strategy: str, looked_at: bool
+) -> None:
+    play = Playbook(world(keeps_sessions=keeps))
+    assert play >> headers(routing_strategy=strategy) << Continue(answer=looked_at)

@@ -335,6 +335,23 @@ def test_it_is_tried_by_one_call_and_waits_twice_as_long_while_it_does_not_get_b
     assert waits == [pytest.approx(min(LATE, SOON * 2**n), abs=0.3) if n >= 0 else 0.125 for n in range(-1, 8)]
 
 
+def test_until_it_has_made_up_for_what_it_took_one_call_that_is_a_little_too_long_is_enough(
+    made: Strategies, slow: Slow, clock: Clock
+) -> None:
+    slow.takes = 1.0
+    chosen(made, "bad", pods(2))
+    clock.now += SOON
+    slow.takes = 1.5 * ALLOWED
+    chosen(made, "bad", pods(2))
+    assert counts(made)["slow"] == 2
+    clock.now += 2 * SOON
+    slow.takes = 0.0
+    chosen(made, "bad", pods(2))
+    slow.takes = 1.5 * ALLOWED
+    chosen(made, "bad", pods(2))
+    assert counts(made)["slow"] == 2
+
+
 def test_one_that_has_proven_itself_begins_anew(made: Strategies, slow: Slow, clock: Clock, told: Told) -> None:
     for _ in range(3):
         slow.takes = 1.0
