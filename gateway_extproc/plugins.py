@@ -66,8 +66,6 @@ def find(reference: str) -> type[Strategy]:
         raise Unusable(f"{reference} is no subclass of gateway_extproc.strategies.Strategy")
     if found.scores is Strategy.scores or inspect.iscoroutinefunction(found.scores):
         raise Unusable(f"{reference} needs a method scores() that is not async")
-    if not isinstance(found.needs, Need):
-        raise Unusable(f"needs of {reference} must be a gateway_extproc.strategies.Need")
     return found
 
 
@@ -75,9 +73,13 @@ def make(reference: str) -> Strategy:
     """A new one of the class that a reference names. Raises Unusable."""
     kind = find(reference)
     try:
-        return kind()
+        made = kind()
+        needs: object = made.needs
     except BaseException as error:
         raise Unusable(f"cannot make {reference}: {_told(error)}") from error
+    if not isinstance(needs, Need):
+        raise Unusable(f"needs of {reference} must be a gateway_extproc.strategies.Need")
+    return made
 
 
 def _told(error: BaseException) -> str:

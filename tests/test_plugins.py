@@ -101,8 +101,10 @@ WRONG = {
     "theirs_bad.kinds:Silent": "theirs_bad.kinds:Silent needs a method scores() that is not async",
     "theirs_bad.kinds:Async": "theirs_bad.kinds:Async needs a method scores() that is not async",
     "theirs_bad.kinds:Needs": "needs of theirs_bad.kinds:Needs must be a gateway_extproc.strategies.Need",
+    "theirs_bad.kinds:NeedsLater": "needs of theirs_bad.kinds:NeedsLater must be a gateway_extproc.strategies.Need",
+    "theirs_bad.kinds:Nothing": "cannot make theirs_bad.kinds:Nothing: AttributeError: 'NoneType' object has no attribute 'needs'",  # noqa: E501
     "theirs_bad.kinds:Wants": "cannot make theirs_bad.kinds:Wants: TypeError: Wants.__init__() missing 1 required positional argument: 'zone'",  # noqa: E501
-    "theirs_bad.kinds:Raises": "cannot make theirs_bad.kinds:Raises: OSError: two lines ({}/theirs_bad/kinds.py:25)",
+    "theirs_bad.kinds:Raises": "cannot make theirs_bad.kinds:Raises: OSError: two lines ({}/theirs_bad/kinds.py:32)",
 }
 KINDS = """\
     from gateway_extproc.strategies import Strategy
@@ -123,6 +125,13 @@ KINDS = """\
 
     class Nearest(Other, Strategy):
         pass
+
+    class NeedsLater(Nearest):
+        def __init__(self):
+            self.needs = {"prompt"}
+
+    class Nothing(Nearest):
+        def __new__(cls): ...
 
     class Wants(Nearest):
         def __init__(self, zone): ...

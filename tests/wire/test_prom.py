@@ -261,6 +261,7 @@ def test_a_sample_is_read_as_prometheus_writes_it(line: str) -> None:
         f"{NAME} {REQUESTS + 1}", f"{NAME} 1e400", f"{NAME}", f"{NAME} ", f"{NAME} three", f"{NAME} 3 4 5",
         f"{NAME} 3,5", f'{NAME}{{a="b" 3', f'{NAME}{{a="b}} 3', f"{NAME}{{a=b}} 3", f'{NAME}{{"a"="b"}} 3',
         f'{NAME}{{a="b" c="d"}} 3', f"{NAME}{{a}} 3", f"{NAME} 3\n{NAME} 4",
+        f"# TYPE {NAME} gauge\n{NAME} 3\n# TYPE {NAME} gauge\n{NAME} 4",  # a family twice, of two minds
         f'{NAME}{{a="b"}} 3\n{NAME}{{a="b"}} 4', f"{NAME} 3\n{NAME}{{a=\"b\"}} NaN", f"{NAME} 3\n{NAME}",
         NAME + "{" + ",".join(f'a{n}="b"' for n in range(LABELS + 1)) + "} 3",
         "\n".join(f'{NAME}{{a="{n}"}} 3' for n in range(SERIES + 1)),

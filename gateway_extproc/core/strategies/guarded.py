@@ -98,9 +98,12 @@ class Guarded(Strategy):
     def scores(self, pods: Sequence[fleet.Pod], asked: Asked, now: float, rng: Random) -> list[float]:
         if self._rng is None:
             self._rng = Random(rng.random())  # its own: to seed it is nobody else's concern
-        chance, score = self._rng, self.plugin.scores
+        chance = self._rng
         found = self._call(
-            lambda: _checked(score([self._view(pod) for pod in pods], _shown(asked), now, chance), len(pods)), ALLOWED
+            lambda: _checked(
+                self.plugin.scores([self._view(pod) for pod in pods], _shown(asked), now, chance), len(pods)
+            ),
+            ALLOWED,
         )
         if found is None:
             self.degraded += 1

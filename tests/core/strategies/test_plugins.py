@@ -257,6 +257,17 @@ def test_one_that_raises_while_it_learns_or_forgets_stops_neither_requests_nor_o
     assert [str(failure.error) for failure in told] == ["routed"]  # one of a kind in a while
 
 
+def test_one_whose_method_cannot_even_be_had_fails_no_request(told: Told) -> None:
+    class Gone(Good):
+        @property
+        def scores(self) -> Any:
+            raise LookupError
+
+    made = strategies(tell=told.append, bad=Gone())
+    assert chosen(made, "bad", pods(2)).name == "pod-0"
+    assert told.reasons == ["raised"]
+
+
 def test_other_strategies_are_called_as_if_it_were_not_there() -> None:
     made, candidates = strategies(bad=Scored(raises(ValueError()))), pods(5)
     for name in STRATEGIES:
