@@ -81,9 +81,9 @@ def main(rounds: int = 5, picks: int = 500) -> int:
             found = [measure(name, number, max(50, picks * AT // max(AT, number))) for _ in range(rounds)]
             cost = Cost(min(each.p50 for each in found), min(each.p99 for each in found))
             cells.append(f"{cost.p50:.0f}, {cost.p99:.0f}")
-            if number == AT and (cost.p50 > goal or cost.p99 > WORST):
+            if number == AT and name != GOOD and (cost.p50 > goal or cost.p99 > WORST):
                 missed.append(name)
-        rows.append([*cells, f"{goal:.0f}, {WORST:.0f}"])
+        rows.append([*cells, f"{goal:.0f}, {WORST:.0f}" if name != GOOD else ""])
     print(table(rows))
     print(f"\nnot met: {', '.join(missed)}" if missed else "\nall goals are met")
     return 0

@@ -100,10 +100,7 @@ class Guarded(Strategy):
             self._rng = Random(rng.random())  # its own: to seed it is nobody else's concern
         chance = self._rng
         found = self._call(
-            lambda: _checked(
-                self.plugin.scores([self._view(pod) for pod in pods], _shown(asked), now, chance), len(pods)
-            ),
-            ALLOWED,
+            lambda: _checked(self.plugin.scores(self._seen(pods), _shown(asked), now, chance), len(pods)), ALLOWED
         )
         if found is None:
             self.degraded += 1
@@ -117,6 +114,13 @@ class Guarded(Strategy):
     def keep(self, pods: Sequence[fleet.Pod]) -> None:
         self._views = {pod: self._view(pod) for pod in pods}
         self._call(lambda: self.plugin.keep(list(self._views.values())), ALLOWED)
+
+    def _seen(self, pods: Sequence[fleet.Pod]) -> list[plugin.Pod]:
+        views = self._views
+        try:
+            return [views[pod] for pod in pods]
+        except KeyError:
+            return [self._view(pod) for pod in pods]
 
     def _view(self, pod: fleet.Pod) -> plugin.Pod:
         found = self._views.get(pod)
