@@ -42,6 +42,17 @@ CONNECTIONS: Final = 50_000
 #: Seconds for which Envoy collects access log entries: what a request did not use of its reservation is given back so
 #: much later. Under load a batch is full (16 KiB, some 20 entries) before its time is up.
 LOG_FLUSH: Final = 0.1
+#: What Envoy says for the gateway while it is away, and of requests that it does not even ask the gateway about.
+AWAY: Final = Refusal(
+    status=503, type="api_error", code="internal_error", message="The gateway cannot be reached right now.",
+    retry_after=1.0,
+)  # fmt: skip
+UNKNOWN_URL: Final = Refusal(
+    status=404, type="invalid_request_error", code="unknown_url", message="Unknown request URL."
+)
+INVALID: Final = Refusal(
+    status=400, type="invalid_request_error", code="invalid_value", message="The HTTP request is not valid."
+)
 
 
 class Bootstrap(msgspec.Struct, frozen=True, kw_only=True):
@@ -539,27 +550,19 @@ def _local_replies(settings: Bootstrap) -> list[dict[str, Any]]:
     """The first mapper that matches writes the answer. Ours come first and stay as they are."""
     chosen = _header(MODEL_HEADER)
     too_large = refusal.request_too_large(settings.max_body_bytes)
-    away = Refusal(
-        status=503, type="api_error", code="internal_error", message="The gateway cannot be reached right now.",
-        retry_after=1.0,
-    )  # fmt: skip
     busy = refusal.overloaded("The gateway is busy.")
-    bad = Refusal(
-        status=400, type="invalid_request_error", code="invalid_value", message="The HTTP request is not valid."
-    )
-    url = Refusal(status=404, type="invalid_request_error", code="unknown_url", message="Unknown request URL.")
     table: list[tuple[Mapping[str, Any], Refusal | None]] = [
         (_details(f"response.code_details.contains('{DETAILS_PREFIX}')"), None),
         (_code(413), too_large),
         (_details("response.code_details.startsWith('overload')"), busy),
         (_flags("SI", "UT", "DT", "UMSDR"), refusal.upstream_timeout()),
         (_both(chosen, _status_from(500)), refusal.upstream_unavailable()),
-        (_code(503), away),
-        (_code(501), bad),  # Envoy's word for a transfer-encoding other than chunked
+        (_code(503), AWAY),
+        (_code(501), INVALID),  # Envoy's word for a transfer-encoding other than chunked
         (_status_from(500), refusal.internal_error()),
-        (_header("upgrade"), url),
-        (_code(404), url),
-        (_status_from(400), bad),
+        (_header("upgrade"), UNKNOWN_URL),
+        (_code(404), UNKNOWN_URL),
+        (_status_from(400), INVALID),
     ]
     mappers: list[dict[str, Any]] = []
     for condition, refused in table:

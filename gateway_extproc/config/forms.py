@@ -107,7 +107,8 @@ def duration(low: float, high: float) -> Form:
         return seconds
 
     kind = f"duration, {show_duration(low)} to {show_duration(high)}"
-    return Form(kind, read, show=show_duration, plain=True)
+    schema = {"anyOf": [{"type": "string", "pattern": f"^{_DURATION.pattern}$"}, {"const": 0}]}
+    return Form(kind, read, show=show_duration, schema=schema, plain=True)
 
 
 def size(low: int, high: int) -> Form:
@@ -122,7 +123,10 @@ def size(low: int, high: int) -> Form:
             raise ValueError(f"expected a size from {show_size(low)} to {show_size(high)}")
         return int(count)
 
-    return Form(f"size, {show_size(low)} to {show_size(high)}", read, show=show_size, plain=True)
+    kind = f"size, {show_size(low)} to {show_size(high)}"
+    number = {"type": "integer", "minimum": low, "maximum": high}
+    schema = {"anyOf": [{"type": "string", "pattern": f"^{_SIZE.pattern}$"}, number]}
+    return Form(kind, read, show=show_size, schema=schema, plain=True)
 
 
 def whole(low: int, high: int) -> Form:
