@@ -264,10 +264,15 @@ class System:
 
 
 def request(
-    port: int, method: str, path: str, body: bytes | None = None, headers: Mapping[str, str] | None = None
+    port: int,
+    method: str,
+    path: str,
+    body: bytes | None = None,
+    headers: Mapping[str, str] | None = None,
+    host: str = "127.0.0.1",
 ) -> Reply:
     """One request on a connection of its own."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=DEADLINE)
+    connection = http.client.HTTPConnection(host, port, timeout=DEADLINE)
     try:
         connection.request(method, path, body, dict(headers or {}))
         answer = connection.getresponse()

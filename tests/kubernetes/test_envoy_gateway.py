@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import sys
 from collections.abc import Iterator
@@ -11,98 +12,64 @@ from pathlib import Path
 from typing import Any, Final
 
 import pytest
-import yaml
-
+from tests.kubernetes.chart import Failed, Helm
 from tests.kubernetes.cluster import NODE, Cluster, Network
 from tests.kubernetes.conftest import missing
-from tests.kubernetes.envoy_gateway import CONTROLLER, EnvoyGateway
+from tests.kubernetes.envoy_gateway import EnvoyGateway
+from tests.kubernetes.kubelet import Kubelet
 from tests.system import Process, Reply, request, until
 
-NAME: Final = "model.aibrix.ai/name"
+LABEL: Final = "model.aibrix.ai/name"
 SYSTEM, PORT = "gateway-system", 8888
-#: Where the gateway process listens: as a pod would.
-GATEWAY: Final = "10.244.250.1"
+RELEASE, NAME = "models", "models-gateway-extproc"
+#: Pod Security's strictest level, which the API server holds the chart's pods to.
+RESTRICTED: Final = {"pod-security.kubernetes.io/enforce": "restricted"}
 ENVOY: Final = "gateway.envoyproxy.io/v1alpha1"
 ROUTES: Final = "gateway.networking.k8s.io/v1"
 _addresses = count(1)
 
 
 class Served:
-    """The whole of it: cluster, controllers, Envoy Gateway, Envoy, and the gateway with its controller."""
+    """The whole of it: cluster, controllers, Envoy Gateway, Envoy, and the chart, with pods that are processes here."""
 
-    def __init__(self, cluster: Cluster, directory: Path) -> None:
+    def __init__(self, cluster: Cluster, network: Network, directory: Path) -> None:
         self.cluster, self.api, self._directory = cluster, cluster.api, directory
         self.parts: list[Any] = []
         self.namespace = self.api.namespace("labelled")
-        self.api.namespace(SYSTEM)
+        self.api.create("/api/v1/namespaces", {"metadata": {"name": SYSTEM, "labels": RESTRICTED}})
         cluster.start_controllers(
             "deployment-controller",
             "replicaset-controller",
+            "statefulset-controller",
             "endpointslice-controller",
             "garbage-collector-controller",
         )
-        self._entry()
-        self.eg = EnvoyGateway(cluster, directory)
+        try:
+            self._start(network)
+        except BaseException:
+            self.close()
+            raise
+
+    def _start(self, network: Network) -> None:
+        self.eg = EnvoyGateway(self.cluster, self._directory)
         self.parts.append(self.eg)
-        kubeconfig = str(cluster.kubeconfig("administrator"))
-        file = directory / "gateway.yaml"
-        file.write_text(yaml.safe_dump({
-            "listen": {"grpc": f"{GATEWAY}:9002", "http": "127.0.0.1:9090"},
-            "routing": {"expose": True},
-            "users": [{"name": "limited", "rpm": 1}],
-            "discovery": {"kubernetes": {"kubeconfig": kubeconfig, "namespaces": [self.namespace]}},
-            "controller": {
-                "gateway": f"{SYSTEM}/models", "kubeconfig": kubeconfig, "namespaces": [self.namespace], "serve": True,
-            },
-        }))  # fmt: skip
-        command = [sys.executable, "-m", "gateway_extproc.cli", "serve", "--config", str(file)]
-        self.gateway = Process("gateway", command, directory / "gateway.log")
-        self.parts.append(self.gateway)
-        self.envoy = self.eg.envoy(f"{SYSTEM}/models", PORT)
-
-    def _put(self, root: str, kind: str, plural: str, name: str, spec: Any, namespace: str = SYSTEM) -> None:
-        where = f"/namespaces/{namespace}" if namespace else ""
-        base = f"/apis/{root}" if "/" in root else f"/api/{root}"
-        self.api.create(f"{base}{where}/{plural}", {
-            "apiVersion": root, "kind": kind, "metadata": {"name": name}, **spec,
-        })  # fmt: skip
-
-    def _entry(self) -> None:
-        """What is written once for a Gateway: the entry route, ext_proc, and what clients may not say."""
-        target = [{"group": "gateway.networking.k8s.io", "kind": "Gateway", "name": "models"}]
-        put = self._put
-        put(ROUTES, "GatewayClass", "gatewayclasses", "models", {"spec": {"controllerName": CONTROLLER}}, "")
-        listener = {
-            "name": "http", "protocol": "HTTP", "port": PORT, "allowedRoutes": {"namespaces": {"from": "All"}},
-        }  # fmt: skip
-        put(ROUTES, "Gateway", "gateways", "models", {"spec": {"gatewayClassName": "models", "listeners": [listener]}})
-        ports = [{"name": "grpc", "port": 9002, "appProtocol": "kubernetes.io/h2c"}]
-        put("v1", "Service", "services", "gateway", {"spec": {"clusterIP": "None", "ports": ports}})
-        self.api.create(f"/apis/discovery.k8s.io/v1/namespaces/{SYSTEM}/endpointslices", {
-            "metadata": {"name": "gateway-1", "labels": {"kubernetes.io/service-name": "gateway"}},
-            "addressType": "IPv4",
-            "endpoints": [{"addresses": [GATEWAY], "conditions": {"ready": True}}],
-            "ports": [{"name": "grpc", "port": 9002, "protocol": "TCP", "appProtocol": "kubernetes.io/h2c"}],
-        })  # fmt: skip
-        backend = [{"name": "gateway", "port": 9002}]
-        rule = {"matches": [{"path": {"type": "PathPrefix", "value": "/v1/"}}], "backendRefs": backend}
-        put(ROUTES, "HTTPRoute", "httproutes", "entry", {"spec": {"parentRefs": [{"name": "models"}], "rules": [rule]}})
-        mode = {"request": {"body": "Buffered"}, "response": {"body": "Streamed"}, "allowModeOverride": True}
-        process = {"backendRefs": backend, "messageTimeout": "30s", "failOpen": True, "processingMode": mode}
-        put(ENVOY, "EnvoyExtensionPolicy", "envoyextensionpolicies", "gateway", {
-            "spec": {"targetRefs": target, "extProc": [process]},
-        })  # fmt: skip
-        put(ENVOY, "ClientTrafficPolicy", "clienttrafficpolicies", "gateway", {
-            "spec": {
-                "targetRefs": target,
-                "connection": {"bufferLimit": "32Mi"},
-                "headers": {"earlyRequestHeaders": {"remove": ["model", "target-pod"]}},
-            },
-        })  # fmt: skip
+        self.kubelet = Kubelet(self.cluster, network, self._directory, SYSTEM).start()
+        self.parts.append(self.kubelet)
+        self.helm = Helm(self._directory, self.cluster, SYSTEM)
+        self.values: dict[str, Any] = {
+            "gateway": {"port": PORT},
+            "namespaces": [self.namespace],
+            "config": {"routing": {"expose": True}, "users": [{"name": "limited", "rpm": 1}]},
+        }
+        try:
+            self.helm.install(RELEASE, self.values)
+        except Failed as error:
+            raise AssertionError(f"{error}\n{self.kubelet.output()}") from error
+        self.envoy = self.eg.envoy(f"{SYSTEM}/{NAME}", PORT)
 
     def deployment(self, name: str, model: str, replicas: int = 1) -> str:
         path = f"/apis/apps/v1/namespaces/{self.namespace}/deployments"
-        labels = {NAME: model, "app": name}
+        labels = {LABEL: model, "app": name}
         self.api.create(path, {
             "metadata": {"name": name, "labels": labels},
             "spec": {
@@ -150,9 +117,16 @@ class Served:
         try:
             until(answered, f"{model}: {status}")
         except AssertionError as error:
-            logs = (self.gateway, self.eg.process, self.envoy)
-            raise AssertionError(f"{error}: {last}\n" + "\n".join(each.output()[-3000:] for each in logs)) from error
+            logs = (self.eg.process, self.envoy)
+            raise AssertionError(f"{error}: {last}\n" + "\n".join(each.output()[-3000:] for each in logs) + self.kubelet.output()) from error
         return last[0]
+
+    def admin(self, path: str) -> Any:
+        """What the admin side of one of the gateways says."""
+        secret = self.api.get(f"/api/v1/namespaces/{SYSTEM}/secrets/{NAME}")["data"]
+        token = base64.b64decode(secret["admin-token"]).decode()
+        pod = self.kubelet.pods("gateway")[0]
+        return request(9090, "GET", path, headers={"authorization": f"Bearer {token}"}, host=pod.ip).json
 
     def conditions(self, path: str) -> dict[str, str]:
         """What Envoy Gateway says of an object."""
@@ -174,7 +148,7 @@ def served(
     network: Network, inside: None, shared_cluster: Cluster, defined: None, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Served]:
     assert not (reason := missing("kube-controller-manager", "envoy-gateway")), reason
-    made = Served(shared_cluster, tmp_path_factory.mktemp("served"))
+    made = Served(shared_cluster, network, tmp_path_factory.mktemp("served"))
     yield made
     made.close()
 
@@ -217,7 +191,7 @@ def test_the_pod_that_was_chosen_is_the_pod_that_answers(served: Served) -> None
     served.until_chat("chosen", 200)
 
     def members() -> int:
-        pods = request(9090, "GET", "/admin/pods").json
+        pods = served.admin("/admin/pods")
         return sum(pod["ready"] and pod["models"] == ["chosen"] for pod in pods)
 
     until(lambda: members() == 3)

