@@ -14,7 +14,7 @@ BIN = $(VENV)/bin
 PYTEST = "$(BIN)/python" -m pytest -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench bench-check proto lint format types requirements kubernetes-binaries clean venv-demo venv-dev
+.PHONY: help demo test check bench bench-check proto lint format types requirements manifests kubernetes-binaries clean venv-demo venv-dev
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1	\2/p' Makefile | expand -t 20
@@ -28,6 +28,7 @@ test: venv-dev ## the tests, with the real Envoy and the real Valkey
 check: lint types ## all that CI runs: lint, types, layers, generated files are current, all tests
 	@"$(BIN)/python" proto/generate.py --check
 	@"$(BIN)/python" -m gateway_extproc.config_reference --check
+	@"$(BIN)/python" -m gateway_extproc.chart --check
 	@exec $(PYTEST) $(ARGS)
 
 bench: venv-dev ## what a request costs, and each goal with its figure; some 12 minutes
@@ -64,7 +65,15 @@ requirements: venv-dev ## requirements/*.txt anew from pyproject.toml
 	@cp requirements/dev.txt requirements/demo.txt
 	@$(COMPILE) requirements/build.in --extra demo -o requirements/demo.txt
 	@cp requirements/dev.txt requirements/runtime.txt
-	@$(COMPILE) -o requirements/runtime.txt
+	@$(COMPILE) --extra kubernetes -o requirements/runtime.txt
+
+HELM ?= helm
+KUBERNETES ?= 1.36.0
+
+manifests: venv-dev ## what the chart takes from the code, and charts/manifests anew from it; needs helm
+	@"$(BIN)/python" -m gateway_extproc.chart
+	@"$(HELM)" template gateway-extproc charts/gateway-extproc --namespace gateway-extproc --skip-tests \
+		--kube-version $(KUBERNETES) --values charts/manifests/values.yaml > charts/manifests/gateway-extproc.yaml
 
 clean: ## no caches, no virtual environment
 	@rm -rf .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache build dist

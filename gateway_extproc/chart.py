@@ -158,6 +158,7 @@ def values_schema() -> Schema:
                 "persistence": _object({
                     "enabled": _BOOL, "size": _SOME, "storageClassName": _TEXT,
                     "accessModes": {"type": "array", "items": _SOME, "minItems": 1},
+                    "whenDeleted": {"enum": ["Delete", "Retain"]},
                 }),
                 "resources": resources,
                 **placement,

@@ -3,8 +3,8 @@
 A container is a process on this machine, with what the pod gives it: arguments, environment, ConfigMaps, Secrets, its
 ServiceAccount's token, names of Services, user and rights, and a root that it cannot write to. Its image is not: the
 programs that the tests run with stand in for it (PROGRAMS). A pod has an address of the cluster's network; ``0.0.0.0``
-in what it reads is that, since all pods share one machine. Pods that are deleted get their preStop hook, the signal, and
-their time. Probes decide about Ready; of a liveness probe nothing is made. Whoever starts one closes it.
+in what it reads is that, since all pods share one machine. Pods that are deleted get their preStop hook, the signal,
+and their time. Probes decide about Ready; of a liveness probe nothing is made. Whoever starts one closes it.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ FIRST: Final = PODS.network_address + (240 << 8) + 1
 PERIOD: Final = 0.1
 #: Where a ServiceAccount's token is (/var/run is a link to /run).
 ACCOUNT: Final = "/run/secrets/kubernetes.io/serviceaccount"
+HOSTS: Final = "/etc/hosts"
 _ROOT: Final = Path(__file__).parents[2]
 #: Over the machine's root a layer in memory, which nobody else sees and the container cannot write to.
 _CONTAINER: Final = """
@@ -49,10 +50,10 @@ set -e
 mkdir -p {layer} && mount -t tmpfs none {layer} && mkdir {layer}/up {layer}/work {layer}/root
 mount -t overlay overlay -o lowerdir=/,upperdir={layer}/up,workdir={layer}/work {layer}/root
 chmod 711 {layer}/root/root
-cp -r {files}/. {layer}/root/
 ln -sf {valkey} {layer}/root/usr/local/bin/valkey-server
 for each in proc dev sys tmp; do mount --rbind /$each {layer}/root/$each; done
 mount -o remount,bind,ro {layer}/root/tmp
+mount --bind {files}/etc/hosts {layer}/root/etc/hosts
 {volumes}
 mount -o remount,ro {layer}/root
 cd {layer}/root
@@ -61,7 +62,7 @@ exec chroot {layer}/root setpriv {rights} -- sh -c 'cd {cwd} && exec {command}'
 
 
 class Kubelet:
-    """Runs the pods of ``namespaces`` in a thread of its own, from ``start`` to ``close``. ``resolve`` further names."""
+    """Runs the pods of ``namespaces`` in a thread of its own, from ``start`` to ``close``."""
 
     def __init__(self, cluster: Cluster, network: Network, directory: Path, *namespaces: str) -> None:
         self._cluster, self._network, self._namespaces = cluster, network, namespaces
@@ -146,8 +147,10 @@ class Kubelet:
             else:
                 self._say(path, pod, False)
                 pod.run()
-        elif pod.told is not (ready := pod.ready()):
-            self._say(path, pod, ready)
+        else:
+            pod.refresh()
+            if pod.told is not (ready := pod.ready()):
+                self._say(path, pod, ready)
 
     def _say(self, path: str, pod: _Pod, ready: bool) -> None:
         self._api.status(path, ip=pod.ip, ready=ready)
@@ -168,6 +171,7 @@ class _Pod:
         self._directory = directory
         self._files = directory / f"pod-{self.name}"
         (self._container,) = self._spec["containers"]
+        self._token = ""
         self._ending: float | None = None
         self._hook: subprocess.Popen[bytes] | None = None
         self._child: subprocess.Popen[bytes] | None = None
@@ -177,7 +181,7 @@ class _Pod:
 
     def run(self) -> None:
         """Start the container."""
-        self._mount()
+        self.refresh()
         security = {**self._spec.get("securityContext", {}), **self._container.get("securityContext", {})}
         assert security["runAsNonRoot"], self.name
         assert security["readOnlyRootFilesystem"], self.name
@@ -272,14 +276,20 @@ class _Pod:
             found[each["name"]] = value
         return found
 
-    def _mount(self) -> None:
-        """Lay out what is mounted, where it will be."""
+    def refresh(self) -> None:
+        """Bring what is mounted up to date. Files are replaced as a whole, but for HOSTS, which is a mount itself."""
         for path, content in self._contents():
             target = self._files / path.lstrip("/")
+            content = content.replace(b"0.0.0.0", self.ip.encode())
+            if target.exists() and target.read_bytes() == content:
+                continue
             target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(content.replace(b"0.0.0.0", self.ip.encode()))
-        for directory in [self._files, *(path for path in self._files.rglob("*") if path.is_dir())]:
-            directory.chmod(0o755)
+            if path == HOSTS:
+                target.write_bytes(content)
+            else:
+                fresh = target.with_name(f".{target.name}")
+                fresh.write_bytes(content)
+                fresh.replace(target)
 
     def _contents(self) -> Iterator[tuple[str, bytes]]:
         mounts = {each["name"]: each["mountPath"] for each in self._container.get("volumeMounts", [])}
@@ -295,10 +305,13 @@ class _Pod:
                     yield f"{at}/{item['path']}", secret[item["key"]]
         if self._spec.get("automountServiceAccountToken", True):
             account = f"/api/v1/namespaces/{self._namespace}/serviceaccounts/{self._spec['serviceAccountName']}"
-            yield f"{ACCOUNT}/token", str(self._api.create(f"{account}/token", {"spec": {}})["status"]["token"]).encode()
+            yield (
+                f"{ACCOUNT}/token",
+                str(self._api.create(f"{account}/token", {"spec": {}})["status"]["token"]).encode(),
+            )
             yield f"{ACCOUNT}/ca.crt", Path(self._cluster.authority).read_bytes()
             yield f"{ACCOUNT}/namespace", self._namespace.encode()
-        yield "/etc/hosts", "".join(self._hosts()).encode()
+        yield HOSTS, "".join(self._hosts()).encode()
 
     def _hosts(self) -> Iterator[str]:
         """Names of Services: the first address that each has."""
@@ -310,14 +323,18 @@ class _Pod:
                 yield f"{endpoint['addresses'][0]} {service}.{self._namespace}.svc\n"
 
     def _volumes(self) -> Iterator[str]:
-        """What mounts those that the container may write to: they stay when it starts anew."""
-        claims = [each["name"] for each in self._spec.get("volumes", []) if {"persistentVolumeClaim", "emptyDir"} & {*each}]
-        for each in self._container.get("volumeMounts", []):
-            if each["name"] in claims:
-                kept = self._directory / f"volume-{self.name}-{each['name']}"
+        """What mounts them. What the container may write to stays when it starts anew."""
+        sources = {each["name"]: each for each in self._spec.get("volumes", [])}
+        mounts = {each["mountPath"]: sources[each["name"]] for each in self._container.get("volumeMounts", [])}
+        if self._spec.get("automountServiceAccountToken", True):
+            mounts[ACCOUNT] = {}
+        for at, source in mounts.items():
+            kept = f"{self._files}{at}"
+            if {"persistentVolumeClaim", "emptyDir"} & source.keys():
+                kept = f"{self._directory}/volume-{self.name}-{source['name']}"
                 yield f"mkdir -p {kept} && chmod 777 {kept}"
-                yield f"mkdir -p {self._files}-layer/root{each['mountPath']}"
-                yield f"mount --bind {kept} {self._files}-layer/root{each['mountPath']}"
+            inside = f"{self._files}-layer/root{at}"
+            yield f"mkdir -p {inside} && mount --bind {kept} {inside}"
 
     def _secret(self, name: str) -> dict[str, bytes]:
         found = self._api.get(f"/api/v1/namespaces/{self._namespace}/secrets/{name}")["data"]

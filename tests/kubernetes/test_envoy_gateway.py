@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import json
+import signal
+import subprocess
 import sys
 from collections.abc import Iterator
 from functools import partial
@@ -12,6 +14,8 @@ from pathlib import Path
 from typing import Any, Final
 
 import pytest
+
+from gateway_extproc.core import refusal
 from tests.kubernetes.chart import Failed, Helm
 from tests.kubernetes.cluster import NODE, Cluster, Network
 from tests.kubernetes.conftest import missing
@@ -59,7 +63,12 @@ class Served:
         self.values: dict[str, Any] = {
             "gateway": {"port": PORT},
             "namespaces": [self.namespace],
-            "config": {"routing": {"expose": True}, "users": [{"name": "limited", "rpm": 1}]},
+            "drainSeconds": 1,
+            "config": {
+                "routing": {"expose": True},
+                "users": [{"name": "limited", "rpm": 1}, {"name": "counted", "tpm": 1000}],
+                "models": {"slow": {"timeout": "500ms", "retries": 0}},
+            },
         }
         try:
             self.helm.install(RELEASE, self.values)
@@ -97,36 +106,70 @@ class Served:
             ip = f"10.244.200.{next(_addresses)}"
             options = ["--model", model, "--host", ip, "--port", "8000", "--name", pod["metadata"]["name"]]
             command = [sys.executable, "-m", "gateway_extproc.simulator", *options]
-            self.parts.append(Process(f"pod-{ip}", command, self._directory / f"{ip}.log"))
+            self.newest = f"pod-{ip}"
+            self.parts.append(Process(self.newest, command, self._directory / f"{ip}.log"))
             self.api.status(f"{path}/{pod['metadata']['name']}", ip=ip, ready=True)
         return [pod["metadata"]["name"] for pod in found]
 
     def chat(self, name: str, **headers: str) -> Reply:
         """Ask model ``name``."""
-        body = {"model": name, "messages": [{"role": "user", "content": "hello"}], "max_tokens": 4}
+        return self.post("/v1/chat/completions", self.body(name), **headers)
+
+    def body(self, name: str, size: int = 0, **more: Any) -> bytes:
+        """A request for model ``name``, of at least ``size`` bytes."""
+        content = "hello " * (size // 6 + 1)
+        return json.dumps(
+            {"model": name, "messages": [{"role": "user", "content": content}], "max_tokens": 4, **more}
+        ).encode()
+
+    def post(self, path: str, body: bytes, **headers: str) -> Reply:
         named = {"content-type": "application/json"} | {key.replace("_", "-"): value for key, value in headers.items()}
-        return request(PORT, "POST", "/v1/chat/completions", json.dumps(body).encode(), named)
+        return request(PORT, "POST", path, body, named)
+
+    def over_http2(self, body: bytes) -> Reply:
+        """The same by HTTP/2, whose streams have buffers of their own."""
+        url = f"http://127.0.0.1:{PORT}/v1/chat/completions"
+        command = ["curl", "-sS", "-o", "-", "-w", "\n%{http_version} %{http_code}", "--http2-prior-knowledge"]
+        command += ["-H", "content-type: application/json", "--data-binary", "@-", url]
+        done = subprocess.run(command, input=body, capture_output=True, check=True, timeout=60)
+        content, _, told = done.stdout.rpartition(b"\n")
+        version, status = told.split()
+        assert version == b"2"
+        return Reply(int(status), {"content-type": "application/json"}, content)
+
+    def gateways(self, replicas: int) -> None:
+        """Have so many, and wait until it is so."""
+        deployment = f"/apis/apps/v1/namespaces/{SYSTEM}/deployments/{NAME}"
+        self.api.merge(deployment, {"spec": {"replicas": replicas}})
+        until(lambda: sum(pod.told is True for pod in self.kubelet.pods("gateway")) == replicas)
+        until(lambda: len(self.kubelet.pods("gateway")) == replicas)
 
     def until_chat(self, model: str, status: int) -> Reply:
         last: list[Reply] = []
 
         def answered() -> bool:
             last[:] = [self.chat(model)]
-            return last[0].status == status
+            return last[0].status == status and (status != 200 or self.known(model))
 
         try:
             until(answered, f"{model}: {status}")
         except AssertionError as error:
-            logs = (self.eg.process, self.envoy)
-            raise AssertionError(f"{error}: {last}\n" + "\n".join(each.output()[-3000:] for each in logs) + self.kubelet.output()) from error
+            logs = [each.output()[-3000:] for each in (self.eg.process, self.envoy)]
+            raise AssertionError("\n".join((f"{error}: {last}", *logs, self.kubelet.output()))) from error
         return last[0]
 
-    def admin(self, path: str) -> Any:
-        """What the admin side of one of the gateways says."""
+    def admin(self, path: str) -> list[Any]:
+        """What the admin side of each gateway says."""
         secret = self.api.get(f"/api/v1/namespaces/{SYSTEM}/secrets/{NAME}")["data"]
-        token = base64.b64decode(secret["admin-token"]).decode()
-        pod = self.kubelet.pods("gateway")[0]
-        return request(9090, "GET", path, headers={"authorization": f"Bearer {token}"}, host=pod.ip).json
+        headers = {"authorization": f"Bearer {base64.b64decode(secret['admin-token']).decode()}"}
+        pods = self.kubelet.pods("gateway")
+        return [request(9090, "GET", path, headers=headers, host=pod.ip).json for pod in pods]
+
+    def known(self, model: str, pods: int = 1) -> bool:
+        """Whether every gateway knows so many pods of a model to be ready."""
+        return all(
+            sum(pod["ready"] and model in pod["models"] for pod in found) >= pods for found in self.admin("/admin/pods")
+        )
 
     def conditions(self, path: str) -> dict[str, str]:
         """What Envoy Gateway says of an object."""
@@ -157,6 +200,7 @@ def test_label_a_deployment_and_its_model_answers(served: Served) -> None:
     path = served.deployment("llama", "llama-8b", 2)
     names = served.run_pods("llama", "llama-8b", 2)
     first = served.until_chat("llama-8b", 200)
+    until(lambda: served.known("llama-8b", 2))
     assert first.json["model"] == "llama-8b"
     # Both pods, and only by their names: one chosen at random out of two, so many times.
     wanted = {f"{served.namespace}/{name}" for name in names}
@@ -190,16 +234,138 @@ def test_the_pod_that_was_chosen_is_the_pod_that_answers(served: Served) -> None
     served.run_pods("chosen", "chosen", 3)
     served.until_chat("chosen", 200)
 
-    def members() -> int:
-        pods = served.admin("/admin/pods")
-        return sum(pod["ready"] and pod["models"] == ["chosen"] for pod in pods)
-
-    until(lambda: members() == 3)
+    until(lambda: served.known("chosen", 3))
     for _ in range(30):
         answer = served.chat("chosen", routing_strategy="random")
         assert answer.status == 200
         # The pod says its name itself.
         assert answer.headers["target-pod"] == f"{served.namespace}/{answer.headers['x-pod-name']}"
+
+
+def test_the_tokens_of_answers_and_of_streams_are_counted(served: Served) -> None:
+    served.deployment("told", "told")
+    served.run_pods("told", "told")
+    served.until_chat("told", 200)
+
+    def used() -> int:
+        return int(served.chat("told", user="counted").headers["x-ratelimit-remaining-tokens"])
+
+    first = served.chat("told", user="counted")
+    usage = first.json["usage"]["total_tokens"]
+    streamed = served.post("/v1/chat/completions", served.body("told", stream=True), user="counted")
+    assert b"[DONE]" in streamed.body
+
+    # What was set aside for the next request is above what it needs, so that less is left than was used.
+    def settled() -> bool:
+        spent = served.admin("/admin/usage?user=counted")[0]["total"]
+        return bool(spent["prompt_tokens"] + spent["completion_tokens"] >= 2 * usage)
+
+    until(settled, "both answers were counted")
+    assert used() <= 1000 - 2 * usage
+
+
+def test_bodies_up_to_the_limit_come_whole(served: Served) -> None:
+    served.deployment("large", "large")
+    served.run_pods("large", "large")
+    served.until_chat("large", 200)
+    assert served.post("/v1/chat/completions", served.body("large", 1 << 20)).json["usage"]["prompt_tokens"] > 100_000
+    assert served.over_http2(served.body("large", 1 << 20)).status == 200
+    # Near the limit the model is unknown, since a simulated pod takes its time with so many tokens.
+    for answer in (
+        served.post("/v1/chat/completions", served.body("unknown", 31 << 20)),
+        served.over_http2(served.body("unknown", 31 << 20)),
+    ):
+        assert (answer.status, answer.error["code"]) == (404, "model_not_found")
+
+
+def test_what_envoy_says_itself_is_as_clients_know_it(served: Served) -> None:
+    large = served.body("unknown", 33 << 20)
+    answer = served.post("/v1/chat/completions", large, x_request_id="mine")
+    assert (answer.status, answer.error["code"]) == (413, "request_too_large")
+    assert answer.error["message"] == refusal.request_too_large(32 << 20).message
+    assert answer.headers["x-request-id"] == "mine"
+    answer = served.post("/v1/messages", large)
+    assert (answer.status, set(answer.json), answer.json["type"]) == (413, {"type", "error"}, "error")
+    upgrade = {"connection": "Upgrade", "upgrade": "websocket", "sec-websocket-version": "13"}
+    answer = request(PORT, "GET", "/v1/realtime", headers=upgrade)
+    assert (answer.status, answer.error["code"]) == (404, "unknown_url")
+
+
+def test_a_pod_that_dies_or_says_nothing_is_an_error_that_clients_know(served: Served) -> None:
+    served.deployment("slow", "slow")
+    served.run_pods("slow", "slow")
+    served.until_chat("slow", 200)
+    (pod,) = (each for each in served.parts if isinstance(each, Process) and each.name == served.newest)
+    pod.signal(signal.SIGSTOP)
+    answer = served.chat("slow")
+    # Either nobody knew of it yet, or it was seen to be silent.
+    assert (answer.status, answer.error["code"]) in ((504, "upstream_timeout"), (503, "no_ready_pods"))
+    pod.signal(signal.SIGCONT)
+    served.until_chat("slow", 200)
+    pod.kill()
+    answer = served.chat("slow", x_request_id="mine")
+    assert (answer.status, answer.error["code"]) in ((502, "upstream_unavailable"), (503, "no_ready_pods"))
+    assert answer.headers["x-request-id"] == "mine"
+
+
+def test_every_answer_has_an_id_and_a_clients_own_is_kept(served: Served) -> None:
+    served.deployment("named", "named")
+    served.run_pods("named", "named")
+    served.until_chat("named", 200)
+    for name in ("named", "unknown"):
+        assert served.chat(name, x_request_id="mine").headers["x-request-id"] == "mine"
+        assert served.chat(name).headers["x-request-id"]
+
+
+def test_requests_wait_while_gateways_restart(served: Served) -> None:
+    served.deployment("waiting", "waiting")
+    served.run_pods("waiting", "waiting")
+    served.until_chat("waiting", 200)
+    for pod in served.kubelet.pods("gateway"):
+        pod.kill()
+    assert served.chat("waiting").status == 200
+
+
+def test_while_no_gateway_is_there_nobody_reaches_a_pod(served: Served) -> None:
+    served.deployment("closed", "closed")
+    served.run_pods("closed", "closed")
+    served.until_chat("closed", 200)
+    address = served.admin("/admin/pods")[0][0]["address"]
+    served.gateways(0)
+    try:
+        steering = {"model": "closed", "target_pod": address, "x_gateway_again": "1"}
+        for headers in ({}, steering):
+            answer = served.chat("closed", **headers)
+            assert (answer.status, answer.error["code"]) == (503, "internal_error")
+            assert answer.headers["retry-after"] == "1"
+            assert answer.headers["x-request-id"]
+            assert "x-pod-name" not in answer.headers
+        answer = served.post("/v1/messages", served.body("closed"))
+        assert (answer.status, answer.json["error"]["type"]) == (503, "api_error")
+        assert served.post("/v1/chat/completions", served.body("closed", 5 << 20)).status == 503
+        answer = served.post("/v1/chat/completions", served.body("closed", 33 << 20))
+        assert (answer.status, answer.error["code"]) == (413, "request_too_large")
+        answer = request(PORT, "GET", "/other")
+        assert (answer.status, answer.error["code"]) == (404, "unknown_url")
+    finally:
+        served.gateways(2)
+    served.until_chat("closed", 200)
+
+
+def test_helm_test_asks_the_gateway(served: Served) -> None:
+    assert "Succeeded" in served.helm.test(RELEASE)
+
+
+def test_what_the_chart_made_is_accepted(served: Served) -> None:
+    base = f"/namespaces/{SYSTEM}"
+    for path in (
+        f"{ROUTES}{base}/httproutes/{NAME}-entry",
+        f"{ENVOY}{base}/backendtrafficpolicies/{NAME}-entry",
+        f"{ENVOY}{base}/clienttrafficpolicies/{NAME}",
+        f"{ENVOY}{base}/envoyextensionpolicies/{NAME}",
+    ):
+        until(partial(served.accepted, path), path)
+        assert "False" not in served.conditions(path).values(), path
 
 
 def test_what_the_controller_wrote_is_accepted(served: Served) -> None:

@@ -1,0 +1,299 @@
+"""The chart by the real helm against the real API server: what it makes is accepted, runs, changes, and goes."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+from collections.abc import Iterator, Mapping
+from itertools import count
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+import yaml
+
+from tests.kubernetes.chart import CHART, Failed, Helm
+from tests.kubernetes.cluster import Api, Cluster, Network, Refused
+from tests.kubernetes.conftest import missing
+from tests.kubernetes.kubelet import Kubelet
+from tests.system import request, until
+
+MANIFESTS: Final = CHART.parent / "manifests"
+#: Kinds that the chart makes, and where the API has them.
+KINDS: Final[Mapping[str, str]] = {
+    "BackendTrafficPolicy": "backendtrafficpolicies",
+    "ClientTrafficPolicy": "clienttrafficpolicies",
+    "ClusterRole": "clusterroles",
+    "ClusterRoleBinding": "clusterrolebindings",
+    "ConfigMap": "configmaps",
+    "Deployment": "deployments",
+    "EnvoyExtensionPolicy": "envoyextensionpolicies",
+    "EnvoyPatchPolicy": "envoypatchpolicies",
+    "Gateway": "gateways",
+    "GatewayClass": "gatewayclasses",
+    "HTTPRoute": "httproutes",
+    "HTTPRouteFilter": "httproutefilters",
+    "HorizontalPodAutoscaler": "horizontalpodautoscalers",
+    "Lease": "leases",
+    "NetworkPolicy": "networkpolicies",
+    "Pod": "pods",
+    "PodDisruptionBudget": "poddisruptionbudgets",
+    "ReferenceGrant": "referencegrants",
+    "Role": "roles",
+    "RoleBinding": "rolebindings",
+    "Secret": "secrets",
+    "Service": "services",
+    "ServiceAccount": "serviceaccounts",
+    "StatefulSet": "statefulsets",
+}
+#: Values that each turn on something else.
+SETS: Final[Mapping[str, Mapping[str, Any]]] = {
+    "the defaults": {},
+    "a namespace and limits": {
+        "namespaces": ["models"],
+        "config": {"limits": {"max_body_bytes": "8MiB"}, "users": [{"name": "alice", "rpm": 20}]},
+    },
+    "everything by itself": {
+        "controller": {"mode": "serve"},
+        "autoscaling": {"enabled": True},
+        "gateway": {"tls": {"secretName": "certificate"}, "parametersRef": {
+            "group": "gateway.envoyproxy.io", "kind": "EnvoyProxy", "name": "proxy",
+        }},
+        "accessLog": {"enabled": True},
+        "podAnnotations": {"a": "b"}, "podLabels": {"c": "d"}, "nodeSelector": {"e": "f"},
+        "tolerations": [{"key": "gpu", "operator": "Exists"}], "priorityClassName": "high",
+        "affinity": {"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": [
+            {"matchExpressions": [{"key": "kind", "operator": "In", "values": ["cpu"]}]}
+        ]}}},
+        "imagePullSecrets": [{"name": "registry"}], "image": {"digest": "sha256:" + "0" * 64},
+        "extraEnv": [{"name": "HTTPS_PROXY", "value": "http://proxy:3128"}],
+        "extraVolumes": [{"name": "keys", "secret": {"secretName": "pods"}}],
+        "extraVolumeMounts": [{"name": "keys", "mountPath": "/etc/pods", "readOnly": True}],
+        "valkey": {"persistence": {"storageClassName": "fast", "whenDeleted": "Retain"}},
+    },
+    "a store and a Gateway that there are": {
+        "store": {"existingSecret": "store"},
+        "existingSecret": "admin",
+        "gateway": {"create": False, "name": "shared", "namespace": "elsewhere"},
+        "controller": {"mode": "none"},
+    },
+    "one gateway and no store": {
+        "replicas": 1, "valkey": {"enabled": False}, "networkPolicy": {"enabled": False},
+        "podDisruptionBudget": {"enabled": False},
+    },
+}  # fmt: skip
+_numbers = count(1)
+
+
+@pytest.fixture(scope="module")
+def controllers(shared_cluster: Cluster, inside: None) -> Iterator[None]:
+    assert not (reason := missing("kube-controller-manager", "helm")), reason
+    shared_cluster.start_controllers(
+        "deployment-controller",
+        "replicaset-controller",
+        "statefulset-controller",
+        "endpointslice-controller",
+        "garbage-collector-controller",
+        "persistentvolumeclaim-controller",
+    )
+    yield
+    shared_cluster.kill("kube-controller-manager")
+
+
+def path_of(made: Mapping[str, Any], namespace: str) -> str:
+    """Where an object of the chart's is created."""
+    version, metadata = made["apiVersion"], made["metadata"]
+    root = f"/apis/{version}" if "/" in version else f"/api/{version}"
+    where = f"/namespaces/{metadata['namespace']}" if "namespace" in metadata else ""
+    return f"{root}{where}/{KINDS[made['kind']]}"
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_every_set_of_values_makes_objects_that_are_accepted(
+    name: str, api: Api, defined: None, tmp_path: Path
+) -> None:
+    helm = Helm(tmp_path)
+    helm.lint(SETS[name])
+    for place in ("default", "models", "elsewhere"):
+        with contextlib.suppress(Refused):  # of an earlier set
+            api.namespace(place)
+    for made in helm.template("models", SETS[name]):
+        path = path_of(made, "default")
+        api.ask("POST", f"{path}?fieldValidation=Strict&dryRun=All", made)
+
+
+WRONG: Final[Mapping[str, tuple[Mapping[str, Any], str]]] = {
+    "a value that there is not": ({"replica": 3}, "replica"),
+    "a setting that there is not": ({"config": {"limits": {"rpm": 3}}}, "rpm"),
+    "a duration without its unit": ({"config": {"store": {"timeout": 5}}}, "timeout"),
+    "a user without a name": ({"config": {"users": [{"rpm": 3}]}}, "name"),
+    "a namespace that can be none": ({"namespaces": ["Models"]}, "namespaces"),
+    "the store in the configuration": ({"config": {"store": {"url": "redis://a"}}}, "config.store.url is the chart's"),
+    "the controller there": ({"config": {"controller": {"gateway": "a/b"}}}, "config.controller is the chart's"),
+    "what Envoy is told there": ({"config": {"envoy": {"node": "a"}}}, "config.envoy is the chart's"),
+    "several gateways and no store": ({"valkey": {"enabled": False}}, "several replicas need a store"),
+    "two stores": ({"store": {"url": "redis://a", "existingSecret": "b"}}, "store.url and store.existingSecret"),
+    "no name of a Gateway that there is": ({"gateway": {"create": False}}, "set gateway.name"),
+    "a Gateway made elsewhere": ({"gateway": {"namespace": "b"}}, "gateway.namespace is of a Gateway that there is"),
+    "usage by half": ({"config": {"usage": {"source": "access_log"}}}, "accessLog.enabled"),
+    "an Envoy that is too quick": (
+        {"gateway": {"messageTimeoutSeconds": 1}}, "more than config.store.timeout and 1 s together (1250 ms)",
+    ),
+    "less than the least": ({"autoscaling": {"enabled": True, "minReplicas": 4, "maxReplicas": 3}}, "more than max"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_values_that_cannot_be_are_refused_by_name(name: str, tmp_path: Path) -> None:
+    assert not (reason := missing("helm")), reason
+    values, told = WRONG[name]
+    with pytest.raises(Failed) as refused:
+        Helm(tmp_path).template("models", values)
+    assert told in str(refused.value)
+
+
+def test_envoy_waits_longer_than_the_gateway_ever_does(tmp_path: Path) -> None:
+    assert not (reason := missing("helm")), reason
+    config = {
+        "store": {"timeout": "1.5s"},
+        "models": {"a": {"saturation": 4, "queue_wait": "1m"}, "b": {"queue_wait": "5m"}, "c": {"saturation": 4}},
+    }
+    made = Helm(tmp_path).template("models", {"config": config})
+    (policy,) = (each for each in made if each["kind"] == "EnvoyExtensionPolicy")
+    assert policy["spec"]["extProc"][0]["messageTimeout"] == "62500ms"
+    (mapped,) = (each for each in made if each["kind"] == "ConfigMap")
+    assert yaml.safe_load(mapped["data"]["gateway.yaml"])["envoy"] == {"message_timeout": "62500ms"}
+
+
+class Installed:
+    """A release in a namespace of its own, whose pods run."""
+
+    def __init__(self, cluster: Cluster, network: Network, directory: Path) -> None:
+        self.api = cluster.api
+        self.namespace = f"chart-{next(_numbers)}"
+        enforce = {"pod-security.kubernetes.io/enforce": "restricted"}
+        self.api.create("/api/v1/namespaces", {"metadata": {"name": self.namespace, "labels": enforce}})
+        self.helm = Helm(directory, cluster, self.namespace)
+        self.kubelet = Kubelet(cluster, network, directory, self.namespace).start()
+
+    def list(self, kind: str, root: str = "/api/v1") -> list[dict[str, Any]]:
+        found = self.api.get(f"{root}/namespaces/{self.namespace}/{kind}")["items"]
+        return [each for each in found if each["metadata"]["name"] != "kube-root-ca.crt"]
+
+    def pods(self) -> set[str]:
+        return {each["metadata"]["uid"] for each in self.list("pods") if "-controller-" not in each["metadata"]["name"]}
+
+    def token(self, name: str) -> str:
+        (secret,) = (each for each in self.list("secrets") if each["metadata"]["name"] == name)
+        return base64.b64decode(secret["data"]["admin-token"]).decode()
+
+
+@pytest.fixture
+def installed(
+    cluster: Cluster, network: Network, defined: None, controllers: None, tmp_path: Path
+) -> Iterator[Installed]:
+    made = Installed(cluster, network, tmp_path)
+    yield made
+    made.kubelet.close()
+
+
+def test_a_release_is_installed_changed_and_leaves_nothing(installed: Installed) -> None:
+    helm, name = installed.helm, "models-gateway-extproc"
+    values: dict[str, Any] = {"namespaces": [installed.namespace], "drainSeconds": 1}
+    notes = helm.install("models", values)
+    assert f"Gateway {installed.namespace}/{name}" in notes
+    assert {each.component for each in installed.kubelet.pods("gateway")} == {"gateway"}
+    pods, token = installed.pods(), installed.token(name)
+    headers = {"authorization": f"Bearer {token}"}
+    first = installed.kubelet.pods("gateway")[0]
+    assert request(9090, "GET", "/admin/users", headers=headers, host=first.ip).status == 200
+    assert request(9090, "GET", "/admin/users", host=first.ip).status == 401
+
+    # A user more is read while they run; a time-out more needs a new start. The token stays either way.
+    values["config"] = {"users": [{"name": "alice", "rpm": 3}]}
+    helm.upgrade("models", values)
+    assert installed.pods() == pods
+    (mapped,) = installed.list("configmaps")
+    assert yaml.safe_load(mapped["data"]["gateway.yaml"])["users"] == values["config"]["users"]
+    values["config"]["store"] = {"timeout": "300ms"}
+    helm.upgrade("models", values)
+    until(lambda: len(installed.pods()) == 3)
+    assert len(installed.pods() & pods) == 1  # the store's
+    assert installed.token(name) == token
+
+    helm.uninstall("models")
+    until(lambda: not installed.list("pods"), "no pod is left", 60)
+    for kind, root in (
+        ("deployments", "/apis/apps/v1"), ("statefulsets", "/apis/apps/v1"), ("replicasets", "/apis/apps/v1"),
+        ("services", "/api/v1"), ("configmaps", "/api/v1"), ("secrets", "/api/v1"), ("serviceaccounts", "/api/v1"),
+        ("persistentvolumeclaims", "/api/v1"), ("leases", "/apis/coordination.k8s.io/v1"),
+        ("roles", "/apis/rbac.authorization.k8s.io/v1"), ("rolebindings", "/apis/rbac.authorization.k8s.io/v1"),
+        ("networkpolicies", "/apis/networking.k8s.io/v1"), ("poddisruptionbudgets", "/apis/policy/v1"),
+        ("gateways", "/apis/gateway.networking.k8s.io/v1"), ("httproutes", "/apis/gateway.networking.k8s.io/v1"),
+        ("clienttrafficpolicies", "/apis/gateway.envoyproxy.io/v1alpha1"),
+        ("envoyextensionpolicies", "/apis/gateway.envoyproxy.io/v1alpha1"),
+        ("backendtrafficpolicies", "/apis/gateway.envoyproxy.io/v1alpha1"),
+        ("httproutefilters", "/apis/gateway.envoyproxy.io/v1alpha1"),
+    ):  # fmt: skip
+        left = until(lambda kind=kind, root=root: [installed.list(kind, root)])  # type: ignore[misc]
+        until(lambda kind=kind, root=root: not installed.list(kind, root), f"{kind}: {left}")  # type: ignore[misc]
+
+
+def test_two_releases_are_beside_each_other_whatever_they_are_called(installed: Installed) -> None:
+    values = {"namespaces": [installed.namespace], "drainSeconds": 0, "replicas": 1}
+    for name in ("first", "gateway-extproc"):
+        installed.helm.install(name, values)
+    until(lambda: len(installed.kubelet.pods("gateway")) == 2)
+    policies = installed.list("envoyextensionpolicies", "/apis/gateway.envoyproxy.io/v1alpha1")
+    asked = {each["spec"]["extProc"][0]["backendRefs"][0]["name"] for each in policies}
+    assert asked == {"first-gateway-extproc", "gateway-extproc"}
+    installed.helm.uninstall("first")
+    assert installed.helm.test("gateway-extproc")
+
+
+def test_an_account_may_do_what_it_must_and_no_more(installed: Installed, cluster: Cluster) -> None:
+    installed.helm.install("models", {"namespaces": [installed.namespace], "replicas": 0}, wait=False)
+    api, namespace = installed.api, installed.namespace
+
+    def may(account: str, verb: str, group: str, resource: str, where: str = namespace) -> bool:
+        asked = {"verb": verb, "group": group, "resource": resource.partition("/")[0], "namespace": where}
+        if "/" in resource:
+            asked["subresource"] = resource.partition("/")[2]
+        user = f"system:serviceaccount:{namespace}:{account}"
+        answer = api.create("/apis/authorization.k8s.io/v1/subjectaccessreviews", {
+            "apiVersion": "authorization.k8s.io/v1", "kind": "SubjectAccessReview",
+            "spec": {"user": user, "resourceAttributes": asked},
+        })  # fmt: skip
+        return bool(answer["status"]["allowed"])
+
+    gateway, controller = "models-gateway-extproc", "models-gateway-extproc-controller"
+    assert may(gateway, "watch", "", "pods")
+    assert may(controller, "create", "gateway.networking.k8s.io", "httproutes")
+    assert may(controller, "update", "coordination.k8s.io", "leases")
+    for account, verb, group, resource in (
+        (gateway, "get", "", "secrets"), (gateway, "create", "gateway.networking.k8s.io", "httproutes"),
+        (gateway, "get", "", "configmaps"), (gateway, "delete", "", "pods"),
+        (controller, "get", "", "secrets"), (controller, "list", "", "secrets"),
+        (controller, "patch", "apps", "deployments"),
+        (controller, "create", "", "pods"), (controller, "update", "gateway.networking.k8s.io", "gateways"),
+    ):  # fmt: skip
+        assert not may(account, verb, group, resource), (account, verb, resource)
+    assert not may(controller, "create", "", "services", "default")
+    assert not may(gateway, "list", "", "pods", "default")
+
+
+def test_the_plain_manifests_are_the_charts_and_are_accepted(api: Api, defined: None, tmp_path: Path) -> None:
+    helm = Helm(tmp_path, namespace="gateway-extproc")
+    values = yaml.safe_load((MANIFESTS / "values.yaml").read_text())
+    made = [
+        each
+        for each in helm.template("gateway-extproc", values)
+        if "helm.sh/hook" not in each["metadata"].get("annotations", {})
+    ]
+    written = [each for each in yaml.safe_load_all((MANIFESTS / "gateway-extproc.yaml").read_text()) if each]
+    assert written == made, "run `make manifests`"
+    api.namespace("gateway-extproc")
+    for each in written:
+        api.create(path_of(each, "gateway-extproc"), each)
+    for each in reversed(written):
+        api.delete(f"{path_of(each, 'gateway-extproc')}/{each['metadata']['name']}")
