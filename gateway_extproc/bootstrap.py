@@ -190,7 +190,7 @@ def _http(settings: Bootstrap) -> dict[str, Any]:
     if settings.cors:
         filters.insert(0, _filter("cors", "extensions.filters.http.cors.v3.Cors"))
     if settings.access_log:
-        filters[-1:-1] = _usage_filters()
+        filters[-1:-1] = usage_filters()
     return {
         "@type": _T + "extensions.filters.network.http_connection_manager.v3.HttpConnectionManager",
         "stat_prefix": "clients",
@@ -227,7 +227,7 @@ def _http(settings: Bootstrap) -> dict[str, Any]:
         ],
         "http_filters": filters,
         "local_reply_config": {"mappers": _local_replies(settings)},
-        **({"access_log": [_access_log()]} if settings.access_log else {}),
+        **({"access_log": [access_log("gateway")]} if settings.access_log else {}),
     }
 
 
@@ -300,7 +300,7 @@ def _matches(header: str, how: Mapping[str, Any]) -> dict[str, Any]:
 # --- usage without the answers' bodies -------------------------------------------------------------------------------
 
 
-def _usage_filters() -> list[dict[str, Any]]:
+def usage_filters() -> list[dict[str, Any]]:
     """What reads usage in the answers of models that generate, JSON and event streams. Others, among them embeddings,
     can be large, which costs Envoy's one thread milliseconds; the gateway reads those itself."""
     plain = _filter("json_to_metadata", "extensions.filters.http.json_to_metadata.v3.JsonToMetadata")
@@ -334,8 +334,8 @@ def _keep(place: tuple[str, ...]) -> dict[str, Any]:
     }
 
 
-def _access_log() -> dict[str, Any]:
-    """Entries of those requests that carry the gateway's note, to any of its processes."""
+def access_log(cluster: str) -> dict[str, Any]:
+    """Entries of those requests that carry the gateway's note, to any of its processes in ``cluster``."""
     noted = {"filter": NAMESPACE, "path": [{"key": NOTE}], "value": {"present_match": True}}
     return {
         "name": "envoy.access_loggers.http_grpc",
@@ -345,7 +345,7 @@ def _access_log() -> dict[str, Any]:
             "common_config": {
                 "log_name": "usage",
                 "transport_api_version": "V3",
-                "grpc_service": {"envoy_grpc": {"cluster_name": "gateway"}},
+                "grpc_service": {"envoy_grpc": {"cluster_name": cluster}},
                 "buffer_flush_interval": f"{LOG_FLUSH:g}s",
                 # Without this each batch that finds no gateway is thrown away: nothing would be settled of the
                 # requests that end while it restarts.

@@ -34,6 +34,8 @@ CHART: Final = Path(__file__).parents[1] / "charts" / "gateway-extproc"
 #: Stands for ``limits.max_body_bytes`` where the templates know it.
 _MOST: Final = 999_999_999_999
 _MOST_NAME: Final = "MAX_BODY_BYTES"
+#: The like for the name that Envoy Gateway gives the cluster of gateways.
+_CLUSTER: Final = "GATEWAY_CLUSTER"
 
 Schema = dict[str, Any]
 
@@ -71,6 +73,8 @@ def answers() -> dict[str, Any]:
         ],
         "attributes": list(RESPONSE_ATTRIBUTES),
         "namespace": NAMESPACE,
+        "usage_filters": bootstrap.usage_filters(),
+        "access_log": bootstrap.access_log(_CLUSTER),
     }
 
 

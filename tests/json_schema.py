@@ -1,4 +1,4 @@
-"""JSON Schema, as far as the admin API's document uses it: whether a value matches, and values that do.
+"""JSON Schema, as far as the admin API's document and the chart use it: whether a value matches, and values that do.
 
 A word that is not known here fails, so that no part of a schema goes unlooked at.
 """
@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 Schema = Mapping[str, Any]
 
 #: Words that say nothing of the value.
-_PROSE = {"description", "default"}
+_PROSE = {"description", "default", "title", "definitions", "$schema", "$comment"}
 _TYPES: dict[str, tuple[type, ...]] = {
     "string": (str,), "integer": (int,), "number": (int, float), "boolean": (bool,), "object": (dict,),
     "array": (list,), "null": (type(None),),
@@ -28,7 +28,7 @@ def wrong(value: Any, schema: Schema, components: Mapping[str, Schema], at: str 
             continue
         match word:
             case "$ref":
-                yield from wrong(value, components[says.removeprefix("#/components/schemas/")], components, at)
+                yield from wrong(value, components[says.rpartition("/")[2]], components, at)
             case "anyOf":
                 if all([*wrong(value, each, components, at)] for each in says):
                     yield f"{at}: none of those that may be"
@@ -36,8 +36,16 @@ def wrong(value: Any, schema: Schema, components: Mapping[str, Schema], at: str 
                 for each in says:
                     yield from wrong(value, each, components, at)
             case "type":
-                if not isinstance(value, _TYPES[says]) or (isinstance(value, bool) and says != "boolean"):
-                    yield f"{at}: {value!r} is not a {says}"
+                kinds = [says] if isinstance(says, str) else says
+                types = tuple(each for kind in kinds for each in _TYPES[kind])
+                if not isinstance(value, types) or (isinstance(value, bool) and "boolean" not in kinds):
+                    yield f"{at}: {value!r} is not a {' or '.join(kinds)}"
+            case "minItems":
+                if isinstance(value, list) and len(value) < says:
+                    yield f"{at}: fewer than {says}"
+            case "uniqueItems":
+                if isinstance(value, list) and any(item in value[:number] for number, item in enumerate(value)):
+                    yield f"{at}: the same twice"
             case "enum" | "const":
                 if value not in (says if word == "enum" else [says]):
                     yield f"{at}: {value!r} is not {says}"

@@ -118,6 +118,7 @@ def test_the_tests_run(clone: Clone) -> None:
         ("proto/README.md", "make proto"),
         ("CONTRIBUTING.md", "make format"),
         ("CONTRIBUTING.md", ".venv/bin/python -m gateway_extproc.config_reference"),
+        ("CONTRIBUTING.md", ".venv/bin/python -m gateway_extproc.chart"),
     ],
 )
 def test_what_is_made_is_as_it_was_checked_in(clone: Clone, document: str, command: str) -> None:

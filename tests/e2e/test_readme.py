@@ -96,13 +96,17 @@ RUN_BY = {
     r"gateway-extproc controller --config \S+": (
         "tests/kubernetes/test_controller.py::test_the_command_controls_until_it_is_told_to_end"
     ),
+    r"helm (install|upgrade|uninstall|test) models .*": (
+        "tests/kubernetes/test_chart.py::test_a_release_is_installed_changed_and_leaves_nothing"
+    ),
+    r"make manifests": "tests/kubernetes/test_chart.py::test_the_plain_manifests_are_the_charts_and_are_accepted",
     r"gateway-extproc \w+": "test_the_program_has_every_command_that_is_named",
     r"docker compose up --build": DOCKER + "test_the_three_curls_of_the_readme_work_as_they_are",
     r"docker compose up -d --scale pod=\d": DOCKER + "test_scaled_pods_are_found_by_dns_and_no_request_fails",
     # on a fresh clone
     r"make test( ARGS='tests/core -k window -x')?": FIRST_RUN + "test_the_tests_run",
     r"make (proto|format)": FIRST_RUN + "test_what_is_made_is_as_it_was_checked_in",
-    r"(python|\.venv/bin/python) (proto/generate\.py|-m gateway_extproc\.config_reference)": (
+    r"(python|\.venv/bin/python) (proto/generate\.py|-m gateway_extproc\.(config_reference|chart))": (
         FIRST_RUN + "test_what_is_made_is_as_it_was_checked_in"
     ),
     r"make bench( ARGS='--json FILE --plot FILE')?": FIRST_RUN + "test_the_benchmark_runs",

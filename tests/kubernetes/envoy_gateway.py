@@ -68,6 +68,7 @@ class EnvoyGateway:
             "apiVersion": "gateway.envoyproxy.io/v1alpha1",
             "kind": "EnvoyGateway",
             "gateway": {"controllerName": CONTROLLER},
+            "extensionApis": {"enableEnvoyPatchPolicy": True},
             "provider": {"type": "Kubernetes", "kubernetes": {"leaderElection": {"disable": True}}},
         }))  # fmt: skip
         command = shlex.join([str(program), "server", "--config-path", str(configuration)])

@@ -61,7 +61,7 @@ SETS: Final[Mapping[str, Mapping[str, Any]]] = {
         }},
         "accessLog": {"enabled": True},
         "podAnnotations": {"a": "b"}, "podLabels": {"c": "d"}, "nodeSelector": {"e": "f"},
-        "tolerations": [{"key": "gpu", "operator": "Exists"}], "priorityClassName": "high",
+        "tolerations": [{"key": "gpu", "operator": "Exists"}], "priorityClassName": "system-cluster-critical",
         "affinity": {"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": [
             {"matchExpressions": [{"key": "kind", "operator": "In", "values": ["cpu"]}]}
         ]}}},
@@ -94,7 +94,7 @@ def controllers(shared_cluster: Cluster, inside: None) -> Iterator[None]:
         "statefulset-controller",
         "endpointslice-controller",
         "garbage-collector-controller",
-        "persistentvolumeclaim-controller",
+        "persistentvolumeclaim-protection-controller",
     )
     yield
     shared_cluster.kill("kube-controller-manager")
@@ -176,6 +176,12 @@ class Installed:
         self.helm = Helm(directory, cluster, self.namespace)
         self.kubelet = Kubelet(cluster, network, directory, self.namespace).start()
 
+    def install(self, name: str, values: Mapping[str, Any]) -> str:
+        try:
+            return self.helm.install(name, values)
+        except Failed as error:
+            raise AssertionError(f"{error}\n{self.kubelet.output()}") from error
+
     def list(self, kind: str, root: str = "/api/v1") -> list[dict[str, Any]]:
         found = self.api.get(f"{root}/namespaces/{self.namespace}/{kind}")["items"]
         return [each for each in found if each["metadata"]["name"] != "kube-root-ca.crt"]
@@ -200,7 +206,7 @@ def installed(
 def test_a_release_is_installed_changed_and_leaves_nothing(installed: Installed) -> None:
     helm, name = installed.helm, "models-gateway-extproc"
     values: dict[str, Any] = {"namespaces": [installed.namespace], "drainSeconds": 1}
-    notes = helm.install("models", values)
+    notes = installed.install("models", values)
     assert f"Gateway {installed.namespace}/{name}" in notes
     assert {each.component for each in installed.kubelet.pods("gateway")} == {"gateway"}
     pods, token = installed.pods(), installed.token(name)
@@ -242,7 +248,7 @@ def test_a_release_is_installed_changed_and_leaves_nothing(installed: Installed)
 def test_two_releases_are_beside_each_other_whatever_they_are_called(installed: Installed) -> None:
     values = {"namespaces": [installed.namespace], "drainSeconds": 0, "replicas": 1}
     for name in ("first", "gateway-extproc"):
-        installed.helm.install(name, values)
+        installed.install(name, values)
     until(lambda: len(installed.kubelet.pods("gateway")) == 2)
     policies = installed.list("envoyextensionpolicies", "/apis/gateway.envoyproxy.io/v1alpha1")
     asked = {each["spec"]["extProc"][0]["backendRefs"][0]["name"] for each in policies}

@@ -352,6 +352,35 @@ def test_while_no_gateway_is_there_nobody_reaches_a_pod(served: Served) -> None:
     served.until_chat("closed", 200)
 
 
+def test_usage_comes_by_the_access_log_where_that_is_turned_on(served: Served) -> None:
+    served.deployment("logged", "logged")
+    served.run_pods("logged", "logged")
+    served.until_chat("logged", 200)
+    served.helm.upgrade(RELEASE, {**served.values, "accessLog": {"enabled": True}})
+    try:
+        patched = f"{ENVOY}/namespaces/{SYSTEM}/envoypatchpolicies/{NAME}"
+        until(lambda: served.conditions(patched).get("Programmed") == "True", patched)
+        served.until_chat("logged", 200)
+        served.gateways(2)
+
+        def arrived() -> float:
+            """Usage that came with an entry of Envoy's log, at whichever gateway."""
+            found = [request(9090, "GET", "/metrics", host=pod.ip).body for pod in served.kubelet.pods("gateway")]
+            lines = [line for page in found for line in page.splitlines() if b"usage_arrived_total" in line]
+            return sum(float(line.split()[-1]) for line in lines if not line.startswith(b"#"))
+
+        def counted() -> bool:
+            assert served.post("/v1/chat/completions", served.body("logged", stream=True)).status == 200
+            return arrived() > 0
+
+        until(counted, "an entry of a stream")
+        used = served.admin("/admin/usage?model=logged")[0]["total"]
+        assert used["completion_tokens"] > 0
+    finally:
+        served.helm.upgrade(RELEASE, served.values)
+    served.until_chat("logged", 200)
+
+
 def test_helm_test_asks_the_gateway(served: Served) -> None:
     assert "Succeeded" in served.helm.test(RELEASE)
 
