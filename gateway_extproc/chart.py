@@ -152,7 +152,7 @@ def values_schema() -> Schema:
             "gateway": _object({
                 "create": _BOOL, "name": _TEXT, "namespace": _TEXT, "className": _TEXT, "controllerName": _SOME,
                 "annotations": _TEXTS, "port": port, "tls": _object({"secretName": _TEXT, "port": port}),
-                "routeNamespaces": namespaces, "parametersRef": _ANY_OBJECT,
+                "routeNamespaces": namespaces, "parametersRef": _ANY_OBJECT, "clientTraffic": _ANY_OBJECT,
                 "messageTimeoutSeconds": {"type": "integer", "minimum": 0, "maximum": 600},
             }),
             "accessLog": _object({"enabled": _BOOL}),

@@ -341,6 +341,5 @@ class _Pod:
         return {key: base64.b64decode(value) for key, value in found.items()}
 
     def _port(self, named: str | int) -> int:
-        if isinstance(named, int):
-            return named
-        return next(each["containerPort"] for each in self._container["ports"] if each["name"] == named)
+        declared: dict[str, int] = {each["name"]: each["containerPort"] for each in self._container["ports"]}
+        return named if isinstance(named, int) else declared[named]

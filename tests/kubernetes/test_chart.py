@@ -58,7 +58,7 @@ SETS: Final[Mapping[str, Mapping[str, Any]]] = {
         "autoscaling": {"enabled": True},
         "gateway": {"tls": {"secretName": "certificate"}, "parametersRef": {
             "group": "gateway.envoyproxy.io", "kind": "EnvoyProxy", "name": "proxy",
-        }},
+        }, "clientTraffic": {"clientIPDetection": {"xForwardedFor": {"numTrustedHops": 1}}}},
         "accessLog": {"enabled": True},
         "podAnnotations": {"a": "b"}, "podLabels": {"c": "d"}, "nodeSelector": {"e": "f"},
         "tolerations": [{"key": "gpu", "operator": "Exists"}], "priorityClassName": "system-cluster-critical",
@@ -221,6 +221,8 @@ def test_a_release_is_installed_changed_and_leaves_nothing(installed: Installed)
     assert installed.pods() == pods
     (mapped,) = installed.list("configmaps")
     assert yaml.safe_load(mapped["data"]["gateway.yaml"])["users"] == values["config"]["users"]
+    for pod in installed.kubelet.pods("gateway"):
+        until(lambda pod=pod: request(9090, "GET", "/admin/users/alice", headers=headers, host=pod.ip).status == 200)  # type: ignore[misc]
     values["config"]["store"] = {"timeout": "300ms"}
     helm.upgrade("models", values)
     until(lambda: len(installed.pods()) == 3)

@@ -74,6 +74,7 @@ class Served:
             self.helm.install(RELEASE, self.values)
         except Failed as error:
             raise AssertionError(f"{error}\n{self.kubelet.output()}") from error
+        self.name = NAME
         self.envoy = self.eg.envoy(f"{SYSTEM}/{NAME}", PORT)
 
     def deployment(self, name: str, model: str, replicas: int = 1) -> str:
@@ -96,15 +97,15 @@ class Served:
         })  # fmt: skip
         return f"{path}/{name}"
 
-    def run_pods(self, name: str, model: str, replicas: int = 1) -> list[str]:
-        """What the kubelet does: run the pods of a Deployment, and say so. Their names."""
+    def run_pods(self, name: str, model: str, replicas: int = 1, *more: str) -> list[str]:
+        """What the kubelet does: run the pods of a Deployment, and say so. Their names. ``more`` options of pods."""
         path = f"/api/v1/namespaces/{self.namespace}/pods"
         found = until(
             lambda: len(each := self.api.get(f"{path}?labelSelector=app%3D{name}")["items"]) == replicas and each
         )
         for pod in found:
             ip = f"10.244.200.{next(_addresses)}"
-            options = ["--model", model, "--host", ip, "--port", "8000", "--name", pod["metadata"]["name"]]
+            options = ["--model", model, "--host", ip, "--port", "8000", "--name", pod["metadata"]["name"], *more]
             command = [sys.executable, "-m", "gateway_extproc.simulator", *options]
             self.newest = f"pod-{ip}"
             self.parts.append(Process(self.newest, command, self._directory / f"{ip}.log"))
@@ -139,7 +140,7 @@ class Served:
 
     def gateways(self, replicas: int) -> None:
         """Have so many, and wait until it is so."""
-        deployment = f"/apis/apps/v1/namespaces/{SYSTEM}/deployments/{NAME}"
+        deployment = f"/apis/apps/v1/namespaces/{SYSTEM}/deployments/{self.name}"
         self.api.merge(deployment, {"spec": {"replicas": replicas}})
         until(lambda: sum(pod.told is True for pod in self.kubelet.pods("gateway")) == replicas)
         until(lambda: len(self.kubelet.pods("gateway")) == replicas)
@@ -160,7 +161,7 @@ class Served:
 
     def admin(self, path: str) -> list[Any]:
         """What the admin side of each gateway says."""
-        secret = self.api.get(f"/api/v1/namespaces/{SYSTEM}/secrets/{NAME}")["data"]
+        secret = self.api.get(f"/api/v1/namespaces/{SYSTEM}/secrets/{self.name}")["data"]
         headers = {"authorization": f"Bearer {base64.b64decode(secret['admin-token']).decode()}"}
         pods = self.kubelet.pods("gateway")
         return [request(9090, "GET", path, headers=headers, host=pod.ip).json for pod in pods]
@@ -262,6 +263,18 @@ def test_the_tokens_of_answers_and_of_streams_are_counted(served: Served) -> Non
 
     until(settled, "both answers were counted")
     assert used() <= 1000 - 2 * usage
+
+
+@pytest.mark.long
+def test_a_stream_is_counted_to_its_end_however_long_it_is(served: Served) -> None:
+    """Envoy Gateway gives calls of ext_proc 10 s, which must not be those of an answer."""
+    served.deployment("long", "long")
+    served.run_pods("long", "long", 1, "--gpu", "l4")
+    served.until_chat("long", 200)
+    body = served.body("long", stream=True, max_tokens=180, min_tokens=180, ignore_eos=True)
+    assert b"[DONE]" in served.post("/v1/chat/completions", body, user="counted").body
+    used = served.admin("/admin/usage?user=counted&model=long")[0]["total"]["completion_tokens"]
+    assert used == 180
 
 
 def test_bodies_up_to_the_limit_come_whole(served: Served) -> None:
@@ -405,3 +418,16 @@ def test_what_the_controller_wrote_is_accepted(served: Served) -> None:
     for path in (f"{ROUTES}{base}/httproutes/accepted-router", f"{ENVOY}{base}/backendtrafficpolicies/accepted-router"):
         until(partial(served.accepted, path), path)
         assert "False" not in served.conditions(path).values()
+
+
+def test_a_release_of_another_name_serves_as_well(served: Served) -> None:
+    """The last one: the first release is gone then, and its Envoy."""
+    served.helm.uninstall(RELEASE)
+    served.envoy.kill()
+    until(lambda: not served.kubelet.pods("gateway"), "the first release's pods are gone")
+    served.helm.install("renamed", {**served.values, "accessLog": {"enabled": True}})
+    served.name = "renamed-gateway-extproc"
+    served.envoy = served.eg.envoy(f"{SYSTEM}/{served.name}", PORT)
+    served.deployment("renamed", "renamed")
+    served.run_pods("renamed", "renamed")
+    assert served.until_chat("renamed", 200).json["model"] == "renamed"
