@@ -273,8 +273,12 @@ def test_a_stream_is_counted_to_its_end_however_long_it_is(served: Served) -> No
     served.until_chat("long", 200)
     body = served.body("long", stream=True, max_tokens=180, min_tokens=180, ignore_eos=True)
     assert b"[DONE]" in served.post("/v1/chat/completions", body, user="counted").body
-    used = served.admin("/admin/usage?user=counted&model=long")[0]["total"]["completion_tokens"]
-    assert used == 180
+
+    def counted() -> int:
+        return int(served.admin("/admin/usage?user=counted&model=long")[0]["total"]["completion_tokens"])
+
+    until(counted, "it was counted")
+    assert counted() == 180
 
 
 def test_bodies_up_to_the_limit_come_whole(served: Served) -> None:
