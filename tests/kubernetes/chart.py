@@ -14,6 +14,8 @@ from tests.kubernetes.cluster import Cluster
 from tests.kubernetes.programs import find
 
 CHART: Final = Path(__file__).parents[2] / "charts" / "gateway-extproc"
+#: The chart's own values.
+VALUES: Final[Mapping[str, Any]] = yaml.safe_load((CHART / "values.yaml").read_text())
 #: What `helm template` takes the cluster for: it was built without knowing.
 KUBERNETES: Final = "1.36.0"
 #: Seconds that helm waits for what it has installed.

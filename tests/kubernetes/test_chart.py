@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import re
 from collections.abc import Iterator, Mapping
 from itertools import count
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any, Final
 import pytest
 import yaml
 
+from gateway_extproc.config import load
 from tests.kubernetes.chart import CHART, Failed, Helm
 from tests.kubernetes.cluster import Api, Cluster, Network, Refused
 from tests.kubernetes.conftest import missing
@@ -49,6 +51,7 @@ KINDS: Final[Mapping[str, str]] = {
 #: Values that each turn on something else.
 SETS: Final[Mapping[str, Mapping[str, Any]]] = {
     "the defaults": {},
+    "a long wait": {"config": {"models": {"a": {"saturation": 4, "queue_wait": "9m"}}}},
     "a namespace and limits": {
         "namespaces": ["models"],
         "config": {"limits": {"max_body_bytes": "8MiB"}, "users": [{"name": "alice", "rpm": 20}]},
@@ -76,6 +79,13 @@ SETS: Final[Mapping[str, Mapping[str, Any]]] = {
         "existingSecret": "admin",
         "gateway": {"create": False, "name": "shared", "namespace": "elsewhere"},
         "controller": {"mode": "none"},
+    },
+    "pods that are named": {
+        "config": {
+            "discovery": {"poll": "500ms", "kubernetes": False}, "pods": [{"dns": "vllm.models:8000"}],
+            "models": {"a": {"limits": {"budgets": [{"amount": 5, "unit": "usd", "period": "day"}]}}},
+            "prices": {"a": {"input": 1, "output": 2}},
+        },
     },
     "one gateway and no store": {
         "replicas": 1, "valkey": {"enabled": False}, "networkPolicy": {"enabled": False},
@@ -120,6 +130,13 @@ def test_every_set_of_values_makes_objects_that_are_accepted(
     for made in helm.template("models", SETS[name]):
         path = path_of(made, "default")
         api.ask("POST", f"{path}?fieldValidation=Strict&dryRun=All", made)
+        if made["kind"] == "ConfigMap":
+            # What it says is what the gateway and the controller accept, with the Secrets that they are given.
+            for file, text in made["data"].items():
+                (tmp_path / "admin-token").write_text("token")
+                (tmp_path / "url").write_text("redis://redis:6379/0")
+                (tmp_path / file).write_text(re.sub(r"/etc/gateway-(secret|store)", str(tmp_path), text))
+                load(tmp_path / file)
 
 
 WRONG: Final[Mapping[str, tuple[Mapping[str, Any], str]]] = {
@@ -138,6 +155,9 @@ WRONG: Final[Mapping[str, tuple[Mapping[str, Any], str]]] = {
     "usage by half": ({"config": {"usage": {"source": "access_log"}}}, "accessLog.enabled"),
     "an Envoy that is too quick": (
         {"gateway": {"messageTimeoutSeconds": 1}}, "more than config.store.timeout and 1 s together (1250 ms)",
+    ),
+    "a turn that is too far off": (
+        {"config": {"models": {"a": {"saturation": 4, "queue_wait": "10m"}}}}, "Envoy waits for the gateway's word",
     ),
     "less than the least": ({"autoscaling": {"enabled": True, "minReplicas": 4, "maxReplicas": 3}}, "more than max"),
 }  # fmt: skip
@@ -160,7 +180,7 @@ def test_envoy_waits_longer_than_the_gateway_ever_does(tmp_path: Path) -> None:
     }
     made = Helm(tmp_path).template("models", {"config": config})
     (policy,) = (each for each in made if each["kind"] == "EnvoyExtensionPolicy")
-    assert policy["spec"]["extProc"][0]["messageTimeout"] == "62500ms"
+    assert policy["spec"]["extProc"][0]["messageTimeout"] == "62s500ms"
     (mapped,) = (each for each in made if each["kind"] == "ConfigMap")
     assert yaml.safe_load(mapped["data"]["gateway.yaml"])["envoy"] == {"message_timeout": "62500ms"}
 

@@ -16,7 +16,7 @@ from typing import Any, Final
 import pytest
 
 from gateway_extproc.core import refusal
-from tests.kubernetes.chart import Failed, Helm
+from tests.kubernetes.chart import VALUES, Failed, Helm
 from tests.kubernetes.cluster import NODE, Cluster, Network
 from tests.kubernetes.conftest import missing
 from tests.kubernetes.envoy_gateway import EnvoyGateway
@@ -74,7 +74,7 @@ class Served:
             self.helm.install(RELEASE, self.values)
         except Failed as error:
             raise AssertionError(f"{error}\n{self.kubelet.output()}") from error
-        self.name = NAME
+        self.release, self.name = RELEASE, NAME
         self.envoy = self.eg.envoy(f"{SYSTEM}/{NAME}", PORT)
 
     def deployment(self, name: str, model: str, replicas: int = 1) -> str:
@@ -137,6 +137,15 @@ class Served:
         version, status = told.split()
         assert version == b"2"
         return Reply(int(status), {"content-type": "application/json"}, content)
+
+    def reinstall(self, release: str, namespace: str, gateway: str, values: dict[str, Any]) -> None:
+        """A release of another name instead of the one that there is, with an Envoy for its Gateway."""
+        self.helm.uninstall(self.release)
+        self.envoy.kill()
+        until(lambda: not self.kubelet.pods("gateway"), "the other release's pods are gone")
+        self.helm.install(release, {**self.values, **values})
+        self.release, self.name = release, f"{release}-gateway-extproc"
+        self.envoy = self.eg.envoy(f"{namespace}/{gateway}", PORT)
 
     def gateways(self, replicas: int) -> None:
         """Have so many, and wait until it is so."""
@@ -425,13 +434,29 @@ def test_what_the_controller_wrote_is_accepted(served: Served) -> None:
 
 
 def test_a_release_of_another_name_serves_as_well(served: Served) -> None:
-    """The last one: the first release is gone then, and its Envoy."""
-    served.helm.uninstall(RELEASE)
-    served.envoy.kill()
-    until(lambda: not served.kubelet.pods("gateway"), "the first release's pods are gone")
-    served.helm.install("renamed", {**served.values, "accessLog": {"enabled": True}})
-    served.name = "renamed-gateway-extproc"
-    served.envoy = served.eg.envoy(f"{SYSTEM}/{served.name}", PORT)
-    served.deployment("renamed", "renamed")
-    served.run_pods("renamed", "renamed")
-    assert served.until_chat("renamed", 200).json["model"] == "renamed"
+    """From here on the first release is gone. On a Gateway of the same name the models' routes are taken over."""
+    served.deployment("stays", "stays")
+    served.run_pods("stays", "stays")
+    served.until_chat("stays", 200)
+    gateway = {"port": PORT, "name": NAME}
+    served.reinstall("renamed", SYSTEM, NAME, {"gateway": gateway, "accessLog": {"enabled": True}})
+    assert served.until_chat("stays", 200).json["model"] == "stays"
+
+
+def test_a_gateway_that_there_is_can_be_used_from_another_namespace(served: Served) -> None:
+    api, namespace = served.api, served.api.namespace("elsewhere")
+    root = f"/apis/{ROUTES}"
+    api.create(f"{root}/gatewayclasses", {
+        "apiVersion": ROUTES, "kind": "GatewayClass", "metadata": {"name": "shared"},
+        "spec": {"controllerName": VALUES["gateway"]["controllerName"]},
+    })  # fmt: skip
+    listener = {"name": "http", "protocol": "HTTP", "port": PORT, "allowedRoutes": {"namespaces": {"from": "All"}}}
+    api.create(f"{root}/namespaces/{namespace}/gateways", {
+        "apiVersion": ROUTES, "kind": "Gateway", "metadata": {"name": "shared"},
+        "spec": {"gatewayClassName": "shared", "listeners": [listener]},
+    })  # fmt: skip
+    shared = {"create": False, "name": "shared", "namespace": namespace}
+    served.reinstall("shared", namespace, "shared", {"gateway": shared})
+    served.deployment("shared", "shared")
+    served.run_pods("shared", "shared")
+    assert served.until_chat("shared", 200).json["model"] == "shared"

@@ -130,9 +130,12 @@ at a pod (queue_wait), and a second more, as gateway_extproc/bootstrap.py has it
 {{- if .Values.store.existingSecret -}}
 {{- $_ := set $store "url_file" "/etc/gateway-store/url" -}}
 {{- end -}}
-{{- $kubernetes := default dict (ternary dict $discovery.kubernetes (kindIs "bool" $discovery.kubernetes)) -}}
+{{- /* `false` stays: pods are then those of `config.pods`. */ -}}
+{{- if or (not (kindIs "bool" $discovery.kubernetes)) $discovery.kubernetes -}}
+{{- $kubernetes := ternary dict (default dict $discovery.kubernetes) (kindIs "bool" $discovery.kubernetes) -}}
 {{- with .Values.namespaces -}}{{- $_ := set $kubernetes "namespaces" . -}}{{- end -}}
 {{- $_ := set $discovery "kubernetes" (ternary $kubernetes true (gt (len $kubernetes) 0)) -}}
+{{- end -}}
 {{- $_ := set $config "listen" $listen -}}
 {{- $_ := set $config "admin" $admin -}}
 {{- if $store -}}{{- $_ := set $config "store" $store -}}{{- end -}}
@@ -213,6 +216,9 @@ at a pod (queue_wait), and a second more, as gateway_extproc/bootstrap.py has it
 {{- end -}}
 {{- $store := default dict $config.store -}}
 {{- $least := add (include "gateway.milliseconds" (default "250ms" $store.timeout) | int64) 1000 -}}
+{{- if gt (include "gateway.messageTimeout" . | int64) 600000 -}}
+{{- fail "config.models.*.queue_wait and config.store.timeout: Envoy waits for the gateway's word for 600 s at most" -}}
+{{- end -}}
 {{- if le (include "gateway.messageTimeout" . | int64) $least -}}
 {{- fail (printf "gateway.messageTimeoutSeconds must be more than config.store.timeout and 1 s together (%d ms)" $least) -}}
 {{- end -}}
