@@ -180,9 +180,9 @@ def test_envoy_waits_longer_than_the_gateway_ever_does(tmp_path: Path) -> None:
     }
     made = Helm(tmp_path).template("models", {"config": config})
     (policy,) = (each for each in made if each["kind"] == "EnvoyExtensionPolicy")
-    assert policy["spec"]["extProc"][0]["messageTimeout"] == "62s500ms"
+    assert policy["spec"]["extProc"][0]["messageTimeout"] == "63s500ms"
     (mapped,) = (each for each in made if each["kind"] == "ConfigMap")
-    assert yaml.safe_load(mapped["data"]["gateway.yaml"])["envoy"] == {"message_timeout": "62500ms"}
+    assert yaml.safe_load(mapped["data"]["gateway.yaml"])["envoy"] == {"message_timeout": "63500ms"}
 
 
 class Installed:

@@ -98,7 +98,8 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version | replace 
 
 {{/*
 How long Envoy waits for the gateway's word, in milliseconds: for the store, for room for the body (10 s) or for a turn
-at a pod (queue_wait), and a second more, as gateway_extproc/bootstrap.py has it.
+at a pod (queue_wait), as gateway_extproc/bootstrap.py has it, and two seconds: more than the one that the gateway's
+configuration must leave.
 */}}
 {{- define "gateway.messageTimeout" -}}
 {{- if .Values.gateway.messageTimeoutSeconds -}}
@@ -111,7 +112,7 @@ at a pod (queue_wait), and a second more, as gateway_extproc/bootstrap.py has it
 {{- $longest = max $longest (include "gateway.milliseconds" (default "10s" $model.queue_wait) | int64) -}}
 {{- end -}}
 {{- end -}}
-{{- add (include "gateway.milliseconds" (default "250ms" $store.timeout) | int64) $longest 1000 -}}
+{{- add (include "gateway.milliseconds" (default "250ms" $store.timeout) | int64) $longest 2000 -}}
 {{- end -}}
 {{- end -}}
 
