@@ -138,7 +138,7 @@ def test_accounts_have_the_rights_that_the_document_says() -> None:
 def test_the_chart_has_the_numbers_of_the_code() -> None:
     described = yaml.safe_load((chart.CHART / "Chart.yaml").read_text())
     assert described["version"] == described["appVersion"] == gateway_extproc.__version__
-    assert f"{round(BODY_WAIT * 1000)} -}}" in TEMPLATES["_helpers.tpl"]
+    assert f"$room := {round(BODY_WAIT * 1000)} -}}" in TEMPLATES["_helpers.tpl"]
     assert f"name: {LEASE}-" in TEMPLATES["rbac.yaml"]
     compose = yaml.safe_load((ROOT / "docker-compose.yaml").read_text())
     image = VALUES["valkey"]["image"]

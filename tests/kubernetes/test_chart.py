@@ -154,7 +154,10 @@ WRONG: Final[Mapping[str, tuple[Mapping[str, Any], str]]] = {
     "a Gateway made elsewhere": ({"gateway": {"namespace": "b"}}, "gateway.namespace is of a Gateway that there is"),
     "usage by half": ({"config": {"usage": {"source": "access_log"}}}, "accessLog.enabled"),
     "an Envoy that is too quick": (
-        {"gateway": {"messageTimeoutSeconds": 1}}, "more than config.store.timeout and 1 s together (1250 ms)",
+        {"gateway": {"messageTimeoutSeconds": 1}}, "the longest queue_wait and 1 s together (1250 ms)",
+    ),
+    "an Envoy that is quicker than the queue": (
+        {"gateway": {"messageTimeoutSeconds": 10}, "config": {"models": {"a": {"saturation": 4}}}}, "(11250 ms)",
     ),
     "a turn that is too far off": (
         {"config": {"models": {"a": {"saturation": 4, "queue_wait": "10m"}}}}, "Envoy waits for the gateway's word",

@@ -334,6 +334,16 @@ def test_a_pod_that_dies_or_says_nothing_is_an_error_that_clients_know(served: S
     assert answer.headers["x-request-id"] == "mine"
 
 
+def test_a_request_goes_on_to_another_pod_where_one_is_dead(served: Served) -> None:
+    served.deployment("spare", "spare", 2)
+    served.run_pods("spare", "spare", 2)
+    served.until_chat("spare", 200)
+    until(lambda: served.known("spare", 2))
+    (pod,) = (each for each in served.parts if isinstance(each, Process) and each.name == served.newest)
+    pod.kill()
+    assert {served.chat("spare", routing_strategy="random").status for _ in range(30)} == {200}
+
+
 def test_every_answer_has_an_id_and_a_clients_own_is_kept(served: Served) -> None:
     served.deployment("named", "named")
     served.run_pods("named", "named")

@@ -96,23 +96,31 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version | replace 
 {{- include "gateway.bytes" (default "32MiB" $limits.max_body_bytes) -}}
 {{- end -}}
 
-{{/*
-How long Envoy waits for the gateway's word, in milliseconds: for the store, for room for the body (10 s) or for a turn
-at a pod (queue_wait), as gateway_extproc/bootstrap.py has it, and two seconds: more than the one that the gateway's
-configuration must leave.
-*/}}
-{{- define "gateway.messageTimeout" -}}
-{{- if .Values.gateway.messageTimeoutSeconds -}}
-{{- mul 1000 (int64 .Values.gateway.messageTimeoutSeconds) -}}
-{{- else -}}
-{{- $store := default dict .Values.config.store -}}
-{{- $longest := 10000 -}}
+{{/* How long the gateway may take for the store, and the longest turn at a pod (queue_wait), in milliseconds. */}}
+{{- define "gateway.storeTimeout" -}}
+{{- include "gateway.milliseconds" (default "250ms" (default dict .Values.config.store).timeout) -}}
+{{- end -}}
+{{- define "gateway.longestWait" -}}
+{{- $longest := 0 -}}
 {{- range $name, $model := default dict .Values.config.models -}}
 {{- if and $model (hasKey $model "saturation") -}}
 {{- $longest = max $longest (include "gateway.milliseconds" (default "10s" $model.queue_wait) | int64) -}}
 {{- end -}}
 {{- end -}}
-{{- add (include "gateway.milliseconds" (default "250ms" $store.timeout) | int64) $longest 2000 -}}
+{{- $longest -}}
+{{- end -}}
+
+{{/*
+How long Envoy waits for the gateway's word, in milliseconds: for the store, for room for the body (10 s) or for a turn
+at a pod, as gateway_extproc/bootstrap.py has it, and two seconds: more than the one that the gateway's configuration
+must leave.
+*/}}
+{{- define "gateway.messageTimeout" -}}
+{{- if .Values.gateway.messageTimeoutSeconds -}}
+{{- mul 1000 (int64 .Values.gateway.messageTimeoutSeconds) -}}
+{{- else -}}
+{{- $room := 10000 -}}
+{{- add (include "gateway.storeTimeout" . | int64) (max $room (include "gateway.longestWait" . | int64)) 2000 -}}
 {{- end -}}
 {{- end -}}
 
@@ -215,13 +223,13 @@ configuration must leave.
 {{- if and .Values.gateway.create .Values.gateway.namespace (ne .Values.gateway.namespace .Release.Namespace) -}}
 {{- fail "gateway.namespace is of a Gateway that there is: set gateway.create to false, or leave it out" -}}
 {{- end -}}
-{{- $store := default dict $config.store -}}
-{{- $least := add (include "gateway.milliseconds" (default "250ms" $store.timeout) | int64) 1000 -}}
-{{- if gt (include "gateway.messageTimeout" . | int64) 600000 -}}
+{{- $wait := include "gateway.messageTimeout" . | int64 -}}
+{{- if gt $wait 600000 -}}
 {{- fail "config.models.*.queue_wait and config.store.timeout: Envoy waits for the gateway's word for 600 s at most" -}}
 {{- end -}}
-{{- if le (include "gateway.messageTimeout" . | int64) $least -}}
-{{- fail (printf "gateway.messageTimeoutSeconds must be more than config.store.timeout and 1 s together (%d ms)" $least) -}}
+{{- $least := add (include "gateway.storeTimeout" . | int64) (include "gateway.longestWait" . | int64) 1000 -}}
+{{- if le $wait $least -}}
+{{- fail (printf "gateway.messageTimeoutSeconds must be more than config.store.timeout, the longest queue_wait and 1 s together (%d ms)" $least) -}}
 {{- end -}}
 {{- end -}}
 
