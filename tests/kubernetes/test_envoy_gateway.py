@@ -226,12 +226,18 @@ def test_label_a_deployment_and_its_model_answers(served: Served) -> None:
 
 
 def test_a_client_cannot_steer_and_limits_hold(served: Served) -> None:
+    hosts = []
     for name in ("mine", "other"):
         served.deployment(name, name)
         served.run_pods(name, name)
         served.until_chat(name, 200)
-    answer = served.chat("mine", model="other", target_pod="10.244.200.2:8000")
+        hosts.append(served.newest.removeprefix("pod-"))
+    answer = served.chat("mine", model="other", target_pod=f"{hosts[1]}:8000", x_gateway_word="a", X_Envoy_Word="b")
     assert (answer.status, answer.json["model"]) == (200, "mine")
+    seen = request(8000, "GET", "/sim/requests?last=1", host=hosts[0]).json["requests"][0]["headers"]
+    said = {name.lower(): value for name, value in (seen.items() if isinstance(seen, dict) else seen)}
+    assert (said["model"], said["target-pod"]) == ("mine", f"{hosts[0]}:8000")
+    assert not {"x-gateway-word", "x-envoy-word"} & said.keys()
     assert served.chat("mine", user="limited").status == 200
     refused = served.chat("mine", user="limited")
     assert (refused.status, refused.error["code"]) == (429, "rate_limit_exceeded")
@@ -342,6 +348,21 @@ def test_a_request_goes_on_to_another_pod_where_one_is_dead(served: Served) -> N
     (pod,) = (each for each in served.parts if isinstance(each, Process) and each.name == served.newest)
     pod.kill()
     assert {served.chat("spare", routing_strategy="random").status for _ in range(30)} == {200}
+
+
+def test_a_large_body_goes_to_a_second_pod_where_the_first_is_busy(served: Served) -> None:
+    served.deployment("busy", "busy", 2)
+    served.run_pods("busy", "busy", 2)
+    served.until_chat("busy", 200)
+    until(lambda: served.known("busy", 2))
+    host = served.newest.removeprefix("pod-")
+    fault = json.dumps({"fault": "status=503", "count": 1000, "path": "/v1/chat/completions"}).encode()
+    assert request(8000, "POST", "/sim/fault", fault, host=host).status < 300
+    body = served.body("busy", 1 << 20)
+    answers = [served.post("/v1/chat/completions", body, routing_strategy="random") for _ in range(8)]
+    assert {answer.status for answer in answers} == {200}
+    # All of it came each time.
+    assert len({answer.json["usage"]["prompt_tokens"] for answer in answers}) == 1
 
 
 def test_every_answer_has_an_id_and_a_clients_own_is_kept(served: Served) -> None:
