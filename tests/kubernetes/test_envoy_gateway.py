@@ -235,7 +235,7 @@ def test_a_client_cannot_steer_and_limits_hold(served: Served) -> None:
     answer = served.chat("mine", model="other", target_pod=f"{hosts[1]}:8000", x_gateway_word="a", X_Envoy_Word="b")
     assert (answer.status, answer.json["model"]) == (200, "mine")
     seen = request(8000, "GET", "/sim/requests?last=1", host=hosts[0]).json["requests"][0]["headers"]
-    said = {name.lower(): value for name, value in (seen.items() if isinstance(seen, dict) else seen)}
+    said = {name.lower(): value for name, value in seen}
     assert (said["model"], said["target-pod"]) == ("mine", f"{hosts[0]}:8000")
     assert not {"x-gateway-word", "x-envoy-word"} & said.keys()
     assert served.chat("mine", user="limited").status == 200
