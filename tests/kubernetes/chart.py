@@ -57,6 +57,9 @@ class Helm:
     def uninstall(self, name: str) -> str:
         return self._run("uninstall", name, "--wait", "--timeout", f"{WAIT}s")
 
+    def releases(self) -> list[str]:
+        return self._run("list", "--short").split()
+
     def test(self, name: str) -> str:
         return self._run("test", name, "--timeout", f"{WAIT}s")
 

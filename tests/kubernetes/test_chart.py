@@ -222,8 +222,12 @@ def installed(
     cluster: Cluster, network: Network, defined: None, controllers: None, tmp_path: Path
 ) -> Iterator[Installed]:
     made = Installed(cluster, network, tmp_path)
-    yield made
-    made.kubelet.close()
+    try:
+        yield made
+        for release in made.helm.releases():
+            made.helm.uninstall(release)
+    finally:
+        made.kubelet.close()
 
 
 def test_a_release_is_installed_changed_and_leaves_nothing(installed: Installed) -> None:

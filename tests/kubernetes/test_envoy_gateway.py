@@ -475,7 +475,7 @@ def test_a_release_of_another_name_serves_as_well(served: Served) -> None:
 
 
 def test_a_gateway_that_there_is_can_be_used_from_another_namespace(served: Served) -> None:
-    api, namespace = served.api, served.api.namespace("elsewhere")
+    api, namespace = served.api, served.api.namespace("shared")
     root = f"/apis/{ROUTES}"
     api.create(f"{root}/gatewayclasses", {
         "apiVersion": ROUTES, "kind": "GatewayClass", "metadata": {"name": "shared"},
