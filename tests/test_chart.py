@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 import gateway_extproc
 from gateway_extproc import bootstrap, chart
+from gateway_extproc.app import AT_START, LIMITS_AT_START
 from gateway_extproc.config import Config
 from gateway_extproc.config.forms import Form
 from gateway_extproc.config.part import masked, settings
@@ -133,6 +134,15 @@ def test_accounts_have_the_rights_that_the_document_says() -> None:
         for text in re.findall(r'define "gateway\.\w+Rules" }}\n(.*?){{- end }}', TEMPLATES["rbac.yaml"], re.DOTALL)
     ]
     assert given == [role["rules"], *lists]
+
+
+def test_pods_are_rolled_for_what_only_a_start_takes_up() -> None:
+    helpers = TEMPLATES["_helpers.tpl"]
+    (sections,) = re.findall(r"\$sections := pick \$config(.*) -}}", helpers)
+    # Of `envoy` the chart sets how long Envoy waits, which the gateway reads at its start.
+    assert set(re.findall(r'"(\w+)"', sections)) == {*AT_START, "envoy"}
+    (limits,) = re.findall(r"\$limits := pick \(default dict \$config\.limits\)(.*) -}}", helpers)
+    assert tuple(re.findall(r'"(\w+)"', limits)) == LIMITS_AT_START
 
 
 def test_the_chart_has_the_numbers_of_the_code() -> None:
