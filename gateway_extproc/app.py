@@ -245,6 +245,7 @@ class Gateway:
         self._watcher: Watcher | None = None
         self._pods: Pods | None = None
         self._controlling: Controlling | None = None
+        self._control: asyncio.Task[None] | None = None
         self._named: dict[str, list[tuple[int, PodConfig]]] = {}
         self._numbers: dict[str, str] = {}
         self._wake = asyncio.Event()
@@ -379,7 +380,8 @@ class Gateway:
         if self._pods is not None:
             self._pods.start()
         if self._controlling is not None:
-            self._tasks.append(asyncio.create_task(self._controlling.run(), name="control"))
+            self._control = asyncio.create_task(self._controlling.run(), name="control")
+            self._tasks.append(self._control)
         self._tasks.append(asyncio.create_task(self._follow_fleet(), name="follow the fleet"))
         self._tasks.append(asyncio.create_task(self._renew(), name="renew leases"))
         if self._file is not None:
@@ -387,7 +389,7 @@ class Gateway:
         log.info("started", grpc=config.listen.grpc, http=config.listen.http, version=__version__)
 
     async def run(self) -> None:
-        """Start, serve until SIGTERM or SIGINT, stop."""
+        """Start, serve until SIGTERM or SIGINT, stop. A second signal ends the time that answers in flight have."""
         loop = asyncio.get_running_loop()
         ended = asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -397,17 +399,22 @@ class Gateway:
         try:
             await self.start()
             await ended.wait()
+            ended.clear()
         finally:
-            await self.stop()
+            await self.stop(hurry=ended)
 
-    async def stop(self) -> None:
-        """Leave without hurting answers in flight."""
+    async def stop(self, hurry: asyncio.Event | None = None) -> None:
+        """Leave without hurting answers in flight, which have ``listen.drain`` to end, or until ``hurry`` is set."""
         self._draining = True
         self.health.set(False)
+        if self._control is not None:
+            self._control.cancel()  # another one controls from now on
+        if self._listener is not None:
+            self._listener.leave()
+            await self._let_end(self.config.listen.drain, hurry or asyncio.Event())
         for task in self._tasks:
             task.cancel()
         if self._listener is not None:
-            self._listener.leave()
             self.extproc.drain()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(STOP_WAIT):
@@ -438,6 +445,17 @@ class Gateway:
         self._lines.flush()
         if self._watcher is not None:
             log.info("stopped")
+
+    async def _let_end(self, seconds: float, hurry: asyncio.Event) -> None:
+        """Go on as before until no request is left, for so long at most; what is new goes elsewhere already."""
+        if not seconds:
+            return
+        ways = [asyncio.ensure_future(self.extproc.drained()), asyncio.ensure_future(hurry.wait())]
+        await asyncio.wait(ways, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        for way in ways:
+            way.cancel()
+        if left := self.extproc.streams:
+            log.warning("answers in flight outlast listen.drain: they are charged what was reserved", requests=left)
 
     # --- pods --------------------------------------------------------------------------------------------------------
 

@@ -75,6 +75,15 @@ class Listen(Part, frozen=True, kw_only=True):
         ),
     ] = "h2"
     tls: Annotated[ServerTls | None, about("TLS for `grpc`.")] = None
+    drain: Annotated[
+        float,
+        about(
+            "How long answers in flight may take to end when the gateway stops, so that what they used is charged. "
+            "Those that take longer go on, and are charged what was reserved. For where another gateway takes what is "
+            "new meanwhile.",
+            duration(0, 1800),
+        ),
+    ] = 0.0
 
 
 class EnvoyTls(Part, frozen=True, kw_only=True):

@@ -42,7 +42,8 @@ SOON: Final = 0.1
 LATE: Final = 5.0
 #: Seconds after which a worker has proven itself: the next death is again the first.
 PROVEN: Final = 10.0
-#: Seconds that workers get to stop: longer than each takes at most (app.py: streams, settlements, the admin side).
+#: Seconds that workers get to stop, besides ``listen.drain``: longer than each takes at most (app.py: streams,
+#: settlements, the admin side).
 GRACE: Final = 8.0
 #: Exit codes of a first start that need no second try: the user's mistake, and what is not to be had.
 _FINAL: Final = (1, 3)
@@ -87,7 +88,7 @@ class Supervisor:
         """Serve; the exit code. Raises Unavailable."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._ended.set)
+            loop.add_signal_handler(number, self._end)
         loop.add_signal_handler(signal.SIGHUP, self._reload)
         self._try_ports()
         listen = self._config.listen.http
@@ -98,15 +99,21 @@ class Supervisor:
         try:
             keeping = [asyncio.create_task(self._keep(worker)) for worker in self._workers]
             await self._ended.wait()
-            for worker in self._workers:
-                worker.signal(signal.SIGTERM)
-            _, late = await asyncio.wait(keeping, timeout=GRACE)
+            self._end()
+            _, late = await asyncio.wait(keeping, timeout=self._config.listen.drain + GRACE)
             for worker in self._workers if late else ():
                 worker.signal(signal.SIGKILL)
             await asyncio.gather(*keeping)
         finally:
             await site.cleanup()
         return self._code
+
+    def _end(self) -> None:
+        """Tell all to end; the second time, to hurry (app.py)."""
+        if self._ended.is_set():
+            for worker in self._workers:
+                worker.signal(signal.SIGTERM)
+        self._ended.set()
 
     def _try_ports(self) -> None:
         """Raises Unavailable where a worker could not listen: asked before any of them starts."""
