@@ -27,7 +27,7 @@ from ..core.fleet import usable_names
 from ..core.refusal import quoted
 from ..wire.kubernetes import Metadata
 from ..wire.kubernetes_pods import NAME, PORT, Spec, ports_of, said
-from ..wire.resources import MODEL_HEADER, TARGET_HEADER
+from ..wire.resources import CONNECT_TIMEOUT, MODEL_HEADER, TARGET_HEADER
 
 #: Names the Service of a workload's pods; then none is made.
 SERVICE: Final = "model.aibrix.ai/service-name"
@@ -49,6 +49,11 @@ BACKENDS: Final = 16
 PATH: Final = "/v1/"
 #: What the cluster may have at once: the gateway's limits are those that count (wire/resources.py).
 UNLIMITED: Final = 1_000_000
+#: Seconds of silence after which a pod's node is asked for a sign of life, and between such questions; and how many may
+#: stay unanswered. A pod that is only busy does not have to answer them itself: its kernel does.
+KEEPALIVE_IDLE: Final = 10.0
+KEEPALIVE_INTERVAL: Final = 5.0
+KEEPALIVE_PROBES: Final = 3
 
 Object = Mapping[str, Any]
 #: Plural of the kind, namespace and name.
@@ -452,7 +457,16 @@ def _policy(model: str, route: str, settings: Settings) -> Object:
             "maxParallelRetries": UNLIMITED,
             "maxPendingRequests": UNLIMITED,
         },
-        "timeout": {"http": {"requestTimeout": "0s", "streamIdleTimeout": _duration(timeout)}},
+        # A node that goes without a word is noticed, not waited for: its pods can't even say that they are gone.
+        "tcpKeepalive": {
+            "idleTime": _duration(KEEPALIVE_IDLE),
+            "interval": _duration(KEEPALIVE_INTERVAL),
+            "probes": KEEPALIVE_PROBES,
+        },
+        "timeout": {
+            "tcp": {"connectTimeout": _duration(CONNECT_TIMEOUT)},
+            "http": {"requestTimeout": "0s", "streamIdleTimeout": _duration(timeout)},
+        },
     }
     if retries:
         spec["retry"] = {

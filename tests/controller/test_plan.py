@@ -272,6 +272,12 @@ def test_a_models_own_settings_are_in_its_policy() -> None:
     assert (spec["timeout"]["http"]["streamIdleTimeout"], "retry" in spec) == ("1s500ms", False)
 
 
+def test_a_pods_node_that_goes_without_a_word_is_noticed() -> None:
+    spec = planned(workload()).apply["backendtrafficpolicies", "n", "m-router"]["spec"]
+    assert spec["timeout"]["tcp"] == {"connectTimeout": "0s500ms"}
+    assert spec["tcpKeepalive"] == {"idleTime": "10s", "interval": "5s", "probes": 3}
+
+
 # --- drift -----------------------------------------------------------------------------------------------------------
 
 
