@@ -2,7 +2,8 @@
 
 Owns the order of starting and stopping, and what a changed configuration file changes while running. Starting:
 listeners first (health says NOT_SERVING and requests wait), then pods are resolved and polled, then everything
-serves. Stopping: health, then the streams, then what is still to be settled. Leaves out what each part does.
+serves. Stopping: health, the listener and the controller's lease, then the streams, which may have time to end, then
+what is still to be settled. Leaves out what each part does.
 """
 
 from __future__ import annotations
@@ -381,7 +382,6 @@ class Gateway:
             self._pods.start()
         if self._controlling is not None:
             self._control = asyncio.create_task(self._controlling.run(), name="control")
-            self._tasks.append(self._control)
         self._tasks.append(asyncio.create_task(self._follow_fleet(), name="follow the fleet"))
         self._tasks.append(asyncio.create_task(self._renew(), name="renew leases"))
         if self._file is not None:
@@ -427,7 +427,7 @@ class Gateway:
             await self._watcher.close()
         if self._pods is not None:
             await self._pods.close()
-        for task in self._tasks:
+        for task in (*self._tasks, *filter(None, [self._control])):
             with contextlib.suppress(asyncio.CancelledError):
                 await task
         with contextlib.suppress(TimeoutError):
