@@ -19,7 +19,7 @@ from typing import Any
 import aiohttp
 
 #: Seconds after which an answer is not coming any more.
-DEADLINE = 30.0
+DEADLINE = 60.0
 #: Answers that were not as expected, kept for the message of a failed test.
 KEPT = 20
 

@@ -294,10 +294,8 @@ def test_a_refused_request_awaits_no_entry(system: System, model: str) -> None:
 
 def test_no_stream_in_progress_is_forgotten(system: System, model: str) -> None:
     """Requests in flight are counted to the end of the answer, whether its headers are looked at or not."""
-    streams = [
-        Stream(system.port, model=model, max_tokens=50, fault="hang-after=2", **headers)
-        for headers in ({}, {"user": "of many"}, {"user": ALONE})
-    ]
+    users: list[dict[str, Any]] = [{}, {"user": "of many"}, {"user": ALONE}]
+    streams = [Stream(system.port, model=model, max_tokens=50, fault="hang-after=2", **user) for user in users]
     for stream in streams:
         stream.event()
     assert system.metric("gateway_requests_in_flight") == 3
