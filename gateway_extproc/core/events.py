@@ -23,11 +23,15 @@ Headers = list[tuple[str, bytes]]
 
 class RequestHeaders(msgspec.Struct, frozen=True):
     """The request began. Names are lower-case; pseudo-headers included. ``end``: there is no body. ``carry``: the
-    listener has nobody who keeps the body, so that ``Route`` must bring it along, changed or not."""
+    listener has nobody who keeps the body, so that ``Route`` must bring it along, changed or not. ``picks``: whoever
+    asks routes by itself, and wants to know no more than the endpoints (the endpoint picker protocol); ``among``: one
+    of these addresses, None: any."""
 
     headers: Headers
     end: bool
     carry: bool = False
+    picks: bool = False
+    among: frozenset[str] | None = None
 
 
 class RequestBody(msgspec.Struct, frozen=True):
@@ -78,12 +82,14 @@ class Oversized(msgspec.Struct, frozen=True):
 
 class ResponseHeaders(msgspec.Struct, frozen=True):
     """The answer began. ``upstream`` is the address that sent it ("" where unknown), ``details`` Envoy's
-    response code details ("" where unknown): anything but ``via_upstream`` is an answer of Envoy's own."""
+    response code details ("" where unknown): anything but ``via_upstream`` is an answer of Envoy's own. ``blind``: its
+    body will not be shown, whatever is asked for."""
 
     headers: Headers
     end: bool
     upstream: str = ""
     details: str = ""
+    blind: bool = False
 
 
 class ResponseBody(msgspec.Struct, frozen=True):

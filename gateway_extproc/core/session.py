@@ -9,7 +9,7 @@ note that travels with the request is all that is left of it here. Leaves out wh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from enum import IntEnum, auto
 from random import Random
 from typing import Any, Final, Literal
@@ -106,7 +106,7 @@ class ModelPolicy(msgspec.Struct, frozen=True):
 
 class Policy(msgspec.Struct, frozen=True, kw_only=True):
     """What the configuration says about requests; replaced whole when it changes. ``keeps_sessions``: some strategy in
-    it gives out session ids."""
+    it gives out session ids. ``picks``: whoever asks takes us for an endpoint picker, whether it shows that or not."""
 
     max_body_bytes: int = 32 * 1024 * 1024
     default_strategy: str = "least-request"
@@ -118,6 +118,7 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True):
     prices: Prices = Prices()
     models: Mapping[str, ModelPolicy] = {}
     keeps_sessions: bool = False
+    picks: bool = False
     naming: Naming = Naming()
 
     def model(self, name: str) -> ModelPolicy:
@@ -172,6 +173,11 @@ class _State(IntEnum):  # of ints, whose hash costs nothing: the table is asked 
 _SINGLE: Final = frozenset({"user", "authorization", "x-api-key", "routing-strategy", "content-type"})
 #: What request headers begin with that only the gateway sets, beside those that it always sets itself.
 _INTERNAL_PREFIX: Final = "x-gateway-"
+#: Those of them that are somebody else's where the proxy that asks routes by itself: the inference extension's own, and
+#: the model's names, by which its routes may be matched.
+_NOT_OURS: Final = ("x-gateway-inference-", "x-gateway-model-name", "x-gateway-base-model-name")
+#: Where that proxy reads which endpoints were picked (endpoint picker protocol, "Destination Endpoint").
+DESTINATION: Final = "x-gateway-destination-endpoint"
 _GATEWAY_KEY: Final = KEY_PREFIX.encode()
 #: Tokens of output beyond what was reserved after which they are charged while the answer streams: one message to the
 #: store for so many events.
@@ -190,8 +196,9 @@ class Session:
     """Feed it events in order; carry out the actions in order. ``node`` names the Envoy that asks."""
 
     __slots__ = (
-        "_admission", "_admitted", "_asked", "_carry", "_ended", "_headers", "_key", "_lease", "_leaving", "_mixed",
-        "_model", "_name", "_node", "_note", "_output", "_parts", "_prompt", "_reader", "_refused", "_renaming",
+        "_admission", "_admitted", "_among", "_asked", "_carry", "_ended", "_headers", "_key", "_lease", "_leaving",
+        "_mixed", "_model", "_name", "_node", "_note", "_output", "_parts", "_picks", "_prompt", "_reader", "_refused",
+        "_renaming",
         "_request", "_reserved_output", "_shown", "_size", "_state", "_status", "_strategy", "_strip", "_target",
         "_took", "_topped_up", "_user", "_windows", "_world", "declared_length", "running",
     )  # fmt: skip
@@ -208,6 +215,8 @@ class Session:
         self._asked: Asked | None = None
         self._mixed: Mixed | None = None
         self._carry = False
+        self._picks = False
+        self._among: frozenset[str] | None = None  # the only addresses that may be chosen
         self._parts: list[Body] = []
         self._size = 0
         self._request: Request | None = None
@@ -255,6 +264,9 @@ class Session:
     # --- the request -------------------------------------------------------------------------------------------------
 
     def _on_headers(self, event: RequestHeaders) -> list[Action]:
+        self._carry = event.carry
+        if event.picks and not self._node:  # an Envoy that names itself has its routes from us
+            self._picks, self._among = True, event.among
         # Kept by name; few requests have one twice.
         headers = self._headers = dict(event.headers)
         repeated = _repeated(event.headers) if len(headers) < len(event.headers) else None
@@ -299,10 +311,9 @@ class Session:
                     return self._refuse(refusals.unknown_strategy(strategy, world.strategies.names))
                 keeps_session = Need.SESSION in self._mixed.needs
             self._strategy = strategy
-        self._carry = event.carry
         self._state = _State.BODY
         adds = policy.expose or keeps_session or policy.naming.any
-        if world.logged and target.generates and not adds and not policy.directory.may_limit(user):
+        if self._logged and target.generates and not adds and not policy.directory.may_limit(user):
             self._shown = False  # nothing is to be added to them
         return [Continue(self._shown)]
 
@@ -353,7 +364,7 @@ class Session:
         if settings.locked or self._mixed is None:
             self._strategy = settings.strategy or policy.default_strategy
             self._mixed = world.strategies.named(self._strategy)
-        if not pods:
+        if not self._eligible(pods):
             return self._refuse(refusals.no_ready_pods(asked))
         if asked != model:
             self._name = asked
@@ -446,12 +457,12 @@ class Session:
         assert admission is not None
         # Looked up again: pods may have gone while the store was asked.
         view, now = world.fleet.view(self._node), world.clock()
-        pods = view.models.get(self._model)
+        pods = self._eligible(view.models.get(self._model, ()))
         if not pods:
             self._took = False
             return self._refuse(refusals.no_ready_pods(self._name or self._model), self._limit_headers())
         settings = world.policy.model(self._model)
-        last = view.cold(self._model, now)
+        last = view.cold(self._model, now) if self._among is None else self._eligible(view.cold(self._model, now))
         if settings.saturation is not None:
             full = [pod for pod in pods if not settings.has_room(pod)]
             # Whoever waits already goes first.
@@ -464,6 +475,8 @@ class Session:
         choices = 1 + settings.retries if world.fleet.retries.allowed(self._model, now) else 1
         # A probe is for requests that have somewhere else to go.
         probe = view.probe(self._model, now) if choices > 1 or not settings.retries else None
+        if probe is not None and not self._eligible((probe,)):
+            probe = None
         asked, mixed = self._asked, self._mixed
         assert asked is not None
         assert mixed is not None
@@ -480,7 +493,7 @@ class Session:
         first_byte = settings.first_byte_timeout if note.stream and len(note.pods) > 1 else None
         # Answers that do not generate can be large, and where something is to be changed in one it must be read: then
         # a session settles it.
-        if world.logged and note.answers and not self._strip and not self._name:
+        if self._logged and note.answers and not self._strip and not self._name:
             self._state = _State.LOGGED
             return [Route(change, remove, body, len(note.pods), note.written(), first_byte)]
         self._state = _State.ROUTED
@@ -491,7 +504,7 @@ class Session:
         """Whether some pod has room for the request, which waits for that."""
         world = self._world
         settings = world.policy.model(self._model)
-        return any(map(settings.has_room, world.fleet.view(self._node).models.get(self._model, ())))
+        return any(map(settings.has_room, self._eligible(world.fleet.view(self._node).models.get(self._model, ()))))
 
     @property
     def held(self) -> int:
@@ -504,7 +517,19 @@ class Session:
     def _on_overdue(self, event: Overdue) -> list[Action]:
         self._took = False
         refused = refusals.saturated(self._name or self._model, event.retry_after)
+        if self._picks:  # the protocol keeps 503 for want of an endpoint
+            refused = msgspec.structs.replace(refused, status=429)
         return self._refuse(refused, self._limit_headers())
+
+    def _eligible(self, pods: Sequence[Pod]) -> Sequence[Pod]:
+        """Those that whoever asks can reach."""
+        among = self._among
+        return pods if among is None else [pod for pod in pods if pod.address in among]
+
+    @property
+    def _logged(self) -> bool:
+        """Whether the usage comes with an access log; a proxy that routes by itself sends us none."""
+        return self._world.logged and not self._picks
 
     def _write_note(self, lease: Lease) -> Note:
         admission, admitted, request = self._admission, self._admitted, self._request
@@ -538,6 +563,9 @@ class Session:
         headers, pod = self._headers, lease.pods[0]
         change = {"model": self._model.encode(), "target-pod": ",".join(note.pods).encode()}
         remove = [name for name in headers if name[:10] == _INTERNAL_PREFIX]
+        if self._picks:
+            change[DESTINATION] = change["target-pod"]
+            remove = [name for name in remove if name != DESTINATION and not name.startswith(_NOT_OURS)]
         remove.append("accept-encoding")
         if "x-api-key" in headers and (pod.api_key is not None or _GATEWAY_KEY in headers["x-api-key"]):
             remove.append("x-api-key")
@@ -557,7 +585,7 @@ class Session:
         self._ended = event.end
         self._state = _State.ANSWERING
         actions = self._follow(event)
-        if not event.end and self._took:
+        if not event.end and self._took and not event.blind:
             reader = self._reader = self._reader_of(headers)
             if isinstance(reader, SseUsage) and 200 <= self._status < 300:
                 self._look_again()

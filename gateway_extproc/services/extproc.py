@@ -233,7 +233,7 @@ class _Stream:
         self._service = service
         self._call = call
         self._session = Session(service.world, call.metadata.get(extproc.NODE_METADATA, ""))
-        self._codec = extproc.Codec()
+        self._codec = extproc.Codec(picks=service.world.policy.picks)
         #: Whether messages wait: for the store, for room, for the start.
         self._held = not service.is_open
         self._waiting: deque[Message] | None = None

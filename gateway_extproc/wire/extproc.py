@@ -21,6 +21,11 @@ FULL_DUPLEX_STREAMED   Nothing is replied until the body is whole; then headers,
 Once either direction is FULL_DUPLEX_STREAMED, or ``send_body_without_waiting_for_header_response`` is set, Envoy
 ignores every ``mode_override``. In FULL_DUPLEX_STREAMED what is held back of an answer can still be sent when its
 trailers come; in the other modes Envoy sends trailers only after the reply to the last piece, and takes no more body.
+
+FULL_DUPLEX_STREAMED is also the mode of the Gateway API inference extension, whose endpoint picker we then are: its
+metadata may say which endpoints can be reached and, with the answer, which one served; what is picked is told in a
+header and in metadata.
+https://github.com/kubernetes-sigs/gateway-api-inference-extension/tree/main/docs/proposals/004-endpoint-picker-protocol
 """
 
 from __future__ import annotations
@@ -31,6 +36,7 @@ from typing import Any, Final
 
 from google.protobuf.struct_pb2 import Struct, Value
 
+from ..core.address import join_address, split_address
 from ..core.events import (
     Action,
     Answer,
@@ -51,6 +57,7 @@ from ..core.events import (
     Route,
     Truncated,
 )
+from ..core.session import DESTINATION
 from ._pb.core_pb2 import HeaderMap, HeaderValue, HeaderValueOption
 from ._pb.ext_proc_mode_pb2 import ProcessingMode
 from ._pb.ext_proc_pb2 import (
@@ -81,6 +88,12 @@ MAX_PIECE: Final = 62_000
 UPSTREAM_ADDRESS: Final = "upstream.address"
 CODE_DETAILS: Final = "response.code_details"
 RESPONSE_ATTRIBUTES: Final = (UPSTREAM_ADDRESS, CODE_DETAILS)
+#: The endpoint picker protocol's metadata: where it says what may be picked ("Endpoint Subset"), what was, and which
+#: one served ("Destination Endpoint Served").
+SUBSET_NAMESPACE: Final = "envoy.lb.subset_hint"
+SUBSET: Final = "x-gateway-destination-endpoint-subset"
+PICKED_NAMESPACE: Final = "envoy.lb"
+SERVED: Final = "x-gateway-destination-endpoint-served"
 #: What the response code details of our own answers begin with; the bootstrap tells them from Envoy's by it.
 DETAILS_PREFIX: Final = "gateway_"
 
@@ -107,10 +120,12 @@ class UnknownMessage(Exception):
 
 class Codec:
     """One stream: its messages in, as serialized bytes, and its replies out. ``encode`` answers what ``decode`` saw
-    last."""
+    last. ``picks``: whoever asks takes us for an endpoint picker, in any mode; where it does not say its modes, they
+    are FULL_DUPLEX_STREAMED both ways."""
 
     __slots__ = (
         "_awaited",
+        "_blind",
         "_body",
         "_data",
         "_end",
@@ -118,12 +133,15 @@ class Codec:
         "_known",
         "_mode",
         "_over",
+        "_picks",
         "_streams",
         "_unchanged",
         "_whole",
     )
 
-    def __init__(self) -> None:
+    def __init__(self, *, picks: bool = False) -> None:
+        self._picks = picks
+        self._blind = False  # answers' bodies are not shown
         self._kind = ""
         self._known = False  # the first message has come, and with it the modes
         self._over = False  # nothing more is to be replied
@@ -156,7 +174,10 @@ class Codec:
             if message.observability_mode:
                 self._over = True
                 return Observed()
-            if (why := self._begin(message.protocol_config)) and not _has_no_body(message):
+            config = message.protocol_config
+            if self._picks and not message.HasField("protocol_config"):
+                config = _UNTOLD
+            if (why := self._begin(config)) and not _has_no_body(message):
                 return Misconfigured(why)
         if body and kind == "request_body":
             self._body = body
@@ -185,7 +206,9 @@ class Codec:
         self._streams = answers == _DUPLEX
         fixed = self._streams or mode == _DUPLEX or config.send_body_without_waiting_for_header_response
         self._whole = fixed and answers in (_BUFFERED, _PARTIAL)
+        self._blind = fixed and answers == _NONE
         if mode == _DUPLEX:
+            self._picks = True
             self._unchanged = _HELD_BACK
         if mode not in _KNOWN or answers not in _KNOWN:
             return UNKNOWN_MODE
@@ -197,7 +220,9 @@ class Codec:
         part = message.request_headers
         end = part.end_of_stream
         self._awaited = not end
-        return RequestHeaders(_headers(part.headers), end, self._mode == _DUPLEX)
+        if not self._picks:  # by far the most
+            return RequestHeaders(_headers(part.headers), end)
+        return RequestHeaders(_headers(part.headers), end, self._mode == _DUPLEX, True, _subset(message))
 
     def _request_body(self, message: ProcessingRequest) -> Event:
         part = message.request_body
@@ -224,7 +249,9 @@ class Codec:
                 upstream = fields[UPSTREAM_ADDRESS].string_value
             if CODE_DETAILS in fields:
                 details = fields[CODE_DETAILS].string_value
-        return ResponseHeaders(headers, part.end_of_stream, upstream, details)
+        if self._picks and not upstream:
+            upstream = _served(message)
+        return ResponseHeaders(headers, part.end_of_stream, upstream, details, self._blind)
 
     def _response_body(self, message: ProcessingRequest) -> Event:
         part = message.response_body
@@ -261,7 +288,9 @@ class Codec:
             options.append(_option("content-length", b"%d" % len(body)))
         options += [_removal(name) for name in action.remove]
         common = _field(_HEADER_MUTATION, b"".join(options)) + _CLEAR_ROUTE_CACHE
-        note = _metadata(action.note) if action.note else b""
+        note = _metadata(_NAMESPACE_KEY, _NOTE_KEY, action.note.encode()) if action.note else b""
+        if DESTINATION in action.set:
+            note += _metadata(_PICKED_NAMESPACE_KEY, _DESTINATION_KEY, action.set[DESTINATION])
         if self._mode != _DUPLEX:
             head = _field(_REQUEST_BODY, _field(_RESPONSE, common)) + note
             if body is None:
@@ -384,6 +413,31 @@ def _has_no_body(message: ProcessingRequest) -> bool:
     return message.WhichOneof("request") == "request_headers" and message.request_headers.end_of_stream
 
 
+def _subset(message: ProcessingRequest) -> frozenset[str] | None:
+    """The endpoints that may be picked, as our addresses are spelled; None: any. What is no address is none of them."""
+    found = message.metadata_context.filter_metadata
+    if SUBSET_NAMESPACE not in found or SUBSET not in (fields := found[SUBSET_NAMESPACE].fields):
+        return None
+    value = fields[SUBSET]
+    texts = [item.string_value for item in value.list_value.values] or value.string_value.split(",")
+    return frozenset([_address(text.strip()) for text in texts])
+
+
+def _served(message: ProcessingRequest) -> str:
+    """The endpoint that served, or ""."""
+    found = message.metadata_context.filter_metadata
+    if PICKED_NAMESPACE not in found or SERVED not in (fields := found[PICKED_NAMESPACE].fields):
+        return ""
+    return _address(fields[SERVED].string_value)
+
+
+def _address(text: str) -> str:
+    try:
+        return join_address(*split_address(text))
+    except ValueError:
+        return ""
+
+
 def _is_clients_fault(headers: Headers) -> bool:
     """Whether an answer tells of a body that is too large or too slow, with which Envoy ends a request by itself."""
     return any(name == ":status" and value.startswith(b"4") for name, value in headers)
@@ -437,10 +491,10 @@ def _removal(name: str) -> bytes:
     return _field(_REMOVE_HEADERS, name.encode())
 
 
-def _metadata(note: str) -> bytes:
-    """The note as dynamic metadata: ``{NAMESPACE: {NOTE: note}}`` in a Struct."""
-    inner = _field(_FIELDS, _NOTE_KEY + _field(_VALUE, _field(_STRING_VALUE, note.encode())))
-    return _field(_DYNAMIC_METADATA, _field(_FIELDS, _NAMESPACE_KEY + _field(_VALUE, _field(_STRUCT_VALUE, inner))))
+def _metadata(namespace: bytes, key: bytes, text: bytes) -> bytes:
+    """A text as dynamic metadata: ``{namespace: {key: text}}`` in a Struct, the names as a map's keys."""
+    inner = _field(_FIELDS, key + _field(_VALUE, _field(_STRING_VALUE, text)))
+    return _field(_DYNAMIC_METADATA, _field(_FIELDS, namespace + _field(_VALUE, _field(_STRUCT_VALUE, inner))))
 
 
 def _pieces(kind: str, data: bytes, end: bool) -> list[bytes]:
@@ -494,6 +548,10 @@ _STRING_VALUE: Final = _tag(Value.STRING_VALUE_FIELD_NUMBER)
 _VALUE: Final = _tag(2)  # a map's entries are messages of a key (1) and a value (2)
 _NAMESPACE_KEY: Final = _field(_tag(1), NAMESPACE.encode())
 _NOTE_KEY: Final = _field(_tag(1), NOTE.encode())
+_PICKED_NAMESPACE_KEY: Final = _field(_tag(1), PICKED_NAMESPACE.encode())
+_DESTINATION_KEY: Final = _field(_tag(1), DESTINATION.encode())
+#: The modes of whoever does not say them.
+_UNTOLD: Final = ProtocolConfiguration(request_body_mode=_DUPLEX, response_body_mode=_DUPLEX)
 _CLEAR_ROUTE_CACHE: Final = CommonResponse(clear_route_cache=True).SerializeToString()
 
 #: By kind of message, the replies that change nothing.

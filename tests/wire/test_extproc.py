@@ -379,7 +379,7 @@ TRAILERS_SENT, TRAILERS_GOT = empty("request_trailers"), empty("response_trailer
 REQUESTED = (first(), RequestHeaders([], False), Continue(), ["request_headers"])
 #: A request that comes and goes in FULL_DUPLEX_STREAMED both ways, up to its answer.
 DUPLEX_BEGINS: list[Any] = [
-    (first(DUPLEX, DUPLEX), RequestHeaders([], False, True), Continue(), []),
+    (first(DUPLEX, DUPLEX), RequestHeaders([], False, True, True), Continue(), []),
     (asks(b"abc", True), RequestBody(b"abc", True), CARRIED, ["request_headers", ("request_body", b"abc", True)]),
     (answered(), ANSWERED, Respond({}, True), ["response_headers"]),
 ]
@@ -407,7 +407,7 @@ CASES: dict[str, list[tuple[ProcessingRequest, Event | None, Action | None, list
         f"no body in modes {mode} and {answers}": [
             (
                 first(mode, answers, end=True),
-                RequestHeaders([], True, mode == DUPLEX),
+                RequestHeaders([], True, mode == DUPLEX, mode == DUPLEX),
                 Answer(b"{}"),
                 ["immediate_response"],
             )
@@ -467,7 +467,7 @@ CASES: dict[str, list[tuple[ProcessingRequest, Event | None, Action | None, list
         (says(b"ab", True), ResponseBody(b"ab", True), Replace(b""), [("response_body", b"", True)]),
     ],
     "both ways at once, in pieces and with trailers": [
-        (first(DUPLEX, DUPLEX), RequestHeaders([], False, True), Continue(), []),
+        (first(DUPLEX, DUPLEX), RequestHeaders([], False, True, True), Continue(), []),
         (asks(b"a", False), RequestBody(b"a", False), Continue(), []),
         (asks(b"bc", False), RequestBody(b"bc", False), Continue(), []),
         (
@@ -485,18 +485,18 @@ CASES: dict[str, list[tuple[ProcessingRequest, Event | None, Action | None, list
         (TRAILERS_GOT, ResponseTrailers(), Continue(), ["response_trailers"]),
     ],
     "both ways at once, refused with the first piece": [
-        (first(DUPLEX, DUPLEX), RequestHeaders([], False, True), Continue(), []),
+        (first(DUPLEX, DUPLEX), RequestHeaders([], False, True, True), Continue(), []),
         (asks(b"a", False), RequestBody(b"a", False), REFUSED, ["immediate_response"]),
         (asks(b"b", True), None, None, []),
     ],
     "both ways at once, answered by Envoy before the body came": [
-        (first(DUPLEX, DUPLEX), RequestHeaders([], False, True), Continue(), []),
+        (first(DUPLEX, DUPLEX), RequestHeaders([], False, True, True), Continue(), []),
         (answered(), ANSWERED, Respond({}, False), ["response_headers"]),
         (says(b"x", True), ResponseBody(b"x", True), Replace(None), [("response_body", b"x", True)]),
         (asks(b"b", True), RequestBody(b"b", True), Continue(), []),
     ],
     "a request at once, its answer whole": [
-        (first(DUPLEX, BUFFERED), RequestHeaders([], False, True), Continue(), []),
+        (first(DUPLEX, BUFFERED), RequestHeaders([], False, True, True), Continue(), []),
         (asks(b"abc", True), RequestBody(b"abc", True), CARRIED, ["request_headers", ("request_body", b"abc", True)]),
         (answered(), ANSWERED, Respond({}, True), ["response_headers"]),
         (says(b"ab", False), ResponseBody(b"ab", True), Replace(None), ["response_body"]),
