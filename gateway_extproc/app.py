@@ -114,6 +114,7 @@ def policy_of(config: Config, directory: Directory, strategies: Strategies, long
         max_body_bytes=config.limits.max_body_bytes,
         default_strategy=config.routing.default,
         expose=config.routing.expose,
+        picks=config.routing.picker == "always",
         reserve=config.limits.reserve,
         unknown_price=config.limits.unknown_price,
         auth=config.auth.mode,

@@ -250,6 +250,14 @@ class Routing(Part, frozen=True, kw_only=True):
             CLASS,
         ),
     ] = msgspec.field(default_factory=dict)
+    picker: Annotated[
+        Literal["auto", "always"],
+        about(
+            "Whether proxies take the gateway for the endpoint picker of an InferencePool. `auto`: those that send "
+            "bodies `FULL_DUPLEX_STREAMED`, and have not their routes from the gateway. `always`: in other modes too, "
+            "and those that do not say how they send bodies."
+        ),
+    ] = "auto"
 
 
 class LimitsConfig(Part, frozen=True, kw_only=True):

@@ -1,0 +1,353 @@
+"""The endpoint picker of a real Envoy that routes by itself, set up as the gateways of the inference extension do it.
+
+Nothing here comes from the gateway's bootstrap: one route to one cluster of all pods, whose balancer takes the endpoint
+from dynamic metadata, then from the header; bodies FULL_DUPLEX_STREAMED both ways; what may be picked and what served
+travels as metadata. Requests say in a header of these tests which endpoints Envoy is to name as the only ones.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import http.client
+import json
+import signal
+from collections.abc import Iterator, Sequence
+from typing import Any, Final
+
+import pytest
+from google.protobuf.struct_pb2 import Value
+
+from tests.e2e.asking import CHAT, MODEL, Raw, chunked, head
+from tests.system import Reply, System, request, until
+
+_T: Final = "type.googleapis.com/envoy."
+#: Larger than any body of these tests, in bytes.
+LARGEST: Final = 8 << 20
+CONFIG: Final = {
+    "users": [{"name": "alice", "rpm": 50, "tpm": 10**7}, {"name": "bob", "rpm": 1}],
+    "limits": {"max_body_bytes": LARGEST},
+    "models": {MODEL: {"aliases": ["alias"]}},
+    "routing": {"expose": True},
+}
+DESTINATION: Final = "x-gateway-destination-endpoint"
+FULL_DUPLEX: Final = "FULL_DUPLEX_STREAMED"
+
+
+class Pool(System):
+    """The gateway as the picker of a pool of pods. ``mode`` is how Envoy sends bodies."""
+
+    def __init__(
+        self,
+        pods: int = 2,
+        mode: str = FULL_DUPLEX,
+        config: dict[str, Any] | None = None,
+        options: Sequence[str] = (),
+    ) -> None:
+        self.mode = mode
+        started = [["--model", MODEL, *options] for _ in range(pods)]
+        super().__init__(started, CONFIG | (config or {}), store=False, change_bootstrap=self._routes_by_itself)
+
+    def _routes_by_itself(self, bootstrap: dict[str, Any]) -> None:
+        gateway = next(one for one in bootstrap["static_resources"]["clusters"] if one["name"] == "gateway")
+        bootstrap.clear()
+        bootstrap["admin"] = {"address": address(self.envoy_admin_port)}
+        bootstrap["static_resources"] = {
+            "listeners": [{"name": "clients", "address": address(self.port), "filter_chains": [self._chain()]}],
+            "clusters": [gateway, pool(self.pod_ports)],
+        }
+
+    def _chain(self) -> dict[str, Any]:
+        filters = [
+            {
+                "name": "hint",
+                "typed_config": {
+                    "@type": _T + "extensions.filters.http.header_to_metadata.v3.Config",
+                    "request_rules": [
+                        {
+                            "header": "only",
+                            "on_header_present": {
+                                "metadata_namespace": "envoy.lb.subset_hint",
+                                "key": "x-gateway-destination-endpoint-subset",
+                                "type": "PROTOBUF_VALUE",
+                                "encode": "BASE64",
+                            },
+                            "remove": True,
+                        }
+                    ],
+                },
+            },
+            {
+                "name": "picker",
+                "typed_config": {
+                    "@type": _T + "extensions.filters.http.ext_proc.v3.ExternalProcessor",
+                    "grpc_service": {"envoy_grpc": {"cluster_name": "gateway"}},
+                    "message_timeout": "1000s",
+                    "processing_mode": {
+                        "request_header_mode": "SEND",
+                        "request_body_mode": self.mode,
+                        "request_trailer_mode": "SEND",
+                        "response_header_mode": "SEND",
+                        "response_body_mode": self.mode.replace("BUFFERED", "STREAMED"),
+                        "response_trailer_mode": "SEND",
+                    },
+                    "metadata_options": {
+                        "forwarding_namespaces": {"untyped": ["envoy.lb", "envoy.lb.subset_hint"]},
+                        "receiving_namespaces": {"untyped": ["envoy.lb"]},
+                    },
+                },
+            },
+            {"name": "router", "typed_config": {"@type": _T + "extensions.filters.http.router.v3.Router"}},
+        ]
+        route = {
+            # As a route of the inference extension may be matched: by the name that its own filter has read.
+            "match": {"prefix": "/", "headers": [{"name": "x-gateway-model-name", "present_match": True}]},
+            "route": {
+                "cluster": "pool",
+                "timeout": "0s",
+                "retry_policy": {"retry_on": "connect-failure,refused-stream", "num_retries": 2},
+            },
+            # More than Envoy keeps for a retry by default.
+            "per_request_buffer_limit_bytes": LARGEST,
+        }
+        name = {"header": {"key": "x-gateway-model-name", "value": "any"}, "append_action": "ADD_IF_ABSENT"}
+        return {
+            "filters": [
+                {
+                    "name": "http",
+                    "typed_config": {
+                        "@type": _T + "extensions.filters.network.http_connection_manager.v3.HttpConnectionManager",
+                        "stat_prefix": "http",
+                        "early_header_mutation_extensions": [
+                            {
+                                "name": "named",
+                                "typed_config": {
+                                    "@type": _T
+                                    + "extensions.http.early_header_mutation.header_mutation.v3.HeaderMutation",
+                                    "mutations": [{"append": name}],
+                                },
+                            }
+                        ],
+                        "http_filters": filters,
+                        "route_config": {"virtual_hosts": [{"name": "all", "domains": ["*"], "routes": [route]}]},
+                    },
+                }
+            ]
+        }
+
+    def ask(self, body: bytes, *, only: Sequence[int] | None = None, **headers: str) -> Reply:
+        """A chat. ``only``: the pods, by number, that Envoy says it can reach."""
+        if only is not None:
+            headers["only"] = self.hint(only)
+        return self.post(CHAT, body, **headers)
+
+    def hint(self, pods: Sequence[int]) -> str:
+        """What makes these pods, by number, the only ones that Envoy says it can reach."""
+        names = Value()
+        names.list_value.SetInParent()
+        names.list_value.extend([f"127.0.0.1:{self.pod_ports[pod]}" for pod in pods])
+        return base64.b64encode(names.SerializeToString()).decode()
+
+    def requests(self) -> list[int]:
+        """How many each pod has been given."""
+        return [len(self.seen(pod, 10_000)) if self.pods[pod].running() else 0 for pod in range(len(self.pods))]
+
+    def got(self, pod: int) -> dict[str, str]:
+        """The headers of the last request that a pod was given."""
+        return dict(self.seen(pod)[0]["headers"])
+
+
+def address(port: int) -> dict[str, Any]:
+    return {"socket_address": {"address": "127.0.0.1", "port_value": port}}
+
+
+def pool(ports: Sequence[int]) -> dict[str, Any]:
+    """The cluster of all pods: whichever the picker names, in that order; without a word of it, none."""
+    nowhere = {
+        "name": "envoy.load_balancing_policies.subset",
+        "typed_config": {
+            "@type": _T + "extensions.load_balancing_policies.subset.v3.Subset",
+            "fallback_policy": "NO_FALLBACK",
+            "subset_selectors": [{"keys": ["none"]}],
+            "subset_lb_policy": {
+                "policies": [
+                    {
+                        "typed_extension_config": {
+                            "name": "round_robin",
+                            "typed_config": {
+                                "@type": _T + "extensions.load_balancing_policies.round_robin.v3.RoundRobin"
+                            },
+                        }
+                    }
+                ]
+            },
+        },
+    }
+    picked = {
+        "name": "envoy.load_balancing_policies.override_host",
+        "typed_config": {
+            "@type": _T + "extensions.load_balancing_policies.override_host.v3.OverrideHost",
+            "override_host_sources": [
+                {"metadata": {"key": "envoy.lb", "path": [{"key": DESTINATION}]}},
+                {"header": DESTINATION},
+            ],
+            "selected_host_key": {"key": "envoy.lb", "path": [{"key": "x-gateway-destination-endpoint-served"}]},
+            "fallback_policy": {"policies": [{"typed_extension_config": nowhere}]},
+        },
+    }
+    endpoints = [{"endpoint": {"address": address(port)}} for port in ports]
+    return {
+        "name": "pool",
+        "type": "STATIC",
+        "connect_timeout": "1s",
+        "load_assignment": {"cluster_name": "pool", "endpoints": [{"lb_endpoints": endpoints}]},
+        "load_balancing_policy": {"policies": [{"typed_extension_config": picked}]},
+    }
+
+
+def chat(size: int = 0, **members: object) -> bytes:
+    messages = [{"role": "user", "content": "x" * size or "hello"}]
+    return json.dumps({"model": MODEL, "messages": messages, "max_tokens": 3, **members}).encode()
+
+
+def settled(to: System, reason: str) -> float:
+    return to.metric("gateway_requests_total", reason=reason)
+
+
+@pytest.fixture(scope="module")
+def to() -> Iterator[Pool]:
+    with Pool() as made:
+        yield made
+
+
+def test_a_chat_is_answered_by_a_pod_that_the_picker_chose_and_its_usage_is_charged(to: Pool) -> None:
+    before = settled(to, "ok")
+    answer = to.ask(chat(), user="alice")
+    assert answer.status == 200, answer
+    assert answer.json["usage"]["completion_tokens"] == 3
+    assert answer.headers["x-ratelimit-limit-requests"] == "50"
+    pod = int(answer.headers["target-pod"].removeprefix("pod-"))
+    seen = to.got(pod)
+    assert seen[DESTINATION].split(",")[0] == f"127.0.0.1:{to.pod_ports[pod]}"
+    until(lambda: settled(to, "ok") == before + 1, "settled by its usage")
+
+
+def test_a_streamed_answer_comes_as_it_is_and_what_only_the_gateway_asked_for_is_taken_out(to: Pool) -> None:
+    answer = to.ask(chat(stream=True), user="alice")
+    assert answer.status == 200
+    assert answer.body.endswith(b"data: [DONE]\n\n")
+    assert b'"usage":{' not in answer.body
+    plain = to.ask(chat(stream=True, stream_options={"include_usage": True}))
+    assert b'"usage":{' in plain.body
+
+
+def test_the_model_is_renamed_in_the_body_of_the_request_and_in_the_answer(to: Pool) -> None:
+    answer = to.ask(chat(model="alias"), only=[0])
+    assert (answer.status, answer.json["model"]) == (200, "alias")
+    assert json.loads(to.seen(0)[0]["text"])["model"] == MODEL
+
+
+@pytest.mark.parametrize("size", [61_000, 62_000, 5_000_000])
+def test_a_prompt_of_any_size_arrives_byte_for_byte(to: Pool, size: int) -> None:
+    body = chat(size)
+    for sent in (to.ask(body, only=[0]), in_chunks(to, body, f"only: {to.hint([0])}")):
+        assert sent.status == 200, sent
+        assert to.seen(0)[0]["sha256"] == hashlib.sha256(body).hexdigest()
+
+
+def in_chunks(to: Pool, body: bytes, *lines: str) -> Reply:
+    with Raw(to.port) as client:
+        client.send(head("POST", CHAT, "Transfer-Encoding: chunked", *lines) + chunked(body, 7777))
+        reply = client.reply()
+    assert reply is not None
+    return reply
+
+
+def test_a_body_over_the_limit_is_refused_while_it_comes(to: Pool) -> None:
+    reply = in_chunks(to, chat(LARGEST))
+    assert (reply.status, reply.error["code"]) == (413, "request_too_large")
+
+
+def test_refusals_are_the_documented_ones_and_reach_no_pod(to: Pool) -> None:
+    before = sum(to.requests())
+    assert to.ask(chat(model="no-such-model")).error["code"] == "model_not_found"
+    assert to.ask(b"{").error["code"] == "invalid_json"
+    assert (to.post("/elsewhere", b"{}").status, to.get("/health").status) == (404, 404)
+    assert [each["id"] for each in to.get("/v1/models").json["data"]] == ["alias", MODEL]
+    until(lambda: to.ask(chat(), user="bob").status == 429)
+    refused = to.ask(chat(), user="bob")
+    assert refused.error["code"] == "rate_limit_exceeded"
+    assert "retry-after" in refused.headers
+    assert sum(to.requests()) <= before + 1  # bob's first
+
+
+def test_only_endpoints_that_envoy_can_reach_are_picked(to: Pool) -> None:
+    for pod in (0, 1):
+        for _ in range(5):
+            assert to.ask(chat(), only=[pod]).headers["target-pod"] == f"pod-{pod}"
+            assert to.got(pod)[DESTINATION] == f"127.0.0.1:{to.pod_ports[pod]}"
+    refused = to.ask(chat(), only=[])
+    assert (refused.status, refused.error["code"]) == (503, "no_ready_pods")
+
+
+def test_a_client_cannot_pick_and_its_other_headers_for_the_extension_arrive(to: Pool) -> None:
+    named = {
+        DESTINATION: f"127.0.0.1:{to.admin_port}",
+        "x-gateway-destination-endpoint-subset": "x",
+        "x-gateway-inference-objective": "batch",
+        "target-pod": "127.0.0.1:1",
+    }
+    answer = request(to.port, "POST", CHAT, chat(), {"content-type": "application/json", **named})
+    assert answer.status == 200
+    seen = to.got(int(answer.headers["target-pod"].removeprefix("pod-")))
+    assert str(to.admin_port) not in seen[DESTINATION]
+    assert seen["x-gateway-inference-objective"] == "batch"
+    assert "x-gateway-destination-endpoint-subset" not in seen
+
+
+def test_a_client_that_leaves_midway_leaves_nothing_behind(to: Pool) -> None:
+    before = settled(to, "cut")
+    with Raw(to.port) as client:
+        body = chat(stream=True, max_tokens=2000)
+        client.send(head("POST", CHAT, f"Content-Length: {len(body)}", "user: alice") + body)
+        until(lambda: any(each["in_flight"] for each in to.admin("/admin/pods")))
+        assert client.events(1)
+    with Raw(to.port) as client:
+        client.send(head("POST", CHAT, "Content-Length: 100000", "user: alice") + b'{"model":')
+        until(lambda: to.metric("gateway_requests_in_flight") >= 1)
+    until(lambda: settled(to, "cut") == before + 1)
+    until(lambda: not any(each["in_flight"] for each in to.admin("/admin/pods")))
+
+
+def test_a_dead_first_choice_costs_no_request_and_is_left_out() -> None:
+    with Pool(3, config={"discovery": {"poll": "60s"}}) as to:
+        to.pods[0].kill()
+        for _ in range(30):
+            answer = to.ask(chat(), user="alice")
+            assert answer.status == 200, answer
+            assert answer.headers["target-pod"] != "pod-0"
+        until(lambda: [each["name"] for each in to.admin("/admin/pods") if each["ready"]] == ["pod-1", "pod-2"])
+
+
+def test_a_gateway_that_stops_cuts_no_answer() -> None:
+    with Pool(1, options=["--gpu", "l20"]) as to:
+        connection = http.client.HTTPConnection("127.0.0.1", to.port, timeout=30)
+        asked = chat(stream=True, max_tokens=300)
+        connection.request("POST", CHAT, asked, {"content-type": "application/json", "user": "alice"})
+        answer = connection.getresponse()
+        assert answer.readline().startswith(b"data: ")
+        to.gateway.signal(signal.SIGTERM)
+        rest = answer.read()
+        connection.close()
+        assert rest.endswith(b"data: [DONE]\n\n")
+        assert rest.count(b"data: {") > 250
+        assert to.gateway.wait() == 0
+
+
+def test_a_picker_may_be_asked_for_whole_bodies_where_it_is_told_that_it_is_one() -> None:
+    with Pool(1, "BUFFERED", {"routing": {"picker": "always"}}) as to:
+        answer = to.ask(chat(200_000), user="alice")
+        assert (answer.status, answer.json["usage"]["completion_tokens"]) == (200, 3)
+        assert to.ask(chat(), only=[]).status == 503
+        assert to.ask(chat(stream=True)).body.endswith(b"data: [DONE]\n\n")
+        until(lambda: settled(to, "ok") == 2)
