@@ -33,7 +33,7 @@ from .adapters.admin_users import UserViews
 from .adapters.alarm import Alarm
 from .adapters.dns import Resolver, Watcher
 from .adapters.guarded import GuardedStore
-from .adapters.kubernetes import CannotConnect, Cluster, Pods
+from .adapters.kubernetes import CannotConnect, Cluster, InferencePool, Pods
 from .adapters.memory import MemoryStore
 from .adapters.metrics import Metrics, Sources
 from .adapters.records import MemoryRecords, RedisRecords
@@ -79,6 +79,9 @@ FILE_PERIOD: Final = 0.5
 START_WAIT: Final = 5.0
 #: Seconds that streams get to end when the gateway stops. Those still deciding need a store's time-out at most.
 STOP_WAIT: Final = 3.0
+#: Seconds that answers get which pass through the gateway and end with it (bodies FULL_DUPLEX_STREAMED), where whoever
+#: stops it has that patience: Kubernetes has 30 s unless told otherwise.
+CARRY_WAIT: Final = 3600.0
 #: Seconds that settlements get to reach the store when the gateway stops.
 FLUSH_WAIT: Final = 1.0
 #: Settings that only a start takes up.
@@ -245,7 +248,7 @@ class Gateway:
         self._lines = logs.RequestLog(config.logging.successes, time.monotonic)
         self._poller = Poller(self.fleet, config.discovery.poll, config.discovery.timeout, self._rng)
         self._watcher: Watcher | None = None
-        self._pods: Pods | None = None
+        self._pods: Pods | InferencePool | None = None
         self._controlling: Controlling | None = None
         self._control: asyncio.Task[None] | None = None
         self._named: dict[str, list[tuple[int, PodConfig]]] = {}
@@ -350,7 +353,10 @@ class Gateway:
                 cluster = await Cluster.connect(found.kubeconfig)
             except CannotConnect as error:
                 raise Unavailable(f"discovery.kubernetes: {error}") from error
-            self._pods = Pods(cluster, found.namespaces, found.selector, self._discovered, self._rng)
+            if found.pool:
+                self._pods = InferencePool(cluster, found.pool, self._discovered, self._rng)
+            else:
+                self._pods = Pods(cluster, found.namespaces, found.selector, self._discovered, self._rng)
         if (ours := config.controller) is not None and ours.serve:
             try:
                 self._controlling = Controlling(await Cluster.connect(ours.kubeconfig), config, ours, self._rng)
@@ -420,6 +426,10 @@ class Gateway:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(STOP_WAIT):
                     await self.extproc.drained()
+            if self.extproc.carries:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(CARRY_WAIT):
+                        await self.extproc.drained()
             # What is left are Envoys' xDS streams, which have no end of their own.
             await self._listener.close()
         self.xds.close()

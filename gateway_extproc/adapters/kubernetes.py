@@ -7,7 +7,7 @@ kubeconfig, and renews tokens), and one loop for each kind and namespace that li
 - A server that is silent is given up after INACTIVITY, and asked again after a pause that grows, up to LONGEST.
 - A refusal for lack of rights is an answer: nothing is waited for, the rest goes on, and the log says what is missing.
 
-Leaves out what lines and objects mean (wire/kubernetes.py, wire/kubernetes_pods.py). kubernetes-asyncio is an extra; it
+Leaves out what lines and objects mean (wire/kubernetes.py, wire/kubernetes_pods.py, kubernetes_pool.py). kubernetes-asyncio is an extra; it
 is imported here only when a connection is made, since it takes 0.6 s and 40 MB.
 """
 
@@ -17,6 +17,7 @@ import asyncio
 import contextlib
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from random import Random
 from typing import Any, Final, Generic, TypeVar
 
@@ -24,13 +25,15 @@ import aiohttp
 import structlog
 
 from ..core.fleet import PodSpec
-from ..wire import kubernetes_pods
+from ..wire import kubernetes_pods, kubernetes_pool
 from ..wire.kubernetes import Broken, Expired, Lines, Reflection, Status, status_of
 from ..wire.kubernetes_pods import Finding
 
 log = structlog.get_logger(__name__)
 
 Value = TypeVar("Value")
+#: Takes pods, and the models that exist because of them.
+Found = Callable[[Iterable[PodSpec], Iterable[str]], None]
 
 #: Seconds without a byte after which a watch is taken for dead. The API server sends a bookmark every 60 to 75 s
 #: (bookmarkFrequency in its watch cache).
@@ -288,22 +291,25 @@ class Reflector(Generic[Value]):
 
 
 class Pods:
-    """The pods of some namespaces, as a source of the fleet: calls ``found(pods, models)`` after each change."""
+    """The pods of some namespaces, as a source of the fleet: calls ``found(pods, models)`` after each change. Without
+    ``ports`` each pod says its own."""
 
     def __init__(
         self,
         cluster: Cluster,
         namespaces: Sequence[str],
         selector: str,
-        found: Callable[[Iterable[PodSpec], Iterable[str]], None],
+        found: Found,
         rng: Random,
+        ports: tuple[int, ...] = (),
     ) -> None:
         self._cluster = cluster
         self._found = found
+        read = partial(kubernetes_pods.read, ports=ports)
         self._told: frozenset[str] = frozenset()
         paths = [f"/api/v1/namespaces/{name}/pods" for name in namespaces] or ["/api/v1/pods"]
         self._reflectors: list[Reflector[Finding]] = [
-            Reflector(cluster, path, {"labelSelector": selector}, Reflection(kubernetes_pods.read), self._changed, rng)
+            Reflector(cluster, path, {"labelSelector": selector}, Reflection(read), self._changed, rng)
             for path in paths
         ]
         self._tasks: list[asyncio.Task[None]] = []
@@ -330,10 +336,89 @@ class Pods:
             log.warning("a pod says something wrong", problem=problem)
         self._told = problems
 
-    async def close(self) -> None:
+    def stop(self) -> None:
+        """Follow them no longer."""
         for task in self._tasks:
             task.cancel()
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing is left of that."""
+        return all(task.done() for task in self._tasks)
+
+    async def close(self) -> None:
+        self.stop()
         for task in self._tasks:
             with contextlib.suppress(asyncio.CancelledError):
                 await task
+        await self._cluster.close()
+
+
+class InferencePool:
+    """The pods of an InferencePool, as a source of the fleet like Pods. Where the pool says something else than before,
+    those that it had stay until it is known which it has now."""
+
+    def __init__(self, cluster: Cluster, pool: str, found: Found, rng: Random) -> None:
+        self._cluster = cluster
+        self._name = pool
+        self._namespace, _, name = pool.partition("/")
+        self._key = (self._namespace, name)
+        self._found = found
+        self._rng = rng
+        self._reflector: Reflector[kubernetes_pool.Pool] = Reflector(
+            cluster,
+            kubernetes_pool.PATH.format(self._namespace),
+            {"fieldSelector": f"metadata.name={name}"},
+            Reflection(kubernetes_pool.read),
+            self._changed,
+            rng,
+        )
+        self._task: asyncio.Task[None] | None = None
+        #: What it said last; None: there is none, as far as is known.
+        self._pool: kubernetes_pool.Pool | None = None
+        self._pods: Pods | None = None
+        #: What was followed before, as long as it takes to end.
+        self._ending: list[Pods] = []
+
+    def start(self) -> None:
+        self._task = asyncio.create_task(self._reflector.run(), name=f"follow {self._reflector.path}")
+
+    @property
+    def listed(self) -> bool:
+        """Whether it is known which pods there are, or that we may not know."""
+        return self._reflector.answered and (self._pods is None or self._pods.listed)
+
+    @property
+    def failures(self) -> dict[str, str]:
+        """Why what is known may be old, or nothing, by the path that was asked."""
+        why = self._reflector.failure or ("" if self._pool is not None else f"there is no InferencePool {self._name}")
+        pods = {} if self._pods is None else self._pods.failures
+        return {self._reflector.path: why} | pods if why else pods
+
+    def _changed(self) -> None:
+        pool = self._reflector.reflection.objects.get(self._key)
+        if pool is not None and pool == self._pool:
+            return
+        self._ending = [each for each in self._ending if not each.ended]
+        if self._pods is not None:
+            self._pods.stop()
+            self._ending.append(self._pods)
+            self._pods = None
+        self._pool = pool
+        if pool is None:
+            if not self._reflector.failure:
+                log.warning("there is no such InferencePool", pool=self._name)
+            self._found((), ())
+            return
+        log.info("follows an InferencePool", pool=self._name, selector=pool.selector, ports=pool.ports)
+        self._pods = Pods(self._cluster, (self._namespace,), pool.selector, self._found, self._rng, pool.ports)
+        self._pods.start()
+
+    async def close(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._task
+        for each in (*self._ending, *([] if self._pods is None else [self._pods])):
+            await each.close()
         await self._cluster.close()

@@ -17,7 +17,7 @@ from ..core.refusal import quoted
 from ..core.strategies import mix
 from .forms import show_duration, show_size
 from .problems import Steps, said
-from .schema import Config
+from .schema import POD_SELECTOR, Config
 
 #: A problem: where, and what. The path may be one that the file left out.
 Found = Iterator[tuple[Steps, str]]
@@ -178,8 +178,10 @@ def _pods(config: Config, sound: Sound) -> Found:
 
 def _kubernetes(config: Config) -> Found:
     found: dict[Steps, tuple[str, ...]] = {}
-    if config.discovery.kubernetes is not None:
-        found["discovery", "kubernetes"] = config.discovery.kubernetes.namespaces
+    if (pods := config.discovery.kubernetes) is not None:
+        found["discovery", "kubernetes"] = pods.namespaces
+        if pods.pool and (pods.namespaces or pods.selector != POD_SELECTOR):
+            yield ("discovery", "kubernetes", "pool"), "expected neither 'namespaces' nor 'selector' beside it"
     if config.controller is not None:
         found["controller",] = config.controller.namespaces
     for where, namespaces in found.items():

@@ -8,7 +8,7 @@ what values must hold together (checks.py) and the records of users, teams and l
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 import msgspec
 
@@ -192,15 +192,25 @@ class Admin(Part, frozen=True, kw_only=True):
     token_file: Annotated[str, about("A file that holds the token, instead of `token`.", SECRET_FILE)] = ""
 
 
+#: Which pods count, where nothing else is said.
+POD_SELECTOR: Final = "model.aibrix.ai/name"
+
+
 class KubernetesDiscovery(Part, frozen=True, kw_only=True):
     """Pods that Kubernetes has. Needs the extra `gateway-extproc[kubernetes]`, and the right to list and watch pods."""
 
     namespaces: Annotated[
         tuple[str, ...], about("Where to look. Empty: in every namespace, which takes a ClusterRole.", NAMESPACE)
     ] = ()
-    selector: Annotated[str, about("Labels of the pods, in the form that `kubectl -l` takes.", SOME)] = (
-        "model.aibrix.ai/name"
-    )
+    selector: Annotated[str, about("Labels of the pods, in the form that `kubectl -l` takes.", SOME)] = POD_SELECTOR
+    pool: Annotated[
+        str,
+        about(
+            "An InferencePool (`inference.networking.k8s.io/v1`), whose pods and ports count instead of `namespaces` "
+            "and `selector`.",
+            or_empty(NAMESPACED),
+        ),
+    ] = ""
     kubeconfig: Annotated[
         str,
         about(

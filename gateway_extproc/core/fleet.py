@@ -19,7 +19,7 @@ counts (load.py), and choosing (choose.py).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Final
 
 import msgspec
@@ -93,10 +93,10 @@ class View(msgspec.Struct, frozen=True):
     probed: Mapping[str, tuple[Pod, ...]] = {}
     until: float = math.inf
 
-    def probe(self, model: str, now: float) -> Pod | None:
-        """The pod that the request at hand is to probe."""
+    def probe(self, model: str, now: float, among: Collection[str] | None = None) -> Pod | None:
+        """The pod that the request at hand is to probe, of these addresses (None: any)."""
         for pod in self.probed.get(model, ()):
-            if pod.health.probe(now):
+            if (among is None or pod.address in among) and pod.health.probe(now):
                 return pod
         return None
 

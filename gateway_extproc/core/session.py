@@ -462,7 +462,7 @@ class Session:
             self._took = False
             return self._refuse(refusals.no_ready_pods(self._name or self._model), self._limit_headers())
         settings = world.policy.model(self._model)
-        last = view.cold(self._model, now) if self._among is None else self._eligible(view.cold(self._model, now))
+        last = self._eligible(view.cold(self._model, now))
         if settings.saturation is not None:
             full = [pod for pod in pods if not settings.has_room(pod)]
             # Whoever waits already goes first.
@@ -474,9 +474,7 @@ class Session:
                 last = full if len(full) + len(cold) == len(pods) else [*full, *cold]
         choices = 1 + settings.retries if world.fleet.retries.allowed(self._model, now) else 1
         # A probe is for requests that have somewhere else to go.
-        probe = view.probe(self._model, now) if choices > 1 or not settings.retries else None
-        if probe is not None and not self._eligible((probe,)):
-            probe = None
+        probe = view.probe(self._model, now, self._among) if choices > 1 or not settings.retries else None
         asked, mixed = self._asked, self._mixed
         assert asked is not None
         assert mixed is not None

@@ -121,6 +121,11 @@ class ExtProc:
         """Requests in progress."""
         return len(self.all)
 
+    @property
+    def carries(self) -> bool:
+        """Whether answers pass through here that end with their streams."""
+        return any(stream.carries for stream in self.all)
+
     def renew(self) -> None:
         """Tell the store what runs and counts as that. To be called every core.store.RENEW seconds."""
         self.store.renew([running for stream in self.all if (running := stream.running) is not None])
@@ -292,9 +297,14 @@ class _Stream:
         """See Session.running."""
         return self._session.running
 
+    @property
+    def carries(self) -> bool:
+        """See Codec.carries."""
+        return self._codec.carries
+
     def drain(self) -> None:
         """Leave, unless something is still to be said; then what says it looks again."""
-        if not (self._held or self._session.deciding):
+        if not (self._held or self._session.deciding or self._codec.carries):
             self._carry_out(self._session.feed(Drain()))
 
     def crowded(self) -> None:
@@ -354,7 +364,7 @@ class _Stream:
         self._carry_out(actions)
         if not self._service.draining:
             return
-        if self in self._service.all and not self._session.deciding:
+        if self in self._service.all and not (self._session.deciding or self._codec.carries):
             # Nothing comes of it where the session has left already, or holds bytes back that the client must get.
             self._carry_out(self._session.feed(Drain()))
 

@@ -1,7 +1,8 @@
 """grpc.health.v1 for the gateway's services: who asks learns whether to send requests here.
 
 Owns the answer to Check and Watch for each named service. Every service has the same health as the gateway:
-SERVING once it is ready, NOT_SERVING before that and while draining. Leaves out what "ready" means (app.py).
+SERVING once it is ready, NOT_SERVING before that and while draining; two names are the endpoint picker protocol's, of
+which one is SERVING as long as anybody answers. Leaves out what "ready" means (app.py).
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ from ..wire.grpc_messages import Message
 from .rpc import Call, Handler, How, Service, Status
 
 SERVICE: Final = "grpc.health.v1.Health"
+#: The names that the endpoint picker protocol has, beside that of its service ("Health Check Services").
+LIVENESS: Final = "liveness"
+READINESS: Final = "readiness"
 #: Most watchers at once; a watcher is a stream held open.
 WATCHERS: Final = 1024
 
@@ -22,7 +26,7 @@ class Health:
     """One state for all ``services``; the empty name is the server as a whole."""
 
     def __init__(self, services: Collection[str]) -> None:
-        self.names = frozenset({"", *services})
+        self.names = frozenset({"", LIVENESS, READINESS, *services})
         self.serving = False
         self.watchers: set[_Watch] = set()
 
@@ -41,7 +45,8 @@ class Health:
         if name not in self.names:
             status = HealthCheckResponse.SERVICE_UNKNOWN
         else:
-            status = HealthCheckResponse.SERVING if self.serving else HealthCheckResponse.NOT_SERVING
+            serving = self.serving or name == LIVENESS
+            status = HealthCheckResponse.SERVING if serving else HealthCheckResponse.NOT_SERVING
         return HealthCheckResponse(status=status).SerializeToString()
 
     def _check(self, call: Call) -> Handler:

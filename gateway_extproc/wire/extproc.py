@@ -152,7 +152,7 @@ class Codec:
         self._awaited = False  # the request's body is still to come
         self._body: Message = b""  # the body of a message that is being decoded, where it is large
         self._data = b""  # the piece of a FULL_DUPLEX_STREAMED answer that is to be sent back
-        self._end = False
+        self._end = False  # of the answer
 
     def decode(self, data: Message) -> Event | None:
         """The event in a message; None where it calls for none. A large bytearray is taken apart. Raises
@@ -187,6 +187,11 @@ class Codec:
     def answering(self) -> bool:
         """Whether the message decoded last is one of the answer."""
         return self._kind.startswith("response_")
+
+    @property
+    def carries(self) -> bool:
+        """Whether an answer passes through us, or will: what Envoy has sent us of it, it has not kept."""
+        return self._streams and not (self._over or self._end)
 
     @property
     def waits(self) -> bool:
@@ -251,6 +256,7 @@ class Codec:
                 details = fields[CODE_DETAILS].string_value
         if self._picks and not upstream:
             upstream = _served(message)
+        self._end = part.end_of_stream
         return ResponseHeaders(headers, part.end_of_stream, upstream, details, self._blind)
 
     def _response_body(self, message: ProcessingRequest) -> Event:
@@ -265,6 +271,7 @@ class Codec:
         return RequestTrailers()
 
     def _response_trailers(self, _: ProcessingRequest) -> Event:
+        self._end = True
         return ResponseTrailers()
 
     # --- what Envoy is told ------------------------------------------------------------------------------------------

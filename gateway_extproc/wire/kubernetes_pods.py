@@ -89,13 +89,13 @@ class Finding(msgspec.Struct, frozen=True):
 _decode: Final = msgspec.json.Decoder(PodObject).decode
 
 
-def read(data: bytes) -> Finding:
-    """What a pod says. Raises msgspec.DecodeError for what is no pod."""
-    return of(_decode(data))
+def read(data: bytes, ports: tuple[int, ...] = ()) -> Finding:
+    """What a pod says, or on which ``ports`` it is told to serve. Raises msgspec.DecodeError for what is no pod."""
+    return of(_decode(data), ports)
 
 
-def of(pod: PodObject) -> Finding:
-    """What a pod says."""
+def of(pod: PodObject, ports: tuple[int, ...] = ()) -> Finding:
+    """What a pod says; ``ports`` count instead of its own word on them."""
     metadata, status = pod.metadata, pod.status
     if status.phase in _ENDED:
         return Finding()
@@ -103,12 +103,13 @@ def of(pod: PodObject) -> Finding:
     models = usable_names([model]) if model else ()
     if model and not models:
         problem = f"'{quoted(model)}' can be no model's name"
-    wanted, differs = said(metadata, PORT)
-    try:
-        ports = ports_of(pod.spec, wanted)
-    except ValueError as error:
-        return Finding((), models, str(error))
-    problem = problem or differs
+    if not ports:
+        wanted, differs = said(metadata, PORT)
+        try:
+            ports = ports_of(pod.spec, wanted)
+        except ValueError as error:
+            return Finding((), models, str(error))
+        problem = problem or differs
     if not status.pod_ip:
         return Finding((), models, problem)
     try:

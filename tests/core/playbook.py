@@ -109,13 +109,17 @@ def headers(
     *,
     end: bool = False,
     carry: bool = False,
+    among: Iterable[str] | None = None,
+    picks: bool = False,
     **more: str | bytes,
 ) -> RequestHeaders:
-    """A request's headers; underscores in a name stand for dashes."""
+    """A request's headers; underscores in a name stand for dashes. ``among``: a picker is asked for one of these pods,
+    by their one-letter names; ``picks``: for any."""
     pairs = [(":method", method.encode()), (":path", path.encode())]
     for name, value in more.items():
         pairs.append((name.replace("_", "-"), value.encode() if isinstance(value, str) else value))
-    return RequestHeaders(pairs, end, carry)
+    addresses = None if among is None else frozenset(map(address, among))
+    return RequestHeaders(pairs, end, carry, picks or among is not None, addresses)
 
 
 def payload(model: object = "m", prompt: int = 10, **members: object) -> bytes:

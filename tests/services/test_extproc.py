@@ -824,6 +824,32 @@ async def test_a_stream_that_needs_a_decision_gets_it_on_draining() -> None:
         assert await to.spent() == (2, 28)
 
 
+async def test_an_answer_that_passes_through_has_its_stream_to_its_end_on_draining() -> None:
+    async with gateway() as to:
+        routed, answering, refused = to.open(), to.open(), to.open()
+        for stream in (routed, answering):
+            await stream.send(in_pieces(asks(user="alice")))
+            await stream.send(sends())
+            for kind in ("request_headers", "request_body"):
+                assert (await stream.receive()).WhichOneof("response") == kind
+        assert immediate(await refused.ask(in_pieces(asks("/nothing"))))[0] == 404
+        await answering.through(answers(by="a"))
+        to.service.drain()
+        assert await refused.ended() is grpc.StatusCode.OK
+        assert to.service.carries
+        await routed.through(answers(by="a"))
+        for stream in (routed, answering):
+            first_half = (await stream.through(says(b'{"usage": '))).response_body.response.body_mutation
+            assert first_half.streamed_response.body == b'{"usage": '
+            assert to.service.carries
+            last = (await stream.through(says(json.dumps(usage(9, 3)).encode() + b"}", end=True))).response_body
+            assert last.response.body_mutation.streamed_response.end_of_stream
+            assert await stream.ended() is grpc.StatusCode.OK
+        await drained(to)
+        assert not to.service.carries
+        assert to.sink.reasons == ["unknown_url", "ok", "ok"]
+
+
 async def test_bytes_that_are_held_back_reach_the_client_on_draining() -> None:
     async with gateway() as to:
         stream = to.open()

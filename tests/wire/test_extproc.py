@@ -37,6 +37,7 @@ from gateway_extproc.core.events import (
     Route,
     Truncated,
 )
+from gateway_extproc.core.session import DESTINATION
 from gateway_extproc.wire import extproc
 from gateway_extproc.wire._pb.core_pb2 import HeaderMap, HeaderValue, HeaderValueOption
 from gateway_extproc.wire._pb.ext_proc_mode_pb2 import ProcessingMode
@@ -554,6 +555,132 @@ def test_a_large_body_goes_back_in_pieces_that_envoy_takes(kind: str) -> None:
         assert all(len(piece[1]) <= extproc.MAX_PIECE for piece in pieces)
         ends = [piece[2] for piece in pieces]
         assert ends == [False] * (len(ends) - 1) + [kind == "request_body"] * bool(ends)
+
+
+# --- the endpoint picker protocol ------------------------------------------------------------------------------------
+
+PICKED = Route({"model": b"m", DESTINATION: b"10.0.0.1:80,[::1]:80"}, (), b"abc", 2)
+
+
+def hinted(namespace: str, key: str, value: Any, kind: str = "request_headers") -> ProcessingRequest:
+    """A message with metadata; the first of its stream where it is of a request."""
+    message = first(DUPLEX, DUPLEX) if kind == "request_headers" else empty(kind)
+    message.metadata_context.filter_metadata[namespace].update({key: value})
+    return message
+
+
+def subset(value: Any) -> frozenset[str] | None:
+    event = decode(hinted(extproc.SUBSET_NAMESPACE, extproc.SUBSET, value))
+    assert isinstance(event, RequestHeaders)
+    return event.among
+
+
+def test_what_is_picked_stands_in_the_header_and_in_metadata_alike() -> None:
+    for mode, kind in ((DUPLEX, "request_headers"), (BUFFERED, "request_body")):
+        codec = extproc.Codec(picks=True)
+        decode(first(mode), codec)
+        decode(asks(b"abc", True), codec)
+        reply = ProcessingResponse.FromString(codec.encode(PICKED)[0])
+        headers = told(getattr(reply, kind).response.header_mutation)
+        assert headers["x-gateway-destination-endpoint"] == "10.0.0.1:80,[::1]:80"
+        metadata = {"envoy.lb": {"x-gateway-destination-endpoint": "10.0.0.1:80,[::1]:80"}}
+        assert json_format.MessageToDict(reply.dynamic_metadata) == metadata
+
+
+def test_a_note_goes_beside_what_is_picked() -> None:
+    reply = encode("request_body", msgspec.structs.replace(PICKED, note="[1]"))
+    assert json_format.MessageToDict(reply.dynamic_metadata) == {
+        NAMESPACE: {NOTE: "[1]"},
+        extproc.PICKED_NAMESPACE: {DESTINATION: "10.0.0.1:80,[::1]:80"},
+    }
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (["10.0.0.1:80", "[FE80::0:1]:80"], {"10.0.0.1:80", "[fe80::1]:80"}),
+        ("10.0.0.1:80, 10.0.0.2:80", {"10.0.0.1:80", "10.0.0.2:80"}),
+        (["nonsense", 5, None], {""}),
+        ([], {""}),
+        ("", {""}),
+        (7.0, {""}),
+        ({"a": "10.0.0.1:80"}, {""}),
+    ],
+)
+def test_only_what_a_subset_names_may_be_picked_and_nonsense_names_nothing(value: Any, expected: set[str]) -> None:
+    assert subset(value) == frozenset(expected)
+
+
+def test_without_a_subset_anything_may_be_picked() -> None:
+    for namespace, key in (("envoy.lb.subset_hint", "other"), ("other", extproc.SUBSET)):
+        event = decode(hinted(namespace, key, ["10.0.0.1:80"]))
+        assert isinstance(event, RequestHeaders)
+        assert event.among is None
+
+
+def test_a_subset_is_for_those_that_pick() -> None:
+    message = hinted(extproc.SUBSET_NAMESPACE, extproc.SUBSET, ["10.0.0.1:80"])
+    message.protocol_config.request_body_mode = BUFFERED
+    assert decode(message) == RequestHeaders([], False)
+    assert decode(message, extproc.Codec(picks=True)) == RequestHeaders(
+        [], False, False, True, frozenset({"10.0.0.1:80"})
+    )
+
+
+def test_the_endpoint_that_served_is_told_with_the_answer() -> None:
+    message = hinted(extproc.PICKED_NAMESPACE, extproc.SERVED, "10.0.0.2:80", "response_headers")
+    codec = extproc.Codec()
+    decode(first(DUPLEX, DUPLEX), codec)
+    assert decode(message, codec) == ResponseHeaders([], False, "10.0.0.2:80")
+    message.attributes["envoy.filters.http.ext_proc"].update({"upstream.address": "10.0.0.3:80"})
+    assert decode(message, codec) == ResponseHeaders([], False, "10.0.0.3:80")
+    for wrong in (
+        hinted("envoy.lb", "other", "x", "response_headers"),
+        hinted("envoy.lb", extproc.SERVED, 1.0, "response_headers"),
+    ):
+        assert decode(wrong, codec) == ResponseHeaders([], False)
+
+
+def test_whoever_is_told_to_pick_takes_modes_that_are_not_said_for_full_duplex() -> None:
+    codec = extproc.Codec(picks=True)
+    message = ProcessingRequest(request_headers=HttpHeaders())
+    assert decode(message, codec) == RequestHeaders([], False, True, True)
+    assert not codec.encode(Continue())
+    decode(asks(b"abc", True), codec)
+    assert [brief(sent) for sent in codec.encode(PICKED)] == ["request_headers", ("request_body", b"abc", True)]
+    decode(answered(), codec)
+    decode(says(b"ab", False), codec)
+    assert [brief(sent) for sent in codec.encode(Replace(None))] == [("response_body", b"ab", False)]
+
+
+def test_an_answer_whose_body_cannot_be_asked_for_is_known_as_such() -> None:
+    for mode, answers, blind in (
+        (DUPLEX, NONE, True),
+        (DUPLEX, DUPLEX, False),
+        (DUPLEX, STREAMED, False),
+        (BUFFERED, NONE, False),
+    ):
+        codec = extproc.Codec()
+        decode(first(mode, answers), codec)
+        event = decode(answered(), codec)
+        assert isinstance(event, ResponseHeaders)
+        assert event.blind == blind
+
+
+def test_an_answer_passes_through_until_its_end() -> None:
+    for last in (says(b"", True), TRAILERS_GOT, ProcessingRequest(response_headers=HttpHeaders(end_of_stream=True))):
+        codec = extproc.Codec()
+        for message in (first(DUPLEX, DUPLEX), asks(b"abc", True), answered(), says(b"ab", False)):
+            decode(message, codec)
+            assert codec.carries
+        decode(last, codec)
+        assert not codec.carries
+    codec = extproc.Codec()
+    decode(first(DUPLEX, DUPLEX), codec)
+    codec.encode(REFUSED)
+    assert not codec.carries
+    decode(first(DUPLEX, STREAMED), codec := extproc.Codec())
+    assert not codec.carries
 
 
 @given(st.lists(st.binary(max_size=9), max_size=6), st.booleans(), st.data())

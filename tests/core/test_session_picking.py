@@ -1,0 +1,155 @@
+"""A session of a proxy that routes by itself: it is told the endpoints, of those that it can reach."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gateway_extproc.core.directory import User
+from gateway_extproc.core.events import (
+    Closed,
+    Overdue,
+    Queue,
+    Replace,
+    Respond,
+    ResponseHeaders,
+    Route,
+)
+from gateway_extproc.core.naming import Naming
+from gateway_extproc.core.session import DESTINATION, ModelPolicy
+from tests.core.playbook import (
+    Like,
+    Playbook,
+    address,
+    admitted,
+    answer,
+    body,
+    chunk,
+    headers,
+    make_world,
+    pod,
+    refused,
+    settled,
+    usage,
+    view_pod,
+)
+
+PODS = "abcde"
+
+
+def test_the_endpoints_are_told_first_choice_first() -> None:
+    play = Playbook().through(headers(picks=True), body())
+    choices = play.route.set[DESTINATION]
+    assert choices == play.route.set["target-pod"]
+    assert sorted(choices.decode().split(",")) == [address("a"), address("b")]
+
+
+def test_whoever_has_its_routes_from_the_gateway_is_told_nothing_more() -> None:
+    plain = Playbook().through(headers(x_gateway_inference_objective="x"), body())
+    named = Playbook(node="envoy-1").through(headers(among="b", x_gateway_inference_objective="x"), body())
+    for play in (plain, named):
+        assert DESTINATION not in play.route.set
+        assert "x-gateway-inference-objective" in play.route.remove
+        assert address("a") in play.route.set["target-pod"].decode()
+
+
+def test_headers_of_the_inference_extension_stay_and_all_others_of_that_name_go() -> None:
+    theirs = dict.fromkeys(
+        ["x_gateway_inference_objective", "x_gateway_inference_fairness_id", "x_gateway_model_name"], "x"
+    )
+    others = dict.fromkeys(["x_gateway_destination_endpoint_subset", "x_gateway_session_id", "x_gateway_x"], "x")
+    sent = {"x_gateway_destination_endpoint": "10.9.9.9:1"} | theirs | others
+    play = Playbook().through(headers(picks=True, **sent), body())  # type: ignore[arg-type]
+    assert {name for name in play.route.remove if name.startswith("x-gateway")} == {
+        name.replace("_", "-") for name in others
+    }
+    assert b"10.9.9.9" not in play.route.set[DESTINATION]
+
+
+@given(
+    st.sets(st.sampled_from(PODS + "xyz")),
+    st.sets(st.sampled_from(PODS)),
+    st.lists(st.sampled_from(PODS), max_size=12),
+    st.sampled_from(["random", "least-request", "adaptive", "prefix-cache:1,least-request:1"]),
+    st.integers(0, 99),
+)
+def test_only_those_that_can_be_reached_are_chosen_by_whatever_strategy(
+    among: set[str], unready: set[str], busy: list[str], strategy: str, seed: int
+) -> None:
+    world = make_world(*(pod(name, "m") for name in PODS), seed=seed)
+    for name in busy:
+        view_pod(world, name).load.in_flight += 1
+    for name in unready:
+        world.fleet.failed(address(name), "away")
+    play = Playbook(world).through(headers(among=among, routing_strategy=strategy))
+    possible = {address(name) for name in among & set(PODS) - unready}
+    play >> body()
+    if possible:
+        chosen = play.route.set[DESTINATION].decode().split(",")
+        assert set(chosen) <= possible
+        assert len(chosen) == min(3, len(possible))
+    else:
+        assert play.refuse.refusal.status == 503
+        assert play.refuse.refusal.code == "no_ready_pods"
+
+
+def test_a_pod_that_is_to_be_probed_is_not_where_it_cannot_be_reached() -> None:
+    world = make_world(*(pod(name, "m") for name in "abc"))
+    health = view_pod(world, "a").health
+    while health.until is None:
+        world.fleet.judged(address("a"), False)
+    world.clock.now = health.until + 1  # type: ignore[attr-defined]
+    assert Playbook(world).through(headers(among="bc")) >> body() << Like(Route, choices=2)
+    play = Playbook(world).through(headers(among="abc"), body())
+    assert play.route.set[DESTINATION].startswith(address("a").encode())
+
+
+def test_a_request_waits_for_the_pods_that_it_can_reach_and_is_shed_with_429() -> None:
+    policy = {"m": ModelPolicy(saturation=1, queue_size=7, queue_wait=3.0)}
+    world = make_world(models=policy, users=[User(name="alice", rpm=5)])
+    view_pod(world, "a").load.in_flight = 1
+    play = Playbook(world).through(headers(among="a", user="alice"), body())
+    assert play >> admitted() << Queue("m", "alice", 7, 3.0)
+    assert not play.session.roomy
+    play >> Overdue(2.0)
+    assert refused(429, "overloaded", retry_after=2.0, reason="saturated") == play.refuse
+    assert [settled("saturated", requests=-1, tokens=-play.admission.tokens)] == play.settles
+
+
+def test_usage_of_a_proxy_that_keeps_no_log_for_us_is_read_from_the_answer() -> None:
+    world = make_world()
+    world.logged = True
+    play = Playbook(world).through(headers(among="a"))
+    assert play >> body() << Like(Route, note="")
+    assert play >> answer(by="a") << Respond({}, body=True)
+    assert play >> chunk({"usage": usage(9, 3)}, end=True) << Replace(None)
+    assert play >> Closed("reset") << settled("ok", prompt_tokens=9, output_tokens=3)
+
+
+def test_the_endpoint_that_served_is_where_the_request_counts() -> None:
+    play = Playbook().through(headers(among="ab"), body())
+    first, second = play.route.set[DESTINATION].decode().split(",")
+    play >> ResponseHeaders([(":status", b"200")], False, second)
+    loads = {member.spec.address: member.load.in_flight for member in play.world.fleet.members()}
+    assert (loads[first], loads[second]) == (0, 1)
+
+
+def test_an_answer_that_is_never_shown_costs_what_was_reserved() -> None:
+    for kind in ("application/json", "text/event-stream"):
+        world = make_world(users=[User(name="alice", tpm=10_000)])
+        play = Playbook(world).through(headers(picks=True, user="alice"), body(max_tokens=5), admitted())
+        told = answer(kind=kind, by="a")
+        play >> ResponseHeaders(told.headers, False, told.upstream, told.details, True)
+        assert Like(Respond, body=False) == play.actions[-1]
+        play >> Closed("reset")
+        assert [settled("ok", estimated=True, doubt="absent")] == [
+            settle for settle in play.settles if settle.outcome.estimated
+        ]
+        assert play.settlement is None
+
+
+def test_aliases_are_other_names_there_too() -> None:
+    world = make_world(naming=Naming(aliases={"alias": "m"}))
+    play = Playbook(world).through(headers(carry=True, picks=True), body("alias"))
+    assert play.route.body == body("m").data
+    assert play.route.set["model"] == b"m"
