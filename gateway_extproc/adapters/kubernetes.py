@@ -7,8 +7,8 @@ kubeconfig, and renews tokens), and one loop for each kind and namespace that li
 - A server that is silent is given up after INACTIVITY, and asked again after a pause that grows, up to LONGEST.
 - A refusal for lack of rights is an answer: nothing is waited for, the rest goes on, and the log says what is missing.
 
-Leaves out what lines and objects mean (wire/kubernetes.py, wire/kubernetes_pods.py, kubernetes_pool.py). kubernetes-asyncio is an extra; it
-is imported here only when a connection is made, since it takes 0.6 s and 40 MB.
+Leaves out what lines and objects mean (wire/kubernetes.py, wire/kubernetes_pods.py, wire/kubernetes_pool.py).
+kubernetes-asyncio is an extra; it is imported here only when a connection is made, since it takes 0.6 s and 40 MB.
 """
 
 from __future__ import annotations
