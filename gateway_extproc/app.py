@@ -118,6 +118,7 @@ def policy_of(config: Config, directory: Directory, strategies: Strategies, long
         default_strategy=config.routing.default,
         expose=config.routing.expose,
         picks=config.routing.picker == "always",
+        picked=config.routing.picked,
         reserve=config.limits.reserve,
         unknown_price=config.limits.unknown_price,
         auth=config.auth.mode,

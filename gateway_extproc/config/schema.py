@@ -268,6 +268,14 @@ class Routing(Part, frozen=True, kw_only=True):
             "and those that do not say how they send bodies."
         ),
     ] = "auto"
+    picked: Annotated[
+        int,
+        about(
+            "How many endpoints such a proxy is told, first choice first, at most one more than the model's `retries`. "
+            "More than one only where it reads a list: Envoy's `override_host` does, its `ORIGINAL_DST` does not.",
+            whole(1, 11),
+        ),
+    ] = 1
 
 
 class LimitsConfig(Part, frozen=True, kw_only=True):

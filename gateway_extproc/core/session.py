@@ -106,7 +106,8 @@ class ModelPolicy(msgspec.Struct, frozen=True):
 
 class Policy(msgspec.Struct, frozen=True, kw_only=True):
     """What the configuration says about requests; replaced whole when it changes. ``keeps_sessions``: some strategy in
-    it gives out session ids. ``picks``: whoever asks takes us for an endpoint picker, whether it shows that or not."""
+    it gives out session ids. ``picks``: whoever asks takes us for an endpoint picker, whether it shows that or not.
+    Such a proxy is told up to ``picked`` endpoints."""
 
     max_body_bytes: int = 32 * 1024 * 1024
     default_strategy: str = "least-request"
@@ -119,6 +120,7 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True):
     models: Mapping[str, ModelPolicy] = {}
     keeps_sessions: bool = False
     picks: bool = False
+    picked: int = 1
     naming: Naming = Naming()
 
     def model(self, name: str) -> ModelPolicy:
@@ -472,9 +474,10 @@ class Session:
             if full:
                 cold = [pod for pod in last if pod not in full]
                 last = full if len(full) + len(cold) == len(pods) else [*full, *cold]
-        choices = 1 + settings.retries if world.fleet.retries.allowed(self._model, now) else 1
+        retries = min(settings.retries, world.policy.picked - 1) if self._picks else settings.retries
+        choices = 1 + retries if world.fleet.retries.allowed(self._model, now) else 1
         # A probe is for requests that have somewhere else to go.
-        probe = view.probe(self._model, now, self._among) if choices > 1 or not settings.retries else None
+        probe = view.probe(self._model, now, self._among) if choices > 1 or not retries else None
         asked, mixed = self._asked, self._mixed
         assert asked is not None
         assert mixed is not None

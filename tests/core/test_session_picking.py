@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -37,8 +38,11 @@ from tests.core.playbook import (
 PODS = "abcde"
 
 
-def test_the_endpoints_are_told_first_choice_first() -> None:
+def test_one_endpoint_is_told_and_more_where_a_list_is_understood_first_choice_first() -> None:
     play = Playbook().through(headers(picks=True), body())
+    assert play.route.set[DESTINATION].decode() in (address("a"), address("b"))
+    assert play.route.choices == 1
+    play = Playbook(make_world(picked=2)).through(headers(picks=True), body())
     choices = play.route.set[DESTINATION]
     assert choices == play.route.set["target-pod"]
     assert sorted(choices.decode().split(",")) == [address("a"), address("b")]
@@ -76,7 +80,7 @@ def test_headers_of_the_inference_extension_stay_and_all_others_of_that_name_go(
 def test_only_those_that_can_be_reached_are_chosen_by_whatever_strategy(
     among: set[str], unready: set[str], busy: list[str], strategy: str, seed: int
 ) -> None:
-    world = make_world(*(pod(name, "m") for name in PODS), seed=seed)
+    world = make_world(*(pod(name, "m") for name in PODS), seed=seed, picked=3)
     for name in busy:
         view_pod(world, name).load.in_flight += 1
     for name in unready:
@@ -93,13 +97,14 @@ def test_only_those_that_can_be_reached_are_chosen_by_whatever_strategy(
         assert play.refuse.refusal.code == "no_ready_pods"
 
 
-def test_a_pod_that_is_to_be_probed_is_not_where_it_cannot_be_reached() -> None:
-    world = make_world(*(pod(name, "m") for name in "abc"))
+@pytest.mark.parametrize("picked", [1, 2])
+def test_a_pod_that_is_to_be_probed_is_not_where_it_cannot_be_reached(picked: int) -> None:
+    world = make_world(*(pod(name, "m") for name in "abc"), picked=picked)
     health = view_pod(world, "a").health
     while health.until is None:
         world.fleet.judged(address("a"), False)
     world.clock.now = health.until + 1  # type: ignore[attr-defined]
-    assert Playbook(world).through(headers(among="bc")) >> body() << Like(Route, choices=2)
+    assert Playbook(world).through(headers(among="bc")) >> body() << Like(Route, choices=picked)
     play = Playbook(world).through(headers(among="abc"), body())
     assert play.route.set[DESTINATION].startswith(address("a").encode())
 
@@ -127,7 +132,7 @@ def test_usage_of_a_proxy_that_keeps_no_log_for_us_is_read_from_the_answer() -> 
 
 
 def test_the_endpoint_that_served_is_where_the_request_counts() -> None:
-    play = Playbook().through(headers(among="ab"), body())
+    play = Playbook(make_world(picked=2)).through(headers(among="ab"), body())
     first, second = play.route.set[DESTINATION].decode().split(",")
     play >> ResponseHeaders([(":status", b"200")], False, second)
     loads = {member.spec.address: member.load.in_flight for member in play.world.fleet.members()}

@@ -34,7 +34,7 @@ class Picker:
     """One stream, and all that was replied."""
 
     def __init__(self) -> None:
-        self.world = make_world(naming=Naming(aliases={"alias": "m"}), max_body_bytes=400_000)
+        self.world = make_world(naming=Naming(aliases={"alias": "m"}), max_body_bytes=400_000, picked=2)
         self.session, self.codec = Session(self.world), Codec()
         self.replies: list[ProcessingResponse] = []
         self.actions: list[Action] = []
