@@ -61,6 +61,7 @@ from ..core.session import DESTINATION
 from ._pb.core_pb2 import HeaderMap, HeaderValue, HeaderValueOption
 from ._pb.ext_proc_mode_pb2 import ProcessingMode
 from ._pb.ext_proc_pb2 import (
+    BodyMutation,
     BodyResponse,
     CommonResponse,
     HeaderMutation,
@@ -68,6 +69,7 @@ from ._pb.ext_proc_pb2 import (
     ProcessingRequest,
     ProcessingResponse,
     ProtocolConfiguration,
+    StreamedBodyResponse,
 )
 from .access_log import NAMESPACE, NOTE
 from .grpc_messages import Message
@@ -308,8 +310,8 @@ class Codec:
         assert body is not None
         head = _field(_REQUEST_HEADERS, _field(_RESPONSE, common)) + note
         if self._kind == "request_trailers":
-            return (head, *_pieces("request_body", body, False), *_UNCHANGED["request_trailers"])
-        return (head, *_pieces("request_body", body, True))
+            return (head, *_pieces(_REQUEST_BODY, body, False), *_UNCHANGED["request_trailers"])
+        return (head, *_pieces(_REQUEST_BODY, body, True))
 
     def _respond(self, action: Respond) -> Sequence[bytes]:
         options = [_option(name, text.encode()) for name, text in action.set.items()]
@@ -325,8 +327,8 @@ class Codec:
         data = action.data
         if self._streams:
             if self._kind == "response_trailers":
-                return (*_pieces("response_body", data or b"", False), *_UNCHANGED["response_trailers"])
-            return _pieces("response_body", self._data if data is None else data, self._end)
+                return (*_pieces(_RESPONSE_BODY, data or b"", False), *_UNCHANGED["response_trailers"])
+            return _pieces(_RESPONSE_BODY, self._data if data is None else data, self._end)
         if data is None or self._kind == "response_trailers":
             return _UNCHANGED[self._kind]
         reply = ProcessingResponse()
@@ -504,16 +506,24 @@ def _metadata(namespace: bytes, key: bytes, text: bytes) -> bytes:
     return _field(_DYNAMIC_METADATA, _field(_FIELDS, namespace + _field(_VALUE, _field(_STRUCT_VALUE, inner))))
 
 
-def _pieces(kind: str, data: bytes, end: bool) -> list[bytes]:
-    """A body, or a piece of one, as FULL_DUPLEX_STREAMED wants it; ``end``: nothing follows it."""
+def _pieces(kind: bytes, data: bytes, end: bool) -> list[bytes]:
+    """A body, or a piece of one, in replies of a kind as FULL_DUPLEX_STREAMED wants them; ``end``: nothing follows."""
     found = []
-    for at in range(0, max(len(data), int(end)), MAX_PIECE):
-        reply = ProcessingResponse()
-        piece = getattr(reply, kind).response.body_mutation.streamed_response
-        piece.body = data[at : at + MAX_PIECE]
-        piece.end_of_stream = end and at + MAX_PIECE >= len(data)
-        found.append(reply.SerializeToString())
+    size = len(data)
+    for at in range(0, max(size, int(end)), MAX_PIECE):
+        piece = data[at : at + MAX_PIECE] if size > MAX_PIECE else data
+        last = end and at + MAX_PIECE >= size
+        found.append(b"".join((_before_piece(kind, len(piece), last), piece, _LAST_PIECE if last else b"")))
     return found
+
+
+@lru_cache(maxsize=4096)  # pieces of an answer have few sizes, and of a large body but one
+def _before_piece(kind: bytes, size: int, last: bool) -> bytes:
+    """What stands before a piece of ``size`` bytes, and what follows it, in a reply of a kind."""
+    rest = bytes(size) + (_LAST_PIECE if last else b"")
+    piece = _PIECE_BODY + _varint(size) + rest
+    reply = _field(kind, _field(_RESPONSE, _field(_BODY_MUTATION, _field(_STREAMED_RESPONSE, piece))))
+    return reply[: len(reply) - len(rest)]
 
 
 def _let_through(kind: str, *, answer: bool = True) -> tuple[bytes]:
@@ -541,6 +551,12 @@ _REQUEST_HEADERS: Final = _tag(ProcessingResponse.REQUEST_HEADERS_FIELD_NUMBER)
 _REQUEST_BODY: Final = _tag(ProcessingResponse.REQUEST_BODY_FIELD_NUMBER)
 _RESPONSE_HEADERS: Final = _tag(ProcessingResponse.RESPONSE_HEADERS_FIELD_NUMBER)
 _RESPONSE: Final = _tag(BodyResponse.RESPONSE_FIELD_NUMBER)  # HeadersResponse has the same
+_RESPONSE_BODY: Final = _tag(ProcessingResponse.RESPONSE_BODY_FIELD_NUMBER)
+_BODY_MUTATION: Final = _tag(CommonResponse.BODY_MUTATION_FIELD_NUMBER)
+_STREAMED_RESPONSE: Final = _tag(BodyMutation.STREAMED_RESPONSE_FIELD_NUMBER)
+_PIECE_BODY: Final = _tag(StreamedBodyResponse.BODY_FIELD_NUMBER)
+#: What follows the last piece.
+_LAST_PIECE: Final = StreamedBodyResponse(end_of_stream=True).SerializeToString()
 _HEADER_MUTATION: Final = _tag(CommonResponse.HEADER_MUTATION_FIELD_NUMBER)
 _SET_HEADERS: Final = _tag(HeaderMutation.SET_HEADERS_FIELD_NUMBER)
 _REMOVE_HEADERS: Final = _tag(HeaderMutation.REMOVE_HEADERS_FIELD_NUMBER)

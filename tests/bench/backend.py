@@ -67,12 +67,17 @@ CHUNK = _event({"id": "chatcmpl-bench", "choices": [{"index": 0, "delta": {"cont
 LAST = _event({"id": "chatcmpl-bench", "choices": [], "usage": _USAGE}) + _event("[DONE]") + b"0\r\n\r\n"
 
 
+#: What a body in chunks ends with.
+LAST_CHUNK = b"\r\n0\r\n\r\n"
+
+
 class Backend(asyncio.Protocol):
     """Reads requests one after another; bodies are counted and dropped."""
 
     def __init__(self) -> None:
         self._head = b""
         self._left = 0
+        self._tail: bytes | None = None  # of a body in chunks
         self._path = b""
         self._transport: asyncio.Transport | None = None
         self._writable = asyncio.Event()
@@ -94,6 +99,13 @@ class Backend(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         while data:
+            if self._tail is not None:
+                # What follows the last chunk comes after our answer: a client of the bench sends one at a time.
+                self._tail = (self._tail + data)[-len(LAST_CHUNK) :]
+                if self._tail == LAST_CHUNK:
+                    self._tail = None
+                    self._reply()
+                return
             if self._left:
                 taken = min(self._left, len(data))
                 self._left -= taken
@@ -108,6 +120,9 @@ class Backend(asyncio.Protocol):
             self._head = b""
             lines = head.lower().split(b"\r\n")
             self._path = lines[0].split(b" ")[1]
+            if b"transfer-encoding: chunked" in lines:
+                self._tail = b""
+                continue
             self._left = next((int(line[15:]) for line in lines if line.startswith(b"content-length:")), 0)
             if self._left == 0:
                 self._reply()

@@ -1,234 +1,36 @@
-"""The endpoint picker of a real Envoy that routes by itself, set up as the gateways of the inference extension do it.
-
-Nothing here comes from the gateway's bootstrap: one route to one cluster of all pods, whose balancer takes the endpoint
-from dynamic metadata, then from the header; bodies FULL_DUPLEX_STREAMED both ways; what may be picked and what served
-travels as metadata. Requests say in a header of these tests which endpoints Envoy is to name as the only ones.
-"""
+"""The endpoint picker of a real Envoy that routes by itself, set up as gateways of the inference extension do it."""
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import http.client
 import json
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
 import pytest
-from google.protobuf.struct_pb2 import Value
 
+from tests import picked
 from tests.certificates import Authority
 from tests.e2e.asking import CHAT, MODEL, Raw, at_rest, chunked, head
+from tests.picked import DESTINATION, FULL_DUPLEX, LARGEST
 from tests.system import Reply, System, request, until
 
-_T: Final = "type.googleapis.com/envoy."
-#: Larger than any body of these tests, in bytes.
-LARGEST: Final = 8 << 20
-CONFIG: Final = {
+CONFIG: Final[dict[str, Any]] = {
     "users": [{"name": "alice", "rpm": 50, "tpm": 10**7}, {"name": "bob", "rpm": 1}],
     "limits": {"max_body_bytes": LARGEST},
     "models": {MODEL: {"aliases": ["alias"]}},
     "routing": {"expose": True},
 }
-DESTINATION: Final = "x-gateway-destination-endpoint"
-FULL_DUPLEX: Final = "FULL_DUPLEX_STREAMED"
 
 
-METADATA: Final = {
-    "metadata_options": {
-        "forwarding_namespaces": {"untyped": ["envoy.lb", "envoy.lb.subset_hint"]},
-        "receiving_namespaces": {"untyped": ["envoy.lb"]},
-    }
-}
+class Pool(picked.Pool):
+    """One with users, limits and another name of the model."""
 
-
-class Pool(System):
-    """The gateway as the picker of a pool of pods. ``mode`` and ``answers`` are how Envoy sends bodies. ``dials``: it
-    connects to whichever address the header names, and neither sends nor takes metadata."""
-
-    def __init__(
-        self,
-        pods: int = 2,
-        mode: str = FULL_DUPLEX,
-        answers: str = "",
-        config: dict[str, Any] | None = None,
-        options: Sequence[str] = (),
-        dials: bool = False,
-    ) -> None:
-        self.mode = mode
-        self.answers = answers or mode
-        self.dials = dials
-        started = [["--model", MODEL, *options] for _ in range(pods)]
-        super().__init__(started, CONFIG | (config or {}), store=False, change_bootstrap=self._routes_by_itself)
-
-    def _routes_by_itself(self, bootstrap: dict[str, Any]) -> None:
-        gateway = next(one for one in bootstrap["static_resources"]["clusters"] if one["name"] == "gateway")
-        bootstrap.clear()
-        bootstrap["admin"] = {"address": address(self.envoy_admin_port)}
-        bootstrap["static_resources"] = {
-            "listeners": [{"name": "clients", "address": address(self.port), "filter_chains": [self._chain()]}],
-            "clusters": [gateway, dialled() if self.dials else pool(self.pod_ports)],
-        }
-        if "transport_socket" in gateway:  # the certificates of endpoint pickers are nobody's to check
-            context = {"@type": _T + "extensions.transport_sockets.tls.v3.UpstreamTlsContext"}
-            gateway["transport_socket"]["typed_config"] = context
-
-    def _chain(self) -> dict[str, Any]:
-        filters = [
-            {
-                "name": "hint",
-                "typed_config": {
-                    "@type": _T + "extensions.filters.http.header_to_metadata.v3.Config",
-                    "request_rules": [
-                        {
-                            "header": "only",
-                            "on_header_present": {
-                                "metadata_namespace": "envoy.lb.subset_hint",
-                                "key": "x-gateway-destination-endpoint-subset",
-                                "type": "PROTOBUF_VALUE",
-                                "encode": "BASE64",
-                            },
-                            "remove": True,
-                        }
-                    ],
-                },
-            },
-            {
-                "name": "picker",
-                "typed_config": {
-                    "@type": _T + "extensions.filters.http.ext_proc.v3.ExternalProcessor",
-                    "grpc_service": {"envoy_grpc": {"cluster_name": "gateway"}},
-                    "message_timeout": "1000s",
-                    "processing_mode": {
-                        "request_header_mode": "SEND",
-                        "request_body_mode": self.mode,
-                        "request_trailer_mode": "SEND",
-                        "response_header_mode": "SEND",
-                        "response_body_mode": self.answers,
-                        "response_trailer_mode": "SEND",
-                    },
-                    **({} if self.dials else METADATA),
-                },
-            },
-            {"name": "router", "typed_config": {"@type": _T + "extensions.filters.http.router.v3.Router"}},
-        ]
-        route = {
-            # As a route of the inference extension may be matched: by the name that its own filter has read.
-            "match": {"prefix": "/", "headers": [{"name": "x-gateway-model-name", "present_match": True}]},
-            "route": {
-                "cluster": "pool",
-                "timeout": "0s",
-                "retry_policy": {"retry_on": "connect-failure,refused-stream", "num_retries": 2},
-            },
-            # More than Envoy keeps for a retry by default.
-            "per_request_buffer_limit_bytes": LARGEST,
-        }
-        name = {"header": {"key": "x-gateway-model-name", "value": "any"}, "append_action": "ADD_IF_ABSENT"}
-        return {
-            "filters": [
-                {
-                    "name": "http",
-                    "typed_config": {
-                        "@type": _T + "extensions.filters.network.http_connection_manager.v3.HttpConnectionManager",
-                        "stat_prefix": "http",
-                        "early_header_mutation_extensions": [
-                            {
-                                "name": "named",
-                                "typed_config": {
-                                    "@type": _T
-                                    + "extensions.http.early_header_mutation.header_mutation.v3.HeaderMutation",
-                                    "mutations": [{"append": name}],
-                                },
-                            }
-                        ],
-                        "http_filters": filters,
-                        "route_config": {"virtual_hosts": [{"name": "all", "domains": ["*"], "routes": [route]}]},
-                    },
-                }
-            ]
-        }
-
-    def ask(self, body: bytes, *, only: Sequence[int] | None = None, **headers: str) -> Reply:
-        """A chat. ``only``: the pods, by number, that Envoy says it can reach."""
-        if only is not None:
-            headers["only"] = self.hint(only)
-        return self.post(CHAT, body, **headers)
-
-    def hint(self, pods: Sequence[int]) -> str:
-        """What makes these pods, by number, the only ones that Envoy says it can reach."""
-        names = Value()
-        names.list_value.SetInParent()
-        names.list_value.extend([f"127.0.0.1:{self.pod_ports[pod]}" for pod in pods])
-        return base64.b64encode(names.SerializeToString()).decode()
-
-    def requests(self) -> list[int]:
-        """How many each pod has been given."""
-        return [len(self.seen(pod, 10_000)) if self.pods[pod].running() else 0 for pod in range(len(self.pods))]
-
-    def got(self, pod: int) -> dict[str, str]:
-        """The headers of the last request that a pod was given."""
-        return dict(self.seen(pod)[0]["headers"])
-
-
-def address(port: int) -> dict[str, Any]:
-    return {"socket_address": {"address": "127.0.0.1", "port_value": port}}
-
-
-def pool(ports: Sequence[int]) -> dict[str, Any]:
-    """The cluster of all pods: whichever the picker names, in that order; without a word of it, none."""
-    nowhere = {
-        "name": "envoy.load_balancing_policies.subset",
-        "typed_config": {
-            "@type": _T + "extensions.load_balancing_policies.subset.v3.Subset",
-            "fallback_policy": "NO_FALLBACK",
-            "subset_selectors": [{"keys": ["none"]}],
-            "subset_lb_policy": {
-                "policies": [
-                    {
-                        "typed_extension_config": {
-                            "name": "round_robin",
-                            "typed_config": {
-                                "@type": _T + "extensions.load_balancing_policies.round_robin.v3.RoundRobin"
-                            },
-                        }
-                    }
-                ]
-            },
-        },
-    }
-    picked = {
-        "name": "envoy.load_balancing_policies.override_host",
-        "typed_config": {
-            "@type": _T + "extensions.load_balancing_policies.override_host.v3.OverrideHost",
-            "override_host_sources": [
-                {"metadata": {"key": "envoy.lb", "path": [{"key": DESTINATION}]}},
-                {"header": DESTINATION},
-            ],
-            "selected_host_key": {"key": "envoy.lb", "path": [{"key": "x-gateway-destination-endpoint-served"}]},
-            "fallback_policy": {"policies": [{"typed_extension_config": nowhere}]},
-        },
-    }
-    endpoints = [{"endpoint": {"address": address(port)}} for port in ports]
-    return {
-        "name": "pool",
-        "type": "STATIC",
-        "connect_timeout": "1s",
-        "load_assignment": {"cluster_name": "pool", "endpoints": [{"lb_endpoints": endpoints}]},
-        "load_balancing_policy": {"policies": [{"typed_extension_config": picked}]},
-    }
-
-
-def dialled() -> dict[str, Any]:
-    """The cluster of whichever address the picker names."""
-    return {
-        "name": "pool",
-        "type": "ORIGINAL_DST",
-        "connect_timeout": "1s",
-        "lb_policy": "CLUSTER_PROVIDED",
-        "original_dst_lb_config": {"use_http_header": True, "http_header_name": DESTINATION},
-    }
+    def __init__(self, pods: int = 2, config: dict[str, Any] | None = None, **more: Any) -> None:
+        super().__init__(pods, CONFIG | (config or {}), **more)
 
 
 def chat(size: int = 0, **members: object) -> bytes:
@@ -376,7 +178,7 @@ def test_a_gateway_that_stops_cuts_no_answer() -> None:
     ("mode", "answers"), [("BUFFERED", "BUFFERED"), ("BUFFERED", "STREAMED"), (FULL_DUPLEX, "NONE")]
 )
 def test_a_picker_may_be_asked_in_other_modes_where_it_is_told_that_it_is_one(mode: str, answers: str) -> None:
-    with Pool(1, mode, answers, {"routing": {"picker": "always"}}) as to:
+    with Pool(1, mode=mode, answers=answers, config={"routing": {"picker": "always"}}) as to:
         answer = to.ask(chat(200_000), user="alice")
         assert (answer.status, answer.json["usage"]["completion_tokens"]) == (200, 3)
         assert to.ask(chat(), only=[]).status == 503
