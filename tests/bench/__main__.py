@@ -16,7 +16,21 @@ from pathlib import Path
 
 import msgspec
 
-from tests.bench import accuracy, baseline, directory, faults, goals, measure, own, picks, report, scraping, soak, storm
+from tests.bench import (
+    accuracy,
+    baseline,
+    directory,
+    faults,
+    goals,
+    measure,
+    own,
+    picker,
+    picks,
+    report,
+    scraping,
+    soak,
+    storm,
+)
 from tests.bench.figures import Figures, stage_of
 from tests.bench.rows import CHECKED, STAGES, Stage
 
@@ -34,6 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return storm.main(args.storm)
     if args.faults:
         return faults.main()
+    if args.picker:
+        return picker.main()
     if args.picks:
         return picks.main()
     checking = args.check or args.baseline
@@ -102,6 +118,7 @@ def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--storm", metavar="REQUESTS", type=int, help="whether users are charged what pods served, come what may"
     )
     parser.add_argument("--faults", action="store_true", help="what pods that fail cost a loaded system's requests")
+    parser.add_argument("--picker", action="store_true", help="what requests cost that only ask for their endpoint")
     parser.add_argument("--picks", action="store_true", help="what choosing a pod costs, by strategy and pods")
     args = parser.parse_args(arguments)
     if args.only and (args.check or args.baseline):

@@ -128,3 +128,11 @@ def test_names_lead_to_models(models: str, wrong: str) -> None:
 
 def test_a_canary_may_bear_the_models_own_name_and_settings() -> None:
     parse("models: {a: {split: {a: 9, b: 1}, retries: 1, aliases: [x], fallback: c}, c: {fallback: d}}")
+
+
+@pytest.mark.parametrize("beside", ["namespaces: [n]", "selector: a=b"])
+def test_a_pool_says_itself_which_pods_and_where(beside: str) -> None:
+    expected = "1: discovery.kubernetes.pool: expected neither 'namespaces' nor 'selector' beside it"
+    assert problem(f"discovery: {{kubernetes: {{pool: n/p, {beside}}}}}") == expected
+    parse("discovery: {kubernetes: {pool: n/p}}")
+    assert "expected namespace/name" in problem("discovery: {kubernetes: {pool: p}}")

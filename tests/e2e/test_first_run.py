@@ -196,6 +196,12 @@ def test_after_a_storm_all_accounts_agree(clone: Clone) -> None:
     assert told.count(" 0 faults") == 2
 
 
+def test_an_endpoint_pickers_requests_are_measured(clone: Clone) -> None:
+    command = "make bench ARGS=--picker"
+    assert clone.says("docs/endpoint-picker.md", command)
+    assert clone.run(command).count("FULL_DUPLEX_STREAMED") == 4
+
+
 def test_pods_that_fail_cost_no_request(clone: Clone) -> None:
     command = "make bench ARGS=--faults"
     assert clone.says("docs/failures.md", command)

@@ -78,6 +78,13 @@ async def test_each_service_has_the_health_of_the_whole(asked: Asking, service: 
     assert await asked.check(service) == NOT_SERVING
 
 
+async def test_under_the_names_of_the_endpoint_picker_protocol_one_says_only_that_it_lives(asked: Asking) -> None:
+    for serving in (False, True, False):
+        asked.health.set(serving)
+        assert await asked.check("readiness") == (SERVING if serving else NOT_SERVING)
+        assert await asked.check("liveness") == SERVING
+
+
 async def test_a_check_of_an_unknown_service_is_not_found(asked: Asking) -> None:
     asked.health.set(True)
     with pytest.raises(grpc.aio.AioRpcError) as raised:

@@ -1,6 +1,6 @@
 """What an endpoint picker's requests cost, beside those of an Envoy that shows bodies whole and has its routes from us.
 
-``python -m tests.bench.picking`` prints µs of CPU per request, of the gateway and of Envoy: all ways in turn, round by
+``python -m tests.bench --picker`` prints µs of CPU per request, of the gateway and of Envoy: all ways in turn, round by
 round, and the median. The load is a closed loop of 16 connections, of 4 where answers stream, from a user with limits
 that are in memory.
 """
@@ -20,6 +20,7 @@ from typing import Any, Final
 from tests.bench import measure
 from tests.bench.backend import MODEL
 from tests.bench.load import Request, run
+from tests.bench.report import table
 from tests.picked import Pool
 from tests.ports import free_port
 from tests.system import Process, System, request, until
@@ -63,33 +64,31 @@ def serves(asked: Request) -> bool:
     return request(asked.port, "POST", asked.path, asked.body, asked.headers).status == 200
 
 
-def main() -> None:
+def main() -> int:
+    """Prints the table."""
     port = free_port()
+    rows = [["", "Envoy", "gateway µs", "Envoy µs"]]
     with ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-")))
         command = [sys.executable, "-m", "tests.bench.backend", str(port)]
         stack.callback(Process("backend", command, directory / "log").kill)
         systems = {way: stack.enter_context(start(way, port)) for way in WAYS}
-        print("|            | way                          | gateway µs | Envoy µs |")
-        print("|------------|------------------------------|------------|----------|")
-        headers = {"content-type": "application/json", "user": "bench"}
         for work, (body, path, connections) in works().items():
             found: dict[str, list[tuple[float, float]]] = {way: [] for way in WAYS}
             for way in WAYS * ROUNDS:
                 to = systems[way]
-                until(partial(serves, Request(to.port, path, body, headers)))
+                asked = Request(to.port, path, body, {"content-type": "application/json", "user": "bench"})
+                until(partial(serves, asked))
                 parts = measure.family(to.gateway.pid), [to.envoy.pid]
                 before = [measure.cpu(part) for part in parts]
-                load = run(Request(to.port, path, body, headers), connections, SECONDS, whole=True)
+                load = run(asked, connections, SECONDS, whole=True)
                 assert not load.errors, load
-                server, envoy = (
+                gateway, envoy = [
                     (measure.cpu(part) - was) / load.requests * 1e6 for part, was in zip(parts, before, strict=True)
-                )
-                found[way].append((server, envoy))
+                ]
+                found[way].append((gateway, envoy))
             for way, figures in found.items():
-                server, envoy = (median_low(part) for part in zip(*figures, strict=True))
-                print(f"| {work:<10} | {way:<28} | {server:10.0f} | {envoy:8.0f} |", flush=True)
-
-
-if __name__ == "__main__":
-    main()
+                middle = [f"{median_low(part):.0f}" for part in zip(*figures, strict=True)]
+                rows.append([work, way, *middle])
+    print(table(rows))
+    return 0
