@@ -93,9 +93,12 @@ PODS: Final = {"a": ("m",), "b": ("m", "n"), "c": ("n",)}
 
 levels = st.builds(Level, st.integers(0, 99), st.integers(0, 9999), st.floats(0, 61), st.floats(0, 61))
 requests = st.builds(
-    lambda path, carry, **more: headers(path, carry=carry, **{n: value for n, value in more.items() if value}),
+    lambda path, carry, picks, **more: headers(
+        path, carry=carry, picks=picks, **{n: value for n, value in more.items() if value}
+    ),
     st.sampled_from(["/v1/chat/completions"] * 4 + ["/v1/embeddings", "/v1/messages", "/v1/models", "/nowhere"]),
     carry=st.booleans(),
+    picks=st.booleans(),
     user=st.sampled_from(["", "alice", "bob", "carol"]),
     routing_strategy=st.sampled_from(["", "random", "least-request", "throughput", "best"]),
 )
