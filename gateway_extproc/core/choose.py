@@ -128,10 +128,11 @@ class Ended:
 
 def choose(
     strategy: Mixed, candidates: Sequence[Pod], choices: int, asked: Asked, now: float, rng: Random,
-    *, probe: Pod | None = None, last: Collection[Pod] = (),
+    *, probe: Pod | None = None, last: Collection[Pod] = (), by_pool: bool = False,
 ) -> Lease:  # fmt: skip
     """Pick from ``candidates`` (at least one): the strategy's best pod, and up to ``choices - 1`` that can stand in
-    for it. Those in ``last`` come after all others; ``probe``, which is none of the candidates, before them."""
+    for it (``by_pool``: of its pool). Those in ``last`` come after all others; ``probe``, which is none of the
+    candidates, before them."""
     scores = strategy.scores(candidates, asked, now, rng)
     if last:
         scores = [score + (pod not in last) for score, pod in zip(scores, candidates, strict=True)]
@@ -139,7 +140,7 @@ def choose(
     alike = False  # whether only those are left that can stand in for the first
     if probe is not None:
         chosen.append(probe)
-        scores = _standing_in(scores, candidates, probe)
+        scores = _standing_in(scores, candidates, probe, by_pool)
         alike = True
     while len(chosen) < choices and (best := max(scores)) >= 0.0:
         if scores.count(best) == 1:
@@ -149,8 +150,8 @@ def choose(
             at = equal[int(rng.random() * len(equal))]
         pod = candidates[at]
         scores[at] = _TAKEN
-        if chosen and not alike and not pod.stands_in_for(chosen[0]):
-            scores = _standing_in(scores, candidates, chosen[0])
+        if chosen and not alike and not pod.stands_in_for(chosen[0], by_pool):
+            scores = _standing_in(scores, candidates, chosen[0], by_pool)
             alike = True
             continue
         chosen.append(pod)
@@ -158,6 +159,8 @@ def choose(
     return Lease(chosen, asked.prompt, asked.output, now)
 
 
-def _standing_in(scores: Sequence[float], candidates: Sequence[Pod], first: Pod) -> list[float]:
+def _standing_in(scores: Sequence[float], candidates: Sequence[Pod], first: Pod, by_pool: bool) -> list[float]:
     """The scores of those that can stand in for ``first``; no other is to be chosen."""
-    return [score if pod.stands_in_for(first) else _TAKEN for score, pod in zip(scores, candidates, strict=True)]
+    return [
+        score if pod.stands_in_for(first, by_pool) else _TAKEN for score, pod in zip(scores, candidates, strict=True)
+    ]

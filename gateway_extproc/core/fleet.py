@@ -53,7 +53,8 @@ class PodSpec(msgspec.Struct, frozen=True, kw_only=True):
     found under, for TLS and the Host header; ``models`` None means: ask the pod, which serves ``also`` besides what it
     then names. ``metrics`` are the paths, after the prefix, at one of which they are; none: it is not asked for any.
     ``held`` is why its source lets it have no new request; empty: it may have them. Another pod that takes over the
-    address has another ``identity``."""
+    address has another ``identity``. ``pool`` names the workload's model, by whose route somebody else's Envoy reaches
+    it, whatever it serves besides; empty: nobody else's does."""
 
     address: str
     name: str
@@ -66,11 +67,12 @@ class PodSpec(msgspec.Struct, frozen=True, kw_only=True):
     also: tuple[str, ...] = ()
     held: str = ""
     identity: str = ""
+    pool: str = ""
 
 
 class Pod(msgspec.Struct, frozen=True, eq=False):
     """A ready pod as requests see it. Pods of one ``group`` can stand in for each other on a retry, for which Envoy
-    sends the same headers again: they share path prefix and key."""
+    sends the same headers again: they share path prefix and key, and where it has one route for each ``pool``, that."""
 
     name: str
     address: str
@@ -78,20 +80,25 @@ class Pod(msgspec.Struct, frozen=True, eq=False):
     api_key: str | None
     path_prefix: str
     health: Health = msgspec.field(default_factory=Health)
+    pool: str = ""
 
-    def stands_in_for(self, other: Pod) -> bool:
+    def stands_in_for(self, other: Pod, by_pool: bool = False) -> bool:
+        if by_pool and self.pool != other.pool:
+            return False
         return self.path_prefix == other.path_prefix and self.api_key == other.api_key
 
 
 class View(msgspec.Struct, frozen=True):
     """What one Envoy's requests may be given: each existing model's ready pods (none: the model is not ready), those
-    among them that ``warming`` up are, and the ejected ones that are to be probed. It holds ``until`` that moment, in
-    monotonic seconds, unless it is replaced before."""
+    among them that ``warming`` up are, and the ejected ones that are to be probed. ``by_pool``: its routes are not
+    ours, and there is one for each pool. It holds ``until`` that moment, in monotonic seconds, unless it is replaced
+    before."""
 
     models: Mapping[str, tuple[Pod, ...]]
     warming: Mapping[str, tuple[Pod, ...]] = {}
     probed: Mapping[str, tuple[Pod, ...]] = {}
     until: float = math.inf
+    by_pool: bool = False
 
     def probe(self, model: str, now: float, among: Collection[str] | None = None) -> Pod | None:
         """The pod that the request at hand is to probe, of these addresses (None: any)."""
@@ -205,7 +212,7 @@ class Fleet:
             asked = [] if known is None else [model for model in known.models if model not in known.spec.also]
             models = (*spec.also, *asked)
         health = known.health if known is not None else Health()
-        pod = Pod(spec.name, spec.address, load, spec.api_key, spec.path_prefix, health)
+        pod = Pod(spec.name, spec.address, load, spec.api_key, spec.path_prefix, health, spec.pool)
         member = Member(spec, load, tuple(dict.fromkeys(models)), pod)
         if known is not None and known.spec.models == spec.models:
             member.polled, member.failure, member.blind = known.polled, known.failure, known.blind
@@ -369,6 +376,7 @@ class Fleet:
             {model: tuple(pods) for model, pods in warming.items()},
             probed,
             until,
+            by_pool=acknowledged is None,
         )
 
     def members(self) -> tuple[Member, ...]:

@@ -180,6 +180,12 @@ _INTERNAL_PREFIX: Final = "x-gateway-"
 _NOT_OURS: Final = ("x-gateway-inference-", "x-gateway-model-name", "x-gateway-base-model-name")
 #: Where that proxy reads which endpoints were picked (endpoint picker protocol, "Destination Endpoint").
 DESTINATION: Final = "x-gateway-destination-endpoint"
+#: What routes that are not ours, but the controller's (kubernetes/plan.py), cannot know otherwise: the workload's model
+#: where the request is for another that its pods name, how many retries there may be, and, in milliseconds, how long a
+#: pod may take to begin. Envoy takes its own headers for these from nobody there.
+POOL_HEADER: Final = "x-gateway-pool"
+RETRIES_HEADER: Final = "x-gateway-retries"
+FIRST_BYTE_HEADER: Final = "x-gateway-first-byte"
 _GATEWAY_KEY: Final = KEY_PREFIX.encode()
 #: Tokens of output beyond what was reserved after which they are charged while the answer streams: one message to the
 #: store for so many events.
@@ -481,7 +487,9 @@ class Session:
         asked, mixed = self._asked, self._mixed
         assert asked is not None
         assert mixed is not None
-        lease = self._lease = choose(mixed, pods, choices, asked, now, world.rng, probe=probe, last=last)
+        lease = self._lease = choose(
+            mixed, pods, choices, asked, now, world.rng, probe=probe, last=last, by_pool=view.by_pool
+        )
         # It may live as long as the answer, and a long prompt has many blocks.
         self._asked = msgspec.structs.replace(asked, blocks=()) if asked.blocks else asked
         note = self._note = self._write_note(lease)
@@ -492,6 +500,9 @@ class Session:
             body = changed(held, self._request.asking if self._strip else None, self._renaming)
         change, remove = self._header_changes(lease, note)
         first_byte = settings.first_byte_timeout if note.stream and len(note.pods) > 1 else None
+        if view.by_pool and (pool := lease.pods[0].pool):
+            change |= self._for_pool(pool, len(note.pods) - 1, first_byte)
+            remove = tuple([name for name in remove if name not in change])
         # Answers that do not generate can be large, and where something is to be changed in one it must be read: then
         # a session settles it.
         if self._logged and note.answers and not self._strip and not self._name:
@@ -577,6 +588,14 @@ class Session:
         if pod.path_prefix:
             change[":path"] = pod.path_prefix.encode() + headers[":path"]
         return change, tuple(remove)
+
+    def _for_pool(self, pool: str, retries: int, first_byte: float | None) -> dict[str, bytes]:
+        change = {RETRIES_HEADER: b"%d" % retries}
+        if pool != self._model:
+            change[POOL_HEADER] = pool.encode()
+        if first_byte is not None:
+            change[FIRST_BYTE_HEADER] = b"%d" % round(first_byte * 1000)
+        return change
 
     # --- the answer --------------------------------------------------------------------------------------------------
 

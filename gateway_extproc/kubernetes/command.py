@@ -20,6 +20,7 @@ import structlog
 from .. import logs
 from ..adapters.kubernetes import CannotConnect, Cluster
 from ..config import Config, ControllerConfig
+from ..core.session import ModelPolicy
 from .controller import Controller
 from .lease import Lease
 from .plan import Settings
@@ -34,8 +35,11 @@ PAUSE: Final = 5.0
 
 def settings_of(config: Config, ours: ControllerConfig) -> Settings:
     """What the configuration says of routes."""
-    models = {name: (model.timeout, model.retries) for name, model in config.models.items()}
-    return Settings(ours.gateway, models=models)
+    models = {
+        name: ModelPolicy(timeout=model.timeout, retries=model.retries, first_byte_timeout=model.first_byte_timeout)
+        for name, model in config.models.items()
+    }
+    return Settings(ours.gateway, models)
 
 
 class Controlling:

@@ -10,8 +10,10 @@ Owns every name, label and field that the controller writes. Pure: observed obje
 
 For each workload there is a Service (unless an annotation names one), so that workloads of one model may differ in
 their ports, and for each model one route to all of them, in the namespace of its oldest workload, and a policy that
-lets the gateway choose the pod. Every object is owned by the workloads it is for: Kubernetes removes it with the last
-one, also while no controller runs. Leaves out looking and writing (controller.py).
+lets the gateway choose the pod. What else the pods of a model serve, as adapters, nobody here knows: the gateway says
+with such a request whose pods it chose (core/session.py), and it takes their route. Every object is owned by the
+workloads it is for: Kubernetes removes it with the last one, also while no controller runs. Leaves out looking and
+writing (controller.py).
 """
 
 from __future__ import annotations
@@ -25,9 +27,10 @@ import msgspec
 
 from ..core.fleet import usable_names
 from ..core.refusal import quoted
+from ..core.session import FIRST_BYTE_HEADER, POOL_HEADER, RETRIES_HEADER, ModelPolicy
 from ..wire.kubernetes import Metadata
 from ..wire.kubernetes_pods import NAME, PORT, Spec, ports_of, said
-from ..wire.resources import CONNECT_TIMEOUT, MODEL_HEADER, TARGET_HEADER
+from ..wire.resources import CONNECT_TIMEOUT, MODEL_HEADER, POD_IDLE, TARGET_HEADER
 
 #: Names the Service of a workload's pods; then none is made.
 SERVICE: Final = "model.aibrix.ai/service-name"
@@ -73,6 +76,10 @@ _SHARED: Final = frozenset({"ports", "ownerReferences"})
 #: RFC 1035, as Services' names are.
 _SAFE: Final = re.compile(r"[a-z](?:[a-z0-9-]*[a-z0-9])?")
 _UNSAFE: Final = re.compile(r"[^a-z0-9]+")
+#: What a route can match (HTTPHeaderMatch.value).
+_MATCHABLE: Final = re.compile(r"[!-~]+(?: [!-~]+)*")
+#: The rule for streams that wait for their first byte for less than others may, and its policy's suffix.
+FIRST_BYTE: Final = "first-byte"
 
 
 class Template(msgspec.Struct, frozen=True):
@@ -113,12 +120,10 @@ class Workload(msgspec.Struct, frozen=True):
 
 
 class Settings(msgspec.Struct, frozen=True):
-    """The Gateway (``namespace/name``), and each model's policy: seconds of silence, and further tries."""
+    """The Gateway (``namespace/name``), and what is configured of models."""
 
     gateway: str
-    timeout: float = 300.0
-    retries: int = 2
-    models: Mapping[str, tuple[float, int]] = {}
+    models: Mapping[str, ModelPolicy] = {}
 
 
 class Observed(msgspec.Struct, frozen=True):
@@ -232,7 +237,7 @@ def _model(workload: Workload) -> str:
     model, differs = said(workload.metadata, NAME)
     if differs:
         raise _Refused("LabelsDiffer", f"{differs}, and pods might say either: make them the same")
-    if usable_names([model]) != (model,):
+    if usable_names([model]) != (model,) or not _MATCHABLE.fullmatch(model):
         what = f"'{quoted(model)}' can be no model's name" if model else "it names no model"
         raise _Refused("BadModelName", f"{NAME}: {what}")
     pods, _ = said(workload.template.metadata, NAME)
@@ -330,17 +335,22 @@ def _route(
     """Add a model's route, and what goes with it; what to say of it. Raises _Refused."""
     home = backends[0].workload.metadata.namespace
     name = safe_name(model, "-router")
-    for kind in ("httproutes", "backendtrafficpolicies"):
-        there = observed.objects.get((kind, home, name))
+    policy = settings.models.get(model, ModelPolicy())
+    policies = {name: _policy(name, policy)}
+    if _moves_streams(policy):
+        policies[safe_name(model, f"-{FIRST_BYTE}")] = _policy(name, policy, first_byte=True)
+    for kind, named in (("httproutes", name), *(("backendtrafficpolicies", named) for named in policies)):
+        there = observed.objects.get((kind, home, named))
         if there is not None and not is_ours(there, settings.gateway):
-            raise _Refused("NameTaken", f"{KINDS[kind][1]} '{name}' is somebody else's: rename or remove it")
+            raise _Refused("NameTaken", f"{KINDS[kind][1]} '{named}' is somebody else's: rename or remove it")
     local = [each.workload for each in backends if each.workload.metadata.namespace == home]
-    _put(objects, "httproutes", name, local, settings, _httproute(model, home, backends, settings))
+    _put(objects, "httproutes", name, local, settings, _httproute(model, policy, backends, settings))
     told = f"HTTPRoute {home}/{name}"
     if "backendtrafficpolicies" in observed.absent:
         told += "; without Envoy Gateway's BackendTrafficPolicy the gateway cannot choose the pod"
     else:
-        _put(objects, "backendtrafficpolicies", name, local, settings, _policy(model, name, settings))
+        for named, spec in policies.items():
+            _put(objects, "backendtrafficpolicies", named, local, settings, spec)
     away: dict[str, list[_Backend]] = {}
     for each in backends:
         if each.workload.metadata.namespace != home:
@@ -414,41 +424,62 @@ def _service(backend: _Backend) -> Object:
     }
 
 
-def _httproute(model: str, home: str, backends: Sequence[_Backend], settings: Settings) -> Object:
+def _moves_streams(policy: ModelPolicy) -> bool:
+    """Whether a stream that waits for too long goes to another pod."""
+    return policy.first_byte_timeout is not None and policy.retries > 0
+
+
+def _httproute(model: str, policy: ModelPolicy, backends: Sequence[_Backend], settings: Settings) -> Object:
     namespace, _, name = settings.gateway.partition("/")
+    # What pods serve besides has more to match, so that it prevails where another workload has that name.
+    matches = [
+        [{"type": "Exact", "name": MODEL_HEADER, "value": model}],
+        [
+            {"type": "RegularExpression", "name": MODEL_HEADER, "value": ".+"},
+            {"type": "Exact", "name": POOL_HEADER, "value": model},
+        ],
+    ]
+    rules = [_rule("all", matches, policy, backends)]
+    if policy.first_byte_timeout is not None and _moves_streams(policy):
+        waits = {"type": "Exact", "name": FIRST_BYTE_HEADER, "value": str(round(policy.first_byte_timeout * 1000))}
+        rules.append(_rule(FIRST_BYTE, [[*headers, waits] for headers in matches], policy, backends))
     return {
         "parentRefs": [{"group": GATEWAY_API, "kind": "Gateway", "namespace": namespace, "name": name}],
-        "rules": [
-            {
-                "matches": [
-                    {
-                        "path": {"type": "PathPrefix", "value": PATH},
-                        "headers": [{"type": "Exact", "name": MODEL_HEADER, "value": model}],
-                    }
-                ],
-                "backendRefs": [
-                    {
-                        "group": "",
-                        "kind": "Service",
-                        "name": each.service,
-                        "namespace": each.workload.metadata.namespace,
-                        "port": port,
-                        "weight": 1,
-                    }
-                    for each in backends
-                    for port in each.ports
-                ],
-                # A stream's length has no cap; silence has (the policy's).
-                "timeouts": {"request": "0s"},
-            }
-        ],
+        "rules": rules,
     }
 
 
-def _policy(model: str, route: str, settings: Settings) -> Object:
-    timeout, retries = settings.models.get(model, (settings.timeout, settings.retries))
+def _rule(name: str, matches: Iterable[Sequence[Object]], policy: ModelPolicy, backends: Sequence[_Backend]) -> Object:
+    rule: dict[str, Any] = {
+        "name": name,
+        "matches": [{"path": {"type": "PathPrefix", "value": PATH}, "headers": headers} for headers in matches],
+        "backendRefs": [
+            {
+                "group": "",
+                "kind": "Service",
+                "name": each.service,
+                "namespace": each.workload.metadata.namespace,
+                "port": port,
+                "weight": 1,
+            }
+            for each in backends
+            for port in each.ports
+        ],
+        # A stream's length has no cap; silence has (the policy's).
+        "timeouts": {"request": "0s"},
+    }
+    if policy.retries:
+        # Envoy Gateway lets an external processor set no header of Envoy's own. This one bounds the policy's retries.
+        tries = {"name": "x-envoy-max-retries", "value": f"%REQ({RETRIES_HEADER})%"}
+        rule["filters"] = [{"type": "RequestHeaderModifier", "requestHeaderModifier": {"set": [tries]}}]
+    return rule
+
+
+def _policy(route: str, policy: ModelPolicy, *, first_byte: bool = False) -> Object:
+    """A route's policy, or that of its rule for streams that may move on."""
+    target = {"group": GATEWAY_API, "kind": "HTTPRoute", "name": route}
     spec: dict[str, Any] = {
-        "targetRefs": [{"group": GATEWAY_API, "kind": "HTTPRoute", "name": route}],
+        "targetRefs": [target | {"sectionName": FIRST_BYTE} if first_byte else target],
         # What the gateway chose; where that is gone, the pod with the fewest requests.
         "loadBalancer": {"type": "LeastRequest", "endpointOverride": {"extractFrom": [{"header": TARGET_HEADER}]}},
         "circuitBreaker": {
@@ -465,14 +496,21 @@ def _policy(model: str, route: str, settings: Settings) -> Object:
         },
         "timeout": {
             "tcp": {"connectTimeout": _duration(CONNECT_TIMEOUT)},
-            "http": {"requestTimeout": "0s", "streamIdleTimeout": _duration(timeout)},
+            "http": {
+                "requestTimeout": "0s",
+                "streamIdleTimeout": _duration(policy.timeout),
+                "connectionIdleTimeout": _duration(POD_IDLE),
+            },
         },
     }
-    if retries:
+    if policy.retries:
+        tries: dict[str, Any] = {"backOff": {"baseInterval": "10ms", "maxInterval": "100ms"}}
+        if first_byte and policy.first_byte_timeout is not None:
+            tries["timeout"] = _duration(policy.first_byte_timeout)
         spec["retry"] = {
-            "numRetries": retries,
+            "numRetries": policy.retries,
             "retryOn": {"triggers": list(_RETRY_ON), "httpStatusCodes": [503]},
-            "perRetry": {"backOff": {"baseInterval": "10ms", "maxInterval": "100ms"}},
+            "perRetry": tries,
         }
     return spec
 

@@ -125,6 +125,7 @@ def of(pod: PodObject, ports: tuple[int, ...] = ()) -> Finding:
             also=models,
             held=held,
             identity=metadata.uid,
+            pool=models[0] if models else "",
         )
         for port in ports
     )

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gateway_extproc.core.session import ModelPolicy
 from gateway_extproc.kubernetes.plan import (
     APPLIED,
     BACKENDS,
@@ -138,6 +139,7 @@ def test_a_service_that_is_named_is_used_and_none_is_made() -> None:
     [
         (workload(model="x" * 257, pods="x" * 257), "BadModelName"),
         (workload(model=""), "BadModelName"),
+        (workload(model="löwe", pods="löwe"), "BadModelName"),
         (workload(pods=""), "PodsNotLabelled"),
         (workload(pods="other"), "PodsNotLabelled"),
         (workload(annotations={NAME: "other"}), "LabelsDiffer"),
@@ -267,7 +269,7 @@ def test_without_envoy_gateways_policy_there_is_a_route_and_a_word() -> None:
 
 
 def test_a_models_own_settings_are_in_its_policy() -> None:
-    settings = Settings(GW, models={"m": (1.5, 0)})
+    settings = Settings(GW, {"m": ModelPolicy(timeout=1.5, retries=0)})
     spec = plan(Observed([workload()]), settings).apply["backendtrafficpolicies", "n", "m-router"]["spec"]
     assert (spec["timeout"]["http"]["streamIdleTimeout"], "retry" in spec) == ("1s500ms", False)
 
@@ -276,6 +278,40 @@ def test_a_pods_node_that_goes_without_a_word_is_noticed() -> None:
     spec = planned(workload()).apply["backendtrafficpolicies", "n", "m-router"]["spec"]
     assert spec["timeout"]["tcp"] == {"connectTimeout": "0s500ms"}
     assert spec["tcpKeepalive"] == {"idleTime": "10s", "interval": "5s", "probes": 3}
+
+
+def test_a_stream_that_may_move_on_has_a_rule_and_a_policy_of_its_own() -> None:
+    settings = Settings(GW, {"m": ModelPolicy(first_byte_timeout=0.3)})
+    found = plan(Observed([workload()]), settings).apply
+    route, first = (
+        found[kind, "n", name]["spec"]
+        for kind, name in (("httproutes", "m-router"), ("backendtrafficpolicies", "m-first-byte"))
+    )
+    every, moving = route["rules"]
+    for usual, special in zip(every["matches"], moving["matches"], strict=True):
+        assert special["headers"] == [
+            *usual["headers"], {"type": "Exact", "name": "x-gateway-first-byte", "value": "300"},
+        ]  # fmt: skip
+    assert (first["targetRefs"][0]["sectionName"], moving["name"]) == ("first-byte", "first-byte")
+    usual_policy = found["backendtrafficpolicies", "n", "m-router"]["spec"]
+    assert first["retry"].pop("perRetry") == usual_policy["retry"].pop("perRetry") | {"timeout": "0s300ms"}
+    assert first["targetRefs"][0].items() >= usual_policy["targetRefs"][0].items()
+    assert {**first, "targetRefs": 0} == {**usual_policy, "targetRefs": 0}
+
+
+def test_what_pods_serve_besides_has_more_to_match_than_a_models_own_name() -> None:
+    own, besides = planned(workload()).apply["httproutes", "n", "m-router"]["spec"]["rules"][0]["matches"]
+    assert own["headers"] == [{"type": "Exact", "name": "model", "value": "m"}]
+    # No route without the gateway's word: clients' headers of that name are removed.
+    assert {each["name"] for each in besides["headers"]} == {"model", "x-gateway-pool"}
+    assert own["path"] == besides["path"]
+
+
+def test_the_gateway_bounds_the_tries_of_each_request() -> None:
+    (rule,) = planned(workload()).apply["httproutes", "n", "m-router"]["spec"]["rules"]
+    assert rule["filters"][0]["requestHeaderModifier"] == {
+        "set": [{"name": "x-envoy-max-retries", "value": "%REQ(x-gateway-retries)%"}]
+    }
 
 
 # --- drift -----------------------------------------------------------------------------------------------------------

@@ -52,9 +52,8 @@ def port(number: int, name: str = "", **more: object) -> dict[str, object]:
 
 def test_a_pod_serves_the_model_of_its_label_and_what_it_names_when_asked() -> None:
     found = pod(labels={NAME: "llama"})
-    assert found == Finding(
-        (PodSpec(address="10.0.0.1:8000", name="n/p", models=None, also=("llama",), identity="u"),), ("llama",), ""
-    )
+    spec = PodSpec(address="10.0.0.1:8000", name="n/p", models=None, also=("llama",), identity="u", pool="llama")
+    assert found == Finding((spec,), ("llama",), "")
 
 
 def test_an_annotation_says_what_no_label_can() -> None:
