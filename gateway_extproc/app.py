@@ -43,7 +43,7 @@ from .adapters.scrape import Poller
 from .adapters.siblings import Siblings
 from .adapters.usage import MemoryUsage, RedisUsage
 from .administration import Administration
-from .config import Config, ConfigError, PodConfig, PriceConfig, StoreConfig, load, masked
+from .config import Config, ConfigError, KubernetesDiscovery, PodConfig, PodTls, PriceConfig, StoreConfig, load, masked
 from .core.account import Ledger
 from .core.address import is_ip, join_address, split_address
 from .core.directory import Directory
@@ -173,16 +173,20 @@ def shared_store(
     )
 
 
+def tls_of(tls: PodTls | None) -> TLS | None:
+    """How to speak TLS to a pod, if at all."""
+    return None if tls is None else TLS(tls.ca_file, tls.server_name, tls.verify)
+
+
 def spec_of(pod: PodConfig, address: str, host: str, name: str) -> PodSpec:
     """A pod at ``address`` (``ip:port``) as the configuration describes it."""
-    tls = TLS(pod.tls.ca_file, pod.tls.server_name, pod.tls.verify) if pod.tls is not None else None
     return PodSpec(
         address=address,
         name=name,
         host=host,
         models=pod.models,
         api_key=pod.api_key or None,
-        tls=tls,
+        tls=tls_of(pod.tls),
         path_prefix=pod.path_prefix,
         metrics={"true": METRICS, "false": ()}.get(pod.metrics, (pod.metrics,)),
     )
@@ -354,10 +358,11 @@ class Gateway:
                 cluster = await Cluster.connect(found.kubeconfig)
             except CannotConnect as error:
                 raise Unavailable(f"discovery.kubernetes: {error}") from error
+            said = partial(self._discovered, found)
             if found.pool:
-                self._pods = InferencePool(cluster, found.pool, self._discovered, self._rng)
+                self._pods = InferencePool(cluster, found.pool, said, self._rng)
             else:
-                self._pods = Pods(cluster, found.namespaces, found.selector, self._discovered, self._rng)
+                self._pods = Pods(cluster, found.namespaces, found.selector, said, self._rng)
         if (ours := config.controller) is not None and ours.serve:
             try:
                 self._controlling = Controlling(await Cluster.connect(ours.kubeconfig), config, ours, self._rng)
@@ -499,7 +504,10 @@ class Gateway:
                 specs.append(spec_of(pod, address, host, name))
         self.fleet.configure(f"dns {host}", specs)
 
-    def _discovered(self, pods: Iterable[PodSpec], models: Iterable[str]) -> None:
+    def _discovered(self, found: KubernetesDiscovery, pods: Iterable[PodSpec], models: Iterable[str]) -> None:
+        key, tls = found.api_key or None, tls_of(found.tls)
+        if key is not None or tls is not None:
+            pods = [msgspec.structs.replace(pod, api_key=key, tls=tls) for pod in pods]
         self.fleet.configure("kubernetes", pods, models)
 
     def _numbered(self, base: str, address: str) -> str:

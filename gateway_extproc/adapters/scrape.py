@@ -317,7 +317,8 @@ class _Watch:
 
     def _listed(self, answer: Answer) -> tuple[list[str] | None, list[str]]:
         """The models that are told, and which of them are adapters. Raises PollFailed."""
-        stated = self.spec.models is not None
+        # A pod whose label names its model may keep its list to itself.
+        stated = self.spec.models is not None or bool(self.spec.also)
         if answer.status != 200:
             if stated and answer.status in _NO_LIST:
                 return None, []
@@ -329,7 +330,7 @@ class _Watch:
                 return None, []
             raise PollFailed("/v1/models is not a list of models") from None
         adapters = [model.id for model in data if isinstance(model.parent, str)]
-        return None if stated else [model.id for model in data], adapters
+        return None if self.spec.models is not None else [model.id for model in data], adapters
 
     # --- metrics ----------------------------------------------------------------------------------------------------
 

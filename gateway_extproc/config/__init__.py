@@ -19,14 +19,25 @@ from __future__ import annotations
 from .part import effective_yaml, masked
 from .problems import ConfigError
 from .reader import load, parse, part_of, user_of
-from .schema import Config, ControllerConfig, Listen, PodConfig, PriceConfig, StoreConfig
+from .schema import (
+    Config,
+    ControllerConfig,
+    KubernetesDiscovery,
+    Listen,
+    PodConfig,
+    PodTls,
+    PriceConfig,
+    StoreConfig,
+)
 
 __all__ = [
     "Config",
     "ConfigError",
     "ControllerConfig",
+    "KubernetesDiscovery",
     "Listen",
     "PodConfig",
+    "PodTls",
     "PriceConfig",
     "StoreConfig",
     "effective_yaml",

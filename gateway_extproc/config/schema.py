@@ -194,6 +194,20 @@ class Admin(Part, frozen=True, kw_only=True):
 
 #: Which pods count, where nothing else is said.
 POD_SELECTOR: Final = "model.aibrix.ai/name"
+class PodTls(Part, frozen=True, kw_only=True):
+    """TLS towards a pod. `tls: true` takes the defaults."""
+
+    ca_file: Annotated[
+        str, about("Authorities that may sign its certificate, PEM. Empty: the system's.", or_empty(FILE))
+    ] = ""
+    server_name: Annotated[
+        str,
+        about(
+            "The name its certificate must have. Empty: the host in `address` or `dns`.",
+            or_empty(HOST),
+        ),
+    ] = ""
+    verify: Annotated[bool, about("Whether the certificate is checked at all.")] = True
 
 
 class KubernetesDiscovery(Part, frozen=True, kw_only=True):
@@ -219,6 +233,9 @@ class KubernetesDiscovery(Part, frozen=True, kw_only=True):
             or_empty(FILE),
         ),
     ] = ""
+    api_key: Annotated[str, about("The key that all these pods want. It replaces what the client sent.", SECRET)] = ""
+    api_key_file: Annotated[str, about("A file that holds the key, instead of `api_key`.", SECRET_FILE)] = ""
+    tls: Annotated[PodTls | None, about("Whether, and how, to speak TLS to all these pods.", switch=True)] = None
 
 
 class ControllerConfig(Part, frozen=True, kw_only=True):
@@ -311,22 +328,6 @@ class LimitsConfig(Part, frozen=True, kw_only=True):
     bodies_in_memory: Annotated[
         int, about("Request bodies held at once, all together. At least `max_body_bytes`.", size(1 << 20, 256 << 30))
     ] = 128 << 20
-
-
-class PodTls(Part, frozen=True, kw_only=True):
-    """TLS towards a pod. `tls: true` takes the defaults."""
-
-    ca_file: Annotated[
-        str, about("Authorities that may sign its certificate, PEM. Empty: the system's.", or_empty(FILE))
-    ] = ""
-    server_name: Annotated[
-        str,
-        about(
-            "The name its certificate must have. Empty: the host in `address` or `dns`.",
-            or_empty(HOST),
-        ),
-    ] = ""
-    verify: Annotated[bool, about("Whether the certificate is checked at all.")] = True
 
 
 class PodConfig(Part, frozen=True, kw_only=True):

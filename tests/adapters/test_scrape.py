@@ -14,6 +14,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import msgspec
 import pytest
 from aiohttp import web
 
@@ -150,6 +151,16 @@ async def test_a_pod_without_a_list_is_alive_where_its_models_are_stated(status:
             await polled.until_ready(client.pod.address, "stated")
         async with polling(spec(client.pod.address)) as polled:
             await polled.until_away(client.pod.address, f"answered {status}")
+
+
+@pytest.mark.parametrize("fault", ["status=401", "status=404", "status=200;body={}"])
+async def test_a_pod_whose_label_names_its_model_may_keep_its_list_to_itself(fault: str) -> None:
+    async with serving() as client:
+        also = msgspec.structs.replace(spec(client.pod.address), also=("labelled",))
+        async with polling(also) as polled:
+            await polled.until_ready(client.pod.address, "labelled", MODEL)
+            await break_list(client, fault)
+            await polled.until_ready(client.pod.address, "labelled")
 
 
 @pytest.mark.parametrize("status", [204, 302, 500, 503])
