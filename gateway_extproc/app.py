@@ -43,7 +43,18 @@ from .adapters.scrape import Poller
 from .adapters.siblings import Siblings
 from .adapters.usage import MemoryUsage, RedisUsage
 from .administration import Administration
-from .config import Config, ConfigError, KubernetesDiscovery, PodConfig, PodTls, PriceConfig, StoreConfig, load, masked
+from .config import (
+    Config,
+    ConfigError,
+    KubernetesDiscovery,
+    PodConfig,
+    PodTls,
+    PriceConfig,
+    StoreConfig,
+    follow,
+    load,
+    masked,
+)
 from .core.account import Ledger
 from .core.address import is_ip, join_address, split_address
 from .core.directory import Directory
@@ -73,8 +84,6 @@ from .wire.resources import Cors, Resources
 
 log = structlog.get_logger(__name__)
 
-#: Seconds between looks at the configuration file.
-FILE_PERIOD: Final = 0.5
 #: Seconds that the start waits for pods and store before serving with what there is.
 START_WAIT: Final = 5.0
 #: Seconds that streams get to end when the gateway stops. Those still deciding need a store's time-out at most.
@@ -398,7 +407,7 @@ class Gateway:
         self._tasks.append(asyncio.create_task(self._follow_fleet(), name="follow the fleet"))
         self._tasks.append(asyncio.create_task(self._renew(), name="renew leases"))
         if self._file is not None:
-            self._tasks.append(asyncio.create_task(self._follow_file(), name="follow the file"))
+            self._tasks.append(asyncio.create_task(follow(self._file, self.reload), name="follow the file"))
         log.info("started", grpc=config.listen.grpc, http=config.listen.http, version=__version__)
 
     async def run(self) -> None:
@@ -570,16 +579,6 @@ class Gateway:
 
     # --- the configuration file --------------------------------------------------------------------------------------
 
-    async def _follow_file(self) -> None:
-        assert self._file is not None
-        last = _stamp(self._file)
-        while True:
-            await asyncio.sleep(FILE_PERIOD)
-            now = _stamp(self._file)
-            if now != last:
-                last = now
-                self.reload()
-
     def reload(self) -> None:
         """Take up the file as it is now; an invalid one is reported and the old configuration stays."""
         assert self._file is not None
@@ -687,15 +686,6 @@ _EPOCH: Final = time.time() - time.monotonic()
 def _clock() -> float:
     """Unix seconds that never go back: windows kept in this process must not wait for a clock that was set back."""
     return _EPOCH + time.monotonic()
-
-
-def _stamp(file: Path) -> tuple[int, int, int]:
-    """Changes when the file does, also where it is a link that is moved (as Kubernetes does)."""
-    try:
-        found = file.stat()
-    except OSError:
-        return (0, 0, 0)
-    return (found.st_mtime_ns, found.st_size, found.st_ino)
 
 
 def _return_memory() -> None:

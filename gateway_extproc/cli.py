@@ -142,7 +142,7 @@ def _with_config(args: argparse.Namespace) -> int:
     if args.command == "controller":
         from .kubernetes import command
 
-        return command.run(config)
+        return command.run(config, args.config)
     if workers > 1:
         from .workers import supervisor
 

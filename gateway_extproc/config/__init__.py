@@ -16,6 +16,7 @@ The modules, each knowing only those before it: problems (how mistakes are told)
 
 from __future__ import annotations
 
+from .following import follow
 from .part import effective_yaml, masked
 from .problems import ConfigError
 from .reader import load, parse, part_of, user_of
@@ -41,6 +42,7 @@ __all__ = [
     "PriceConfig",
     "StoreConfig",
     "effective_yaml",
+    "follow",
     "load",
     "masked",
     "parse",

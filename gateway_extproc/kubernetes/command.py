@@ -12,6 +12,7 @@ import secrets
 import signal
 import socket
 import sys
+from pathlib import Path
 from random import Random
 from typing import Final
 
@@ -19,7 +20,7 @@ import structlog
 
 from .. import logs
 from ..adapters.kubernetes import CannotConnect, Cluster
-from ..config import Config, ControllerConfig
+from ..config import Config, ConfigError, ControllerConfig, follow, load
 from ..core.session import ModelPolicy
 from .controller import Controller
 from .lease import Lease
@@ -81,8 +82,8 @@ class Controlling:
             self._controller.wake()
 
 
-def run(config: Config) -> int:
-    """Control until SIGTERM or SIGINT; the exit code."""
+def run(config: Config, file: Path) -> int:
+    """Control until SIGTERM or SIGINT; the exit code. ``file`` is watched, and read again when it changes."""
     ours = config.controller
     if ours is None:
         print("gateway-extproc: the configuration has no section 'controller' (docs/kubernetes.md)", file=sys.stderr)
@@ -94,11 +95,27 @@ def run(config: Config) -> int:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, ended.set)
         cluster = await Cluster.connect(ours.kubeconfig)
-        task = asyncio.create_task(Controlling(cluster, config, ours, Random()).run())
+        controlling = Controlling(cluster, config, ours, Random())
+
+        def reload() -> None:
+            try:
+                found = load(file)
+            except ConfigError as error:
+                log.error("configuration not taken up", errors=str(error).splitlines())
+                return
+            if found.controller != ours:
+                log.warning("some changes are taken up at the next start", settings=["controller"])
+            controlling.configure(found)
+            log.info("configuration taken up")
+
+        loop.add_signal_handler(signal.SIGHUP, reload)
+        tasks = [asyncio.create_task(controlling.run()), asyncio.create_task(follow(file, reload))]
         await ended.wait()
-        task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await task
+        for task in tasks:
+            task.cancel()
+        for task in tasks:
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
 
     try:
         asyncio.run(main())

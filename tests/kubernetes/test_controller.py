@@ -187,7 +187,7 @@ async def test_drift_is_repaired_and_what_others_added_stays(models: Models) -> 
         route = f"{KINDS['httproutes']}/namespaces/{models.namespace}/httproutes/m-router"
         service = f"/api/v1/namespaces/{models.namespace}/services/a-model"
         rule = models.api.get(route)["spec"]["rules"][0] | {"timeouts": {"request": "1s"}}
-        models.api.merge(route, {"spec": {"rules": [rule, rule]}, "metadata": {"labels": {"theirs": "x"}}})
+        models.api.merge(route, {"spec": {"rules": [rule, rule | {"name": "theirs"}]}, "metadata": {"labels": {"theirs": "x"}}})
         models.api.merge(service, {"spec": {"selector": {"app": "elsewhere"}}})
         models.api.delete(
             f"{KINDS['backendtrafficpolicies']}/namespaces/{models.namespace}/backendtrafficpolicies/m-router"
@@ -427,6 +427,16 @@ def test_the_command_controls_until_it_is_told_to_end(models: Models, tmp_path: 
         policy = models.found()[f"backendtrafficpolicies/{models.namespace}/m-router"]
         assert policy["spec"]["timeout"]["http"]["streamIdleTimeout"] == "7s"
         assert holder(models)
+
+        def silence() -> Any:
+            policy = models.found()[f"backendtrafficpolicies/{models.namespace}/m-router"]
+            return policy["spec"]["timeout"]["http"]["streamIdleTimeout"]
+
+        file.write_text(yaml.safe_dump({"controller": found, "models": {"m": {"timeout": "8s"}}}))
+        settled(lambda: silence() == "8s")
+        file.write_text("models: {m: {timeout: soon}}")
+        settled(lambda: "configuration not taken up" in running.output())
+        assert silence() == "8s", "what was right before stays"
         running.signal(signal.SIGTERM)
         assert running.wait() == 0
         assert holder(models) == ""
