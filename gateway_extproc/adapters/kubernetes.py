@@ -22,6 +22,7 @@ from random import Random
 from typing import Any, Final, Generic, TypeVar
 
 import aiohttp
+import msgspec
 import structlog
 
 from ..core.fleet import PodSpec
@@ -77,6 +78,14 @@ class Refused(Exception):
 
 #: What asking the API server may raise.
 FAILURES: Final = (CannotConnect, Refused, Expired, Broken, aiohttp.ClientError, OSError, TimeoutError)
+
+
+def content_of(answer: bytes) -> dict[str, Any]:
+    """The object that an answer is. Raises Broken, which is one of FAILURES."""
+    try:
+        return msgspec.json.decode(answer, type=dict[str, Any])
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise Broken("an answer cannot be read") from error
 
 
 class Cluster:

@@ -27,7 +27,7 @@ from typing import Any, Final, Protocol
 import msgspec
 import structlog
 
-from ..adapters.kubernetes import FAILURES, Cluster, Reflector, Refused
+from ..adapters.kubernetes import FAILURES, Cluster, Reflector, Refused, content_of
 from ..wire.kubernetes import Expired, Metadata, Reflection
 from .plan import APPLIED, GATEWAY_API, KINDS, MANAGER, Object, Observed, Place, Settings, Template, Verdict, Workload
 from .plan import plan as make_plan
@@ -127,9 +127,13 @@ class _Reader:
 
 
 def _object(data: bytes) -> Object:
-    """An object as it is, without the record of who set which field, which nobody here asks for."""
-    found: dict[str, Any] = msgspec.json.decode(data, type=dict[str, Any])
-    found["metadata"].pop("managedFields", None)
+    """An object of a list or a watch."""
+    return _kept(msgspec.json.decode(data, type=dict[str, Any]))
+
+
+def _kept(found: dict[str, Any]) -> Object:
+    """An object without the record of who set which field, which nobody here asks for."""
+    found.get("metadata", {}).pop("managedFields", None)
     return found
 
 
@@ -277,7 +281,7 @@ class Controller:
             raise _Contested("somebody keeps changing it back; see its managedFields for who")
         self._writes[place] = (mark, [*times, now])
         answer = await self._write("PATCH", _path(place), wanted, force=True)
-        self._written[place] = _object(answer)
+        self._written[place] = _kept(content_of(answer))
 
     async def _remove(self, place: Place, there: Object) -> None:
         # Exactly what was looked at: somebody may have put his own in its place.
@@ -398,7 +402,7 @@ def _path(place: Place) -> str:
 
 
 def _version(there: Object) -> int:
-    version = there["metadata"].get("resourceVersion", "")
+    version = there.get("metadata", {}).get("resourceVersion", "")
     return int(version) if version.isdecimal() else 0
 
 

@@ -18,7 +18,7 @@ from typing import Any, Final
 import msgspec
 import structlog
 
-from ..adapters.kubernetes import FAILURES, Cluster, Refused
+from ..adapters.kubernetes import FAILURES, Cluster, Refused, content_of
 
 log = structlog.get_logger(__name__)
 
@@ -108,7 +108,7 @@ class Lease:
 
     async def _get(self) -> Any:
         try:
-            return msgspec.json.decode(await self._cluster.ask("GET", f"{self._path}/{self._name}"))
+            return content_of(await self._cluster.ask("GET", f"{self._path}/{self._name}"))
         except Refused as error:
             if error.code == _NOT_FOUND:
                 return None
@@ -138,7 +138,7 @@ class Lease:
             if error.code == _CONFLICT:
                 return False
             raise
-        self._seen = (msgspec.json.decode(answer)["metadata"]["resourceVersion"], self._clock())
+        self._seen = (content_of(answer)["metadata"]["resourceVersion"], self._clock())
         return True
 
     def _spec(self, holder: str, changes: int) -> dict[str, Any]:

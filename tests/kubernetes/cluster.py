@@ -261,15 +261,20 @@ class Cluster:
             "--service-account-private-key-file", self._signer.key, "--root-ca-file", self.authority,
         )  # fmt: skip
 
-    def kubeconfig(self, token: str) -> Path:
-        """A file by which a client reaches it as the token's owner."""
+    @property
+    def url(self) -> str:
+        """Where the API server is."""
+        return f"https://127.0.0.1:{self._ports['api']}"
+
+    def kubeconfig(self, token: str, server: str = "") -> Path:
+        """A file by which a client reaches it as the token's owner, directly or by way of ``server``."""
         file = self._directory / f"kubeconfig-{len(list(self._directory.glob('kubeconfig-*')))}"
         authority = base64.b64encode(Path(self.authority).read_bytes()).decode()
-        server = f"https://127.0.0.1:{self._ports['api']}"
+        there = {"server": server or self.url, "certificate-authority-data": authority}
         file.write_text(json.dumps({
             "apiVersion": "v1",
             "kind": "Config",
-            "clusters": [{"name": "test", "cluster": {"server": server, "certificate-authority-data": authority}}],
+            "clusters": [{"name": "test", "cluster": there}],
             "users": [{"name": "test", "user": {"token": token}}],
             "contexts": [{"name": "test", "context": {"cluster": "test", "user": "test"}}],
             "current-context": "test",

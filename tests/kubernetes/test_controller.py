@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import re
 import signal
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from itertools import count
 from pathlib import Path
 from random import Random
 from typing import Any, Final
@@ -21,9 +24,10 @@ from gateway_extproc.adapters.kubernetes import Cluster as Connection
 from gateway_extproc.kubernetes import controller as loop
 from gateway_extproc.kubernetes.controller import CONDITION, Controller
 from gateway_extproc.kubernetes.lease import Lease
-from gateway_extproc.kubernetes.plan import GATEWAY_API, SERVICE, Settings
+from gateway_extproc.kubernetes.plan import GATEWAY_API, SERVICE, Observed, Settings, contains
 from gateway_extproc.kubernetes.plan import plan as make_plan
 from tests.kubernetes.cluster import Api, Cluster, Refused
+from tests.kubernetes.trouble import EVENTS, REQUESTS, Trouble
 from tests.plane import until
 from tests.system import DEADLINE, Process, System
 from tests.system import until as settled
@@ -118,9 +122,10 @@ class Models:
         return [(each["type"], each["reason"]) for each in every if each["involvedObject"]["name"] == name]
 
     @asynccontextmanager
-    async def controlled(self, **more: Any) -> AsyncIterator[Controller]:
+    async def controlled(self, via: Trouble | None = None, **more: Any) -> AsyncIterator[Controller]:
         """A controller runs, as its ServiceAccount."""
-        connection = await Connection.connect(str(self.cluster.kubeconfig(self.token)))
+        server = "" if via is None else via.url
+        connection = await Connection.connect(str(self.cluster.kubeconfig(self.token, server)))
         made = Controller(connection, [self.namespace, self.other], self.settings, Random(1), **more)
         task = asyncio.create_task(made.run())
         try:
@@ -187,7 +192,9 @@ async def test_drift_is_repaired_and_what_others_added_stays(models: Models) -> 
         route = f"{KINDS['httproutes']}/namespaces/{models.namespace}/httproutes/m-router"
         service = f"/api/v1/namespaces/{models.namespace}/services/a-model"
         rule = models.api.get(route)["spec"]["rules"][0] | {"timeouts": {"request": "1s"}}
-        models.api.merge(route, {"spec": {"rules": [rule, rule | {"name": "theirs"}]}, "metadata": {"labels": {"theirs": "x"}}})
+        models.api.merge(
+            route, {"spec": {"rules": [rule, rule | {"name": "theirs"}]}, "metadata": {"labels": {"theirs": "x"}}}
+        )
         models.api.merge(service, {"spec": {"selector": {"app": "elsewhere"}}})
         models.api.delete(
             f"{KINDS['backendtrafficpolicies']}/namespaces/{models.namespace}/backendtrafficpolicies/m-router"
@@ -312,50 +319,120 @@ async def test_a_route_by_hand_is_left_alone(models: Models) -> None:
         await until(lambda: models.names() == OBJECTS)
 
 
-@pytest.mark.parametrize("seed", range(4))
-async def test_after_any_history_two_controllers_that_are_killed_agree(models: Models, seed: int) -> None:
-    random = Random(seed)
-    alive: dict[str, str] = {}
+class History:
+    """Random changes to workloads, and to what the controller made of them."""
 
-    def change() -> None:
-        name = random.choice("abc")
-        where = random.choice([models.namespace, models.other])
+    def __init__(self, models: Models, random: Random) -> None:
+        self.models, self._random = models, random
+        self._alive: dict[str, str] = {}
+
+    def change(self) -> None:
+        models, random = self.models, self._random
+        name, where = random.choice("abc"), random.choice([models.namespace, models.other])
         key = f"{where}/{name}"
-        if key not in alive:
-            alive[key] = models.deployment(name, random.choice("xy"), namespace=where, port=random.choice("12"))
+        if key not in self._alive:
+            self._alive[key] = models.deployment(name, random.choice("xy"), namespace=where, port=random.choice("12"))
         elif random.random() < 0.5:
-            models.api.delete(alive.pop(key))
+            models.api.delete(self._alive.pop(key))
         else:
             port = random.choice(["1", "2-3", "none"])
-            models.api.merge(alive[key], {"spec": {"template": {"metadata": {"annotations": {PORT: port}}}}})
+            models.api.merge(self._alive[key], {"spec": {"template": {"metadata": {"annotations": {PORT: port}}}}})
         if random.random() < 0.3 and (found := sorted(models.found())):
             kind, namespace, other = random.choice(found).split("/")
             with contextlib.suppress(Refused):
                 models.api.delete(f"{KINDS[kind]}/namespaces/{namespace}/{kind}/{other}")
 
-    for _ in range(3):
-        async with models.controlled(), models.controlled():
-            for _ in range(6):
-                change()
-                # Killed in the middle of whatever it does now.
-                await asyncio.sleep(random.random() * 0.05)
+    async def until_converged(self, *running: Controller) -> None:
+        """Wait until there is what there would be, had there never been anything else."""
+        models = self.models
+
+        def right() -> bool:
+            # By the administrator's own word on workloads, and with nothing there before.
+            read = loop._Reader("Deployment")
+            workloads = [
+                each
+                for namespace in (models.namespace, models.other)
+                for item in models.api.get(f"/apis/apps/v1/namespaces/{namespace}/deployments")["items"]
+                if (each := read(json.dumps(item).encode())) is not None
+            ]
+            plan = make_plan(Observed(workloads), models.settings)
+            wanted, found = {"/".join(place): each for place, each in plan.apply.items()}, models.found()
+            return (
+                set(wanted) == set(found)
+                and all(contains(found[place]["spec"], each["spec"]) for place, each in wanted.items())
+                and {each.key: each.told for each in workloads} == dict(plan.verdicts)
+                and all(each.settled for each in running)
+            )
+
+        await until(right)
+
+
+@pytest.mark.parametrize("seed", range(4))
+async def test_after_any_history_on_a_bad_road_two_controllers_that_are_killed_agree(models: Models, seed: int) -> None:
+    """Events come twice, late and not at all, writes are refused, lost and unheard of, the server is away, and the
+    controllers are killed in the middle of whatever they do."""
+    random = Random(seed)
+    history = History(models, random)
+    there = models.cluster.url, models.cluster.authority
+    met: Counter[str] = Counter()
+    for life in range(40):
+        async with Trouble(*there, random, 0.3) as one, Trouble(*there, random, 0.3) as other:
+            async with models.controlled(via=one), models.controlled(via=other):
+                for _ in range(6):
+                    history.change()
+                    await asyncio.sleep(random.random() * 0.1)
+                    if random.random() < 0.1:
+                        one.close()
+            met += one.met + other.met
+        if life >= 2 and set(met) == {*REQUESTS, *EVENTS}:
+            break
+    assert set(met) == {*REQUESTS, *EVENTS}
     async with models.controlled() as first, models.controlled() as second:
-        await until(lambda: first.rounds and first.settled and second.rounds and second.settled)
+        await history.until_converged(first, second)
 
-        def is_as_planned() -> bool:
-            plan = make_plan(first.observe(), models.settings)
-            return not plan.apply and not plan.delete
 
-        expected = set()
-        for path in alive.values():
-            found = models.api.get(path)
-            if found["spec"]["template"]["metadata"]["annotations"][PORT] != "none":
-                expected.add(f"{found['metadata']['labels'][NAME]}-router")
+async def test_killed_between_any_two_writes_the_next_one_finishes(models: Models) -> None:
+    history = History(models, Random(1))
+    for passing in count():
+        name = f"d{passing}"
+        models.deployment(name, name)
+        async with Trouble(models.cluster.url, models.cluster.authority, Random(1)) as road:
+            road.passing = passing
+            async with models.controlled(via=road) as killed:
+                await until(lambda road=road, killed=killed: road.away or (killed.rounds and killed.settled))  # type: ignore[misc]
+            assert road.writes == passing or not road.away
+            whole = not road.away
+        async with models.controlled() as following:
+            await history.until_converged(following)
+        if whole:
+            break
+    assert passing == 5, "a Service, a policy, a route, an Event and a condition"
 
-        def routed() -> set[str]:
-            return {place.split("/")[2] for place in models.found() if place.startswith("httproutes")}
 
-        await until(lambda: is_as_planned() and routed() == expected)
+async def test_while_the_api_server_is_away_nothing_is_lost_and_afterwards_all_is_caught_up(
+    models: Models, cluster: Cluster
+) -> None:
+    history = History(models, Random(1))
+    path = models.deployment("a")
+    async with models.controlled() as running:
+        await until(lambda: running.rounds and running.settled and models.names() == OBJECTS)
+        cluster.kill("kube-apiserver")
+        await until(lambda: all(each.failure for each in running._workloads))
+        # A round of its own accord, as after any change: it has no reason to remove anything.
+        rounds = running.rounds
+        running.wake()
+        await until(lambda: running.rounds > rounds)
+        cluster.start_api()
+
+        def there() -> bool:
+            with contextlib.suppress(Refused):  # what is defined in the cluster comes a little later
+                return models.names() == OBJECTS
+            return False
+
+        await until(there)
+        models.api.delete(path)
+        models.deployment("b")
+        await history.until_converged(running)
 
 
 # --- the lease -------------------------------------------------------------------------------------------------------
