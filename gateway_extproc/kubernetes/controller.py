@@ -158,7 +158,8 @@ class Controller:
         self.requests = 0
         #: Whether the last round left nothing to do, and nothing has changed since.
         self.settled = False
-        spaces = [f"/namespaces/{name}" for name in namespaces] or [""]
+        self._namespaces = list(namespaces) or [""]
+        spaces = [f"/namespaces/{name}" if name else "" for name in self._namespaces]
         self._workloads: list[Reflector[Workload | None]] = [
             Reflector(cluster, f"/apis/apps/v1{space}/{plural}", {}, Reflection(_Reader(kind)), self.wake, rng)
             for plural, (kind, _) in WORKLOADS.items()
@@ -231,7 +232,12 @@ class Controller:
             else:
                 del self._written[place]
         workloads = [each for part in self._workloads for each in part.reflection.objects.values() if each is not None]
-        absent = {plural for plural, parts in self._objects.items() if not all(part.listed for part in parts)}
+        absent = {
+            (plural, namespace)
+            for plural, parts in self._objects.items()
+            for namespace, part in zip(self._namespaces, parts, strict=True)
+            if not part.listed
+        }
         gateway = bool(self._gateway.reflection.objects) or not self._gateway.listed
         return Observed(workloads, objects, frozenset(absent), gateway)
 

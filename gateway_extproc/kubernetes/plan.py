@@ -127,12 +127,16 @@ class Settings(msgspec.Struct, frozen=True):
 
 
 class Observed(msgspec.Struct, frozen=True):
-    """What there is. ``absent`` are plurals of kinds that the cluster does not have; ``gateway``: ours is there."""
+    """What there is. ``absent`` are plurals of kinds that cannot be seen, each with its namespace (empty: in none); the
+    cluster may not have them. ``gateway``: ours is there."""
 
     workloads: Sequence[Workload] = ()
     objects: Mapping[Place, Object] = {}
-    absent: frozenset[str] = frozenset()
+    absent: frozenset[tuple[str, str]] = frozenset()
     gateway: bool = True
+
+    def sees(self, kind: Kind, namespace: str) -> bool:
+        return not self.absent & {(kind, namespace), (kind, "")}
 
 
 class Plan(msgspec.Struct, frozen=True):
@@ -252,6 +256,10 @@ def _model(workload: Workload) -> str:
 
 def _backend(workload: Workload, observed: Observed, settings: Settings) -> _Backend:
     metadata, template = workload.metadata, workload.template
+    if not observed.sees("services", metadata.namespace):
+        raise _Refused("NoRights", "we may not list and watch Services: grant it to the controller's ServiceAccount")
+    if not observed.sees("httproutes", metadata.namespace):
+        raise _Refused("NoGatewayAPI", "the cluster has no HTTPRoutes, or we may not see them: install Envoy Gateway")
     wanted, differs = said(template.metadata, PORT)
     try:
         ports = ports_of(template.spec, wanted)
@@ -295,10 +303,6 @@ def _ports(service: Object) -> list[tuple[int, Any]]:
 def _of_model(
     model: str, workloads: Sequence[Workload], observed: Observed, settings: Settings
 ) -> tuple[dict[Place, Object], dict[tuple[str, str, str], Verdict]]:
-    if "services" in observed.absent:
-        raise _Refused("NoRights", "we may not list and watch Services: grant it to the controller's ServiceAccount")
-    if "httproutes" in observed.absent:
-        raise _Refused("NoGatewayAPI", "the cluster has no HTTPRoutes, or we may not see them: install Envoy Gateway")
     verdicts: dict[tuple[str, str, str], Verdict] = {}
     backends: list[_Backend] = []
     for workload in workloads:
@@ -346,7 +350,7 @@ def _route(
     local = [each.workload for each in backends if each.workload.metadata.namespace == home]
     _put(objects, "httproutes", name, local, settings, _httproute(model, policy, backends, settings))
     told = f"HTTPRoute {home}/{name}"
-    if "backendtrafficpolicies" in observed.absent:
+    if not observed.sees("backendtrafficpolicies", home):
         told += "; without Envoy Gateway's BackendTrafficPolicy the gateway cannot choose the pod"
     else:
         for named, spec in policies.items():

@@ -258,12 +258,19 @@ def test_without_our_gateway_all_is_made_and_it_is_told() -> None:
 
 @pytest.mark.parametrize(("kind", "reason"), [("httproutes", "NoGatewayAPI"), ("services", "NoRights")])
 def test_without_a_kind_that_is_needed_nothing_is_made(kind: str, reason: str) -> None:
-    found = planned(workload(), absent=frozenset({kind}))
+    found = planned(workload(), absent=frozenset({(kind, "")}))
     assert (found.apply, reasons(found)) == ({}, {"w": (False, reason)})
 
 
+@pytest.mark.parametrize("kind", ["httproutes", "services"])
+def test_what_cannot_be_seen_in_one_namespace_harms_no_other(kind: str) -> None:
+    found = planned(workload("a"), workload("b", namespace="o"), absent=frozenset({(kind, "o")}))
+    assert {name: routed for name, (routed, _) in reasons(found).items()} == {"a": True, "b": False}
+    assert places(found.apply) == {"services/n/a-model", "httproutes/n/m-router", "backendtrafficpolicies/n/m-router"}
+
+
 def test_without_envoy_gateways_policy_there_is_a_route_and_a_word() -> None:
-    found = planned(workload(), absent=frozenset({"backendtrafficpolicies"}))
+    found = planned(workload(), absent=frozenset({("backendtrafficpolicies", "")}))
     assert "BackendTrafficPolicy" in found.verdicts["Deployment", "n", "w"].message
     assert places(found.apply) == {"services/n/w-model", "httproutes/n/m-router"}
 

@@ -24,7 +24,7 @@ from gateway_extproc.adapters.kubernetes import Cluster as Connection
 from gateway_extproc.kubernetes import controller as loop
 from gateway_extproc.kubernetes.controller import CONDITION, Controller
 from gateway_extproc.kubernetes.lease import Lease
-from gateway_extproc.kubernetes.plan import GATEWAY_API, SERVICE, Observed, Settings, contains
+from gateway_extproc.kubernetes.plan import GATEWAY_API, SERVICE, Observed, Settings, contains, models_of
 from gateway_extproc.kubernetes.plan import plan as make_plan
 from tests.kubernetes.cluster import Api, Cluster, Refused
 from tests.kubernetes.trouble import EVENTS, REQUESTS, Trouble
@@ -81,14 +81,17 @@ class Models:
     def deployment(self, name: str, model: str = "m", *, namespace: str = "", port: str = "8000", **more: Any) -> str:
         """A labelled Deployment; its path."""
         where = f"/apis/apps/v1/namespaces/{namespace or self.namespace}/{more.get('plural', 'deployments')}"
-        labels = {NAME: model, "app": name}
+        # What no label can hold stands in an annotation.
+        holds = re.fullmatch("[A-Za-z0-9._-]{1,63}", model) is not None
+        labels = {"app": name} | ({NAME: model} if holds else {})
+        named = {} if holds else {NAME: model}
         service = {"serviceName": ""} if "plural" in more else {}
         self.api.create(where, {
-            "metadata": {"name": name, "labels": labels, "annotations": more.get("annotations", {})},
+            "metadata": {"name": name, "labels": labels, "annotations": named | more.get("annotations", {})},
             "spec": {
                 "selector": {"matchLabels": {"app": name}},
                 "template": {
-                    "metadata": {"labels": labels | more.get("pods", {}), "annotations": {PORT: port}},
+                    "metadata": {"labels": labels | more.get("pods", {}), "annotations": named | {PORT: port}},
                     "spec": {"containers": [{"name": "server", "image": "vllm"}]},
                 },
                 **service,
@@ -263,6 +266,64 @@ async def test_owners_are_told_what_to_do_and_others_are_not_concerned(models: M
             "metadata": {"name": "nowhere"}, "spec": {"ports": [{"port": 80, "targetPort": 8000}]},
         })  # fmt: skip
         await until(lambda: models.condition(cases["noservice"]) == ("True", "Routed"))
+
+
+async def test_names_that_no_object_could_have_are_routed_each_by_itself(models: Models) -> None:
+    """Two of them are the same once made a name, and one is as long as a model's name may be."""
+    names = ["Qwen/Qwen3-8B", "a.b", "a_b", "x" * 256]
+    paths = [models.deployment(f"d{at}", name) for at, name in enumerate(names)]
+    too_long = models.deployment("long", "x" * 300)
+    async with models.controlled():
+        for path in paths:
+            await until(lambda path=path: models.condition(path) == ("True", "Routed"))  # type: ignore[misc]
+        await until(lambda: models.condition(too_long) == ("False", "BadModelName"))
+        routes = [each for place, each in models.found().items() if place.startswith("httproutes")]
+        assert sorted(next(iter(models_of(each))) for each in routes) == sorted(names)
+
+
+async def test_while_the_cluster_has_no_gateway_api_it_is_told_and_once_it_has_all_is_well(models: Models) -> None:
+    path = models.deployment("a")
+    async with Trouble(models.cluster.url, models.cluster.authority, Random(1)) as road:
+        road.absent = {"httproutes", "referencegrants", "backendtrafficpolicies", "gateways"}
+        async with models.controlled(via=road):
+            await until(lambda: models.condition(path) == ("False", "NoGatewayAPI"))
+            assert models.events("a") == [("Warning", "NoGatewayAPI")]
+            road.absent = {"backendtrafficpolicies"}
+            await until(lambda: models.names() == {"services/a-model", "httproutes/m-router"})
+            road.absent = set()
+            await until(lambda: models.names() == OBJECTS and models.condition(path) == ("True", "Routed"))
+
+
+@pytest.mark.parametrize(
+    ("resource", "verb", "told"),
+    [
+        ("httproutes", "create", ("False", "WriteFailed")),
+        ("httproutes", "list", ("False", "NoGatewayAPI")),
+        ("services", "watch", ("True", "Routed")),
+        ("events", "create", ("", "")),
+        ("deployments/status", "patch", ("", "")),
+        ("deployments", "list", ("", "")),
+    ],
+)
+async def test_one_verb_that_is_missing_harms_what_needs_it_and_nothing_else(
+    models: Models, resource: str, verb: str, told: tuple[str, str]
+) -> None:
+    rules = []
+    for rule in RULES:
+        others = [each for each in rule["resources"] if each != resource]
+        verbs = [each for each in rule["verbs"] if each != verb]
+        rules += [rule | {"resources": others}] if others else []
+        rules += [rule | {"resources": [resource], "verbs": verbs}] if resource in rule["resources"] and verbs else []
+    models.allow(models.namespace, rules, "change")
+    path, other = models.deployment("a"), models.deployment("b", "n", namespace=models.other)
+    async with models.controlled() as running:
+        if resource != "deployments":
+            await until(lambda: models.condition(other) == ("True", "Routed"))
+            await until(lambda: models.condition(path) == told)
+            assert running.rounds
+        models.allow(models.namespace, RULES, "change")
+        for each in (path, other):
+            await until(lambda each=each: models.condition(each) == ("True", "Routed"))  # type: ignore[misc]
 
 
 async def test_a_right_that_is_missing_is_told_and_when_it_comes_all_is_well(models: Models) -> None:

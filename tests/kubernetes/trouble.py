@@ -40,6 +40,8 @@ class Trouble:
         self._random = random
         self.rate = rate
         self.away = False
+        #: Plurals of kinds that the cluster is to seem not to have.
+        self.absent: set[str] = set()
         self.met: Counter[str] = Counter()
         self.writes = 0
         #: How many writes may still pass; None: any number.
@@ -93,6 +95,8 @@ class Trouble:
         if what in _REASONS:
             status = {"kind": "Status", "code": int(what), "reason": _REASONS[what], "message": "trouble"}
             return web.json_response(status, status=int(what))
+        if self.absent & set(request.path.split("/")):
+            return web.json_response({"kind": "Status", "code": 404, "message": "not found"}, status=404)
         body = await request.read()
         if (writes := request.method != "GET") and self.passing is not None:
             if not self.passing:
