@@ -1,5 +1,5 @@
-"""A cluster that serves, without the chart: Envoy Gateway, Envoy, and the gateway with its controller as a process here, by
-a configuration of the test's own."""
+"""A cluster that serves, without the chart: Envoy Gateway, Envoy, and the gateway with its controller as a process
+here, by a configuration of the test's own."""
 
 from __future__ import annotations
 
