@@ -194,6 +194,8 @@ class Admin(Part, frozen=True, kw_only=True):
 
 #: Which pods count, where nothing else is said.
 POD_SELECTOR: Final = "model.aibrix.ai/name"
+
+
 class PodTls(Part, frozen=True, kw_only=True):
     """TLS towards a pod. `tls: true` takes the defaults."""
 
