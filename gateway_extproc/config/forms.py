@@ -156,7 +156,11 @@ def one_of(*choices: str) -> Form:
 
 def or_empty(form: Form) -> Form:
     """The same, or empty text."""
-    return msgspec.structs.replace(form, read=lambda value: "" if value == "" else form.read(value))
+    return msgspec.structs.replace(
+        form,
+        read=lambda value: "" if value == "" else form.read(value),
+        schema={"anyOf": [form.schema, {"const": ""}]},
+    )
 
 
 def address(*, any_port: bool = False, socket: bool = False, ip: bool | None = None) -> Form:
