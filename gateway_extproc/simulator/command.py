@@ -39,12 +39,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--gpu", choices=GPUS, default="instant", metavar="PROFILE", help="how fast it is; see below (default: instant)"
     )
+    add("--speed", type=float, default=1.0, metavar="FACTOR", help="as fast as the profile, so many times (default: 1)")
     add("--slots", type=int, metavar="N", help="requests that run at once, instead of the profile's")
     add("--kv-blocks", type=int, metavar="N", help=f"KV blocks of {BLOCK} tokens, instead of the profile's")
     add("--seed", type=int, default=0, metavar="N", help="its words depend on it (default: 0)")
     add(
         "--max-tokens-default", type=int, default=DEFAULT_ANSWER, metavar="N",
         help="tokens of an answer when the request does not say (default: %(default)s)",
+    )  # fmt: skip
+    add(
+        "--stream-interval", type=int, default=1, metavar="N",
+        help="tokens that a stream sends at a time, after the first (default: %(default)s)",
     )  # fmt: skip
     add("--path-prefix", default="", metavar="/PATH", help="stands before every path but /sim/")
     add("--api-key", metavar="KEY", help="ask for it under /v1/")
@@ -65,6 +70,8 @@ def run(args: argparse.Namespace) -> int:
             host=args.host,
             port=args.port,
             gpu=args.gpu,
+            speed=args.speed,
+            stream_interval=args.stream_interval,
             slots=args.slots,
             kv_blocks=args.kv_blocks,
             seed=args.seed,

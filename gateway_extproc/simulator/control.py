@@ -14,6 +14,8 @@ Owns the bounded memory of requests, the standing faults and the prepared answer
 - ``POST /sim/answer`` ``{"chunks": ["base64", ...], "status": 200, "content_type": "...", "headers": [["k", "v"]],
   "delay": 0.01, "chunked": true, "count": 1}``: the next ``count`` requests are answered with these bytes, each chunk
   in a write of its own, ``delay`` seconds between them. ``DELETE`` drops the rest.
+- ``POST /sim/speed`` ``{"speed": 0.1}``: from now on the pod is that fast compared to its hardware, what runs on it
+  included, as when a GPU is throttled. ``GET`` tells.
 
 Promises that a test sees byte for byte what reached the pod. Leaves out serving (server.py).
 """
@@ -79,6 +81,12 @@ class Served(msgspec.Struct, frozen=True):
     end: bool
 
 
+class Speed(msgspec.Struct, forbid_unknown_fields=True):
+    """How fast the pod is, compared to its hardware."""
+
+    speed: float
+
+
 Item = TypeVar("Item")
 
 
@@ -113,6 +121,7 @@ class PreparedAnswer(msgspec.Struct, forbid_unknown_fields=True):
 
 
 T = TypeVar("T", StandingFault, PreparedAnswer)
+Told = TypeVar("Told")
 
 
 class Control:
@@ -194,13 +203,18 @@ class Control:
         return first
 
 
+def decoded(body: bytes, kind: type[Told]) -> Told:
+    """What the back door was told. Raises ValueError with a message for whoever sent it."""
+    try:
+        return msgspec.json.decode(body, type=kind)
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise ValueError(str(error)) from None
+
+
 def _read(body: bytes, kind: type[T], held: int) -> T:
     if held >= STANDING:
         raise ValueError(f"{STANDING} of them stand already")
-    try:
-        asked = msgspec.json.decode(body, type=kind)
-    except (msgspec.DecodeError, RecursionError) as error:
-        raise ValueError(str(error)) from None
+    asked = decoded(body, kind)
     if asked.count is not None and not 1 <= asked.count <= MAX_COUNT:
         raise ValueError(f"'count' must be from 1 to {MAX_COUNT}")
     return asked

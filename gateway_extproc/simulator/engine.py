@@ -8,9 +8,10 @@ all this is said (forms.py).
 **The token count needs no tokenizer**: a text has one token for every four bytes of its UTF-8 form, begun ones
 included. Every generated token is four bytes of ASCII: three letters and a space.
 
-**Time**: a request first spends ``(prompt - cached) / prefill`` seconds, then ``1 / decode`` for each token. Speeds
-do not depend on what else runs; ``slots`` is what bounds a pod's throughput. A request takes one slot and the KV
-blocks of all its sequences, prompt and longest possible answer, when it starts, and gives them back when it ends.
+**Time**: a request first spends ``(prompt - cached) / prefill`` seconds, then ``1 / decode`` for each token, of the
+pod's own time (clock.py). Speeds do not depend on what else runs; ``slots`` is what bounds a pod's throughput. A
+request takes one slot and the KV blocks of all its sequences, prompt and longest possible answer, when it starts, and
+gives them back when it ends.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """One simulated pod at work: it takes a job through queue, prefill and decode to its last byte.
 
-Owns the pod's state and the timing: when a request starts, when each token is due, what a fault does to it, and
-what the metrics say of it. Promises that a slot, once taken, is given back by whichever door the request leaves
-(answer, fault, client gone), and that with the profile ``instant`` nothing sleeps. Leaves out paths, keys and
-errors (server.py), words and counts (engine.py, jobs.py).
+Owns the pod's state and the timing: when a request starts, when each token is due (by the pod's own time, clock.py),
+what a fault does to it, and what the metrics say of it. Promises that a slot, once taken, is given back by whichever
+door the request leaves (answer, fault, client gone), and that with the profile ``instant`` nothing sleeps. Leaves out
+paths, keys and errors (server.py), words and counts (engine.py, jobs.py).
 """
 
 from __future__ import annotations
@@ -11,19 +11,21 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from itertools import groupby
 from typing import Final
 
 from aiohttp import web
 
+from .clock import Clock
 from .control import Control, PreparedAnswer, Served
 from .engine import Full, Prefixes, Queue, Ticket, Voice
 from .faults import Fault
-from .jobs import Answer, Choice, Job, Rejected, Usage
+from .jobs import Answer, Choice, Event, Job, Rejected, Usage
 from .metrics import Metrics
 from .settings import Settings
 
-#: Events of a stream written before other requests get a turn, where nothing else makes it wait.
+#: Writes of a stream before other requests get a turn, where nothing else makes it wait.
 TURN: Final = 32
 
 JSON: Final = "application/json"
@@ -39,6 +41,7 @@ class Pod:
         self.settings = settings
         self.name = settings.name or f"pod-{settings.port}"
         self.gpu = settings.hardware()
+        self.clock = Clock(settings.speed)
         self.models = settings.models
         self.adapters = dict.fromkeys(settings.loras, "")
         self.queue = Queue(self.gpu.slots, self.gpu.blocks)
@@ -67,7 +70,7 @@ class Pod:
                 response = web.StreamResponse(headers={**headers, "content-type": EVENTS, "cache-control": "no-cache"})
                 await response.prepare(request)
             await run.started
-            run.prefill()
+            await run.prefill(fault.slow_start)
             usage = Usage(job.prompt_tokens, sum(choice.tokens for choice in choices), run.cached)
             shown = None if fault.no_usage else usage
             answer = Answer(self._voice, headers["x-request-id"], int(time.time()), choices, shown)
@@ -80,7 +83,7 @@ class Pod:
     async def _plain(
         self, request: web.Request, run: _Run, answer: Answer, fault: Fault, headers: Mapping[str, str]
     ) -> Response:
-        await run.until(run.longest, fault.slow_start)
+        await run.until(run.longest)
         body = run.job.plain(answer)
         run.finish()
         if fault.cut is None and fault.hang_after is None and fault.split is None:
@@ -102,18 +105,30 @@ class Pod:
         limits = [limit for limit in (fault.cut, fault.hang_after) if limit is not None]
         limit = min(*limits, run.longest) if limits else run.longest + 1
         out = _Out(response, fault)
-        for number, (step, data) in enumerate(run.job.events(answer), 1):
+        for number, (step, data) in enumerate(self._writes(run.job.events(answer), min(limit, run.longest)), 1):
             if step > limit:
                 await out.flush()
                 return await self._stopped(request, response, fault)
             if step > run.step:
-                await run.until(step, fault.slow_start)
+                await run.until(step)
             await out.write(data)
             if number % TURN == 0:
                 await asyncio.sleep(0)
         await out.flush()
         run.finish()
         return response
+
+    def _writes(self, events: Iterator[Event], last: int) -> Iterator[Event]:
+        """A stream's events, those that go out together as one. Token ``last`` waits for no other."""
+        interval = self.settings.stream_interval
+        if interval == 1:
+            return events
+
+        def due(event: Event) -> int:
+            step, _ = event
+            return step if step <= 1 or step > last else min(last, step + (1 - step) % interval)
+
+        return ((step, b"".join(data for _, data in those)) for step, those in groupby(events, due))
 
     async def _stopped(self, request: web.Request, response: Response, fault: Fault) -> Response:
         """The end of an answer that must not end well."""
@@ -150,7 +165,7 @@ class _Run:
         self._pod = pod
         self._choices = choices
         self._arrived = time.monotonic()
-        self._begun = 0.0
+        self._begun: float | None = None  # by the pod's clock
         self._first = 0.0
         self._finished = False
         self.started: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -166,30 +181,32 @@ class _Run:
         if not self.started.done():  # A cancelled one leaves by itself.
             self.started.set_result(None)
 
-    def prefill(self) -> None:
-        """The prompt's work begins."""
+    async def prefill(self, late: float) -> None:
+        """The prompt's work begins, ``late`` seconds late."""
         pod, job = self._pod, self.job
-        self._begun = time.monotonic()
+        self._begun = pod.clock.now()
         if job.generates:
             self.cached = sum(pod._prefixes.take(job.model, prompt) for prompt in job.prompts)
             pod.metrics.cache_queries += job.prompt_tokens
             pod.metrics.cache_hits += self.cached
         pod.metrics.prompt_tokens += job.prompt_tokens
+        if late:
+            await asyncio.sleep(late)
+            self._begun = pod.clock.now()
 
-    async def until(self, step: int, extra: float) -> None:
-        """Wait until token ``step`` is due, ``extra`` seconds late. Tokens that are overdue come at once."""
-        gpu, due = self._pod.gpu, extra
+    async def until(self, step: int) -> None:
+        """Wait until token ``step`` is due. Tokens that are overdue come at once."""
+        assert self._begun is not None
+        gpu, clock, work = self._pod.gpu, self._pod.clock, 0.0
         if gpu.prefill is not None:
-            due += (self.job.prompt_tokens - self.cached) / gpu.prefill
+            work += (self.job.prompt_tokens - self.cached) / gpu.prefill
         if gpu.decode is not None:
-            due += min(step, self.longest) / gpu.decode
-        if due:
-            wait = self._begun + due - time.monotonic()
-            if wait > 0:
-                await asyncio.sleep(wait)
+            work += min(step, self.longest) / gpu.decode
+        if work:
+            await clock.reach(self._begun + work)
         if self.step == 0 and step:
             # A plain answer arrives here when all is done: its first token was there all but the last steps before.
-            early = (step - 1) / gpu.decode if gpu.decode is not None else 0.0
+            early = (step - 1) / gpu.decode / clock.speed if gpu.decode is not None else 0.0
             self._first = time.monotonic() - early
         self.step = step
 
@@ -204,7 +221,7 @@ class _Run:
         metrics, choices = pod.metrics, self._choices
         done = min(self.step, self.longest)
         sent = sum(min(done, choice.tokens) for choice in choices)
-        pod.control.serve(Served(self.id, self.job.prompt_tokens if self._begun else 0, sent, self._finished))
+        pod.control.serve(Served(self.id, 0 if self._begun is None else self.job.prompt_tokens, sent, self._finished))
         metrics.generated_tokens += sent
         for whole in [choice.finish for choice in choices] or ["stop"]:  # As in vLLM, each sequence is counted.
             metrics.finished[whole if self._finished else "abort"] += 1

@@ -20,7 +20,7 @@ from aiohttp import web
 
 from .. import __version__
 from . import generative, pooling
-from .control import REQUESTS
+from .control import REQUESTS, Speed, decoded
 from .faults import NO_FAULT, Fault, parse
 from .jobs import Job, Rejected, decode
 from .pod import JSON, Pod, cut, forever
@@ -244,6 +244,12 @@ def _control_routes(pod: Pod) -> list[web.RouteDef]:
     async def served(_: web.Request) -> web.StreamResponse:
         return encoded(control.served())
 
+    async def speed(_: web.Request) -> web.StreamResponse:
+        return encoded(Speed(pod.clock.speed))
+
+    def change_speed(body: bytes) -> None:
+        pod.clock.change(decoded(body, Speed).speed)
+
     async def faults(_: web.Request) -> web.StreamResponse:
         return encoded({"faults": control.standing()})
 
@@ -255,6 +261,8 @@ def _control_routes(pod: Pod) -> list[web.RouteDef]:
         web.get("/sim/fault", faults),
         web.post("/sim/fault", told(control.stand)),
         web.delete("/sim/fault", cleared(control.clear_faults)),
+        web.get("/sim/speed", speed),
+        web.post("/sim/speed", told(change_speed)),
         web.post("/sim/answer", told(control.prepare)),
         web.delete("/sim/answer", cleared(control.drop_answers)),
     ]

@@ -6,6 +6,7 @@ from typing import Final
 
 import msgspec
 
+from . import clock
 from .engine import GPUS, Gpu
 from .jobs import MAX_ANSWER
 
@@ -20,7 +21,9 @@ MAX_MODEL_LEN: Final = 131_072
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
-    """One pod. ``gpu`` names a profile of engine.GPUS; ``slots`` and ``kv_blocks`` override what it has.
+    """One pod. ``gpu`` is a profile, or the name of one of engine.GPUS; ``slots`` and ``kv_blocks`` override what it
+    has, and it is ``speed`` times as fast. A stream's first token goes by itself, and then ``stream_interval`` at a
+    time, as with vLLM's option of that name.
 
     ``name`` empty: ``pod-PORT``. ``loras`` are adapters of the first model, loaded at the start. ``path_prefix``
     stands before every path but ``/sim/``. ``api_key`` is asked for under ``/v1/``. ``max_tokens_default`` is the
@@ -31,7 +34,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     loras: tuple[str, ...] = ()
     host: str = "127.0.0.1"
     port: int = 0
-    gpu: str = "instant"
+    gpu: str | Gpu = "instant"
+    speed: float = 1.0
+    stream_interval: int = 1
     slots: int | None = None
     kv_blocks: int | None = None
     seed: int = 0
@@ -51,8 +56,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             raise ValueError("the names of models and adapters must differ from each other")
         if max(len(self.models), len(self.loras)) > MAX_NAMES:
             raise ValueError(f"a pod has at most {MAX_NAMES} models and {MAX_NAMES} adapters")
-        if self.gpu not in GPUS:
+        if isinstance(self.gpu, str) and self.gpu not in GPUS:
             raise ValueError(f"unknown GPU profile '{self.gpu}'; known: {', '.join(GPUS)}")
+        clock.checked(self.speed)
+        if self.stream_interval < 1:
+            raise ValueError("a stream's interval is at least one token")
         if self.slots is not None and self.slots < 1:
             raise ValueError("a pod needs at least one slot")
         if self.kv_blocks is not None and self.kv_blocks < 1:
@@ -68,7 +76,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     def hardware(self) -> Gpu:
         """The profile with what is overridden."""
-        gpu = GPUS[self.gpu]
+        gpu = GPUS[self.gpu] if isinstance(self.gpu, str) else self.gpu
         return Gpu(
             gpu.prefill,
             gpu.decode,

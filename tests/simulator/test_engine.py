@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import suppress
 
 import pytest
@@ -191,6 +192,7 @@ def test_an_independent_parser_reads_the_metrics_page_whatever_the_names() -> No
         {"models": ()}, {"models": ("a", "a")}, {"models": ("a",), "loras": ("a",)}, {"models": ("",)},
         {"gpu": "abacus"}, {"slots": 0}, {"kv_blocks": 0}, {"port": 65536}, {"max_tokens_default": -1},
         {"path_prefix": "x"}, {"path_prefix": "/x/"}, {"tls_key": "k"}, {"models": tuple(map(str, range(65)))},
+        {"speed": 0}, {"speed": math.nan}, {"stream_interval": 0},
     ],
 )  # fmt: skip
 def test_settings_that_make_no_pod_are_refused(wrong: dict[str, object]) -> None:

@@ -146,15 +146,17 @@ async def test_tokens_lets_an_answer_end_by_itself() -> None:
             assert last["choices"][0]["finish_reason"] == finish
 
 
-async def pieces(client: Client, fault: str) -> list[bytes]:
-    """The HTTP chunks of a streamed answer, as they were written."""
+async def pieces(
+    client: Client, fault: str, path: str = "/v1/chat/completions", asked: object = CHAT | {"stream": True}
+) -> list[bytes]:
+    """The HTTP chunks of a streamed answer, as they were written, until its end or until it is cut."""
     reader, writer = await asyncio.open_connection(client.pod.host, client.pod.port)
-    body = json.dumps(CHAT | {"stream": True, "max_tokens": 3}).encode()
-    head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: a\r\nx-request-id: r\r\nx-sim-fault: {fault}\r\n"
+    body = json.dumps(asked).encode()
+    head = f"POST {path} HTTP/1.1\r\nhost: a\r\nx-request-id: r\r\nx-sim-fault: {fault}\r\n"
     writer.write(head.encode() + b"content-length: %d\r\n\r\n" % len(body) + body)
     await reader.readuntil(b"\r\n\r\n")
     found = []
-    while size := int(await reader.readline(), 16):
+    while size := int(await reader.readline() or b"0", 16):
         found.append(await reader.readexactly(size))
         await reader.readexactly(2)
     writer.close()
@@ -169,6 +171,19 @@ async def test_split_writes_pieces_of_that_size_across_the_borders_of_events() -
         assert [data for _, data in events(b"".join(split))][-1] == "[DONE]"
         assert len(b"".join(split)) == len(b"".join(whole))
         assert len(whole) == 5
+
+
+@pytest.mark.parametrize(
+    ("fault", "tokens"),
+    [("tokens=9", [1, 4, 4, 0]), ("tokens=7", [1, 4, 2, 0]), ("tokens=9;cut=3", [1, 2])],
+)
+async def test_a_stream_sends_its_first_token_at_once_and_then_as_many_at_a_time_as_it_is_set_to(
+    fault: str, tokens: list[int]
+) -> None:
+    async with serving(stream_interval=4, gpu="h100") as client:
+        asked = {"model": MODEL, "prompt": "hello", "stream": True, "stream_options": {"include_usage": True}}
+        found = [piece.count(b'"text":"') for piece in await pieces(client, fault, "/v1/completions", asked)]
+        assert found == tokens
 
 
 async def test_split_keeps_a_plain_answer_whole() -> None:
@@ -222,7 +237,7 @@ async def test_a_standing_fault_may_be_for_one_path_of_any_method() -> None:
         ("/sim/fault", {"fault": "explode"}), ("/sim/fault", {"fault": "hang", "count": 0}), ("/sim/fault", b"{"),
         ("/sim/fault", {"fault": "hang", "cuont": 1}), ("/sim/answer", {"chunks": ["not base64!"]}),
         ("/sim/answer", {"chunks": [], "status": 99}), ("/sim/answer", {"chunks": [], "delay": -1}),
-        ("/sim/answer", {}),
+        ("/sim/answer", {}), ("/sim/speed", {"speed": 0}), ("/sim/speed", {"speed": 1e9}), ("/sim/speed", {}),
     ],
 )  # fmt: skip
 async def test_what_the_back_door_cannot_use_is_an_error(path: str, content: object) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from gateway_extproc.simulator.engine import count_tokens
 from gateway_extproc.simulator.server import MAX_BODY
-from tests.simulator.client import MODEL, events, serving
+from tests.simulator.client import DEADLINE, MODEL, events, serving
 
 STREAMS = ["/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"]
 
@@ -291,6 +291,24 @@ async def test_a_slow_gpu_takes_the_time_of_its_prompt_and_its_tokens() -> None:
         begun = loop.time()
         await client.ask("/v1/completions", {"prompt": "x" * 80, "max_tokens": 1})
         assert loop.time() - begun >= 20 / 200 + 1 / 5
+
+
+async def test_a_pod_that_is_faster_than_its_hardware_takes_less_time() -> None:
+    async with serving(gpu="slow", speed=100) as client:
+        loop = asyncio.get_running_loop()
+        begun = loop.time()
+        await client.ask("/v1/completions", {"prompt": "x" * 80, "max_tokens": 100})
+        assert 0.2 <= loop.time() - begun < 20
+
+
+async def test_a_change_of_speed_holds_for_what_runs_already() -> None:
+    async with serving(gpu="slow", speed=0.001) as client:
+        asked = asyncio.create_task(client.ask("/v1/completions", {"prompt": "x", "max_tokens": 1}))  # four minutes
+        await client.until_metric("vllm:num_requests_running", 1)
+        await client.post("/sim/speed", {"speed": 1000})
+        async with asyncio.timeout(DEADLINE):
+            await asked
+        assert json.loads(await client.get("/sim/speed")) == {"speed": 1000}
 
 
 async def test_a_prompt_seen_before_shows_as_cached() -> None:
