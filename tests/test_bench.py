@@ -66,11 +66,11 @@ def test_a_whole_run_has_a_figure_for_every_goal(monkeypatch: pytest.MonkeyPatch
     # Differences of equal figures, by which something is divided.
     found[Row(H2, SINGLE).name] = figures(p50=2.0)
     found[Row(GRPC, STREAM_1000).name] = figures(server=1000.0)
-    assert [verdict.why for verdict in goals.judged(found) if verdict.met is None] == []
+    assert [verdict.why for verdict in goals.judged(goals.GOALS, found) if verdict.met is None] == []
 
 
 def test_a_goal_whose_row_was_not_measured_says_which_row() -> None:
-    first = goals.judged({Row(ON_H2, SMALL).name: PLAIN})[0]
+    first = goals.judged(goals.GOALS, {Row(ON_H2, SMALL).name: PLAIN})[0]
     assert (first.figure, first.met) == (None, None)
     assert first.why == "not measured: 1 KB, 16 connections: bare grpc.aio, 4 messages"
 
@@ -78,19 +78,21 @@ def test_a_goal_whose_row_was_not_measured_says_which_row() -> None:
 @pytest.mark.parametrize(("server", "met"), [(250.0, True), (251.0, False)])
 def test_a_goal_is_met_up_to_its_bound(server: float, met: bool) -> None:
     found = {Row(ON_H2, SMALL).name: figures(server=server), Row(GRPC, SMALL).name: figures(server=1000.0)}
-    assert goals.judged(found)[0].met is met
+    assert goals.judged(goals.GOALS, found)[0].met is met
 
 
 @pytest.mark.parametrize(("rate", "met"), [(2000.0, True), (1999.0, False)])
 def test_a_goal_of_at_least_is_met_from_its_bound(rate: float, met: bool) -> None:
     found = {Row(ON_H2, SMALL).name: figures(rate=rate), Row(ON_GRPC, SMALL).name: PLAIN}
-    (verdict,) = (verdict for verdict in goals.judged(found) if verdict.goal.least and verdict.figure is not None)
+    (verdict,) = (
+        verdict for verdict in goals.judged(goals.GOALS, found) if verdict.goal.least and verdict.figure is not None
+    )
     assert verdict.met is met
 
 
 def test_two_workers_are_not_judged_where_there_are_no_cores_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure, "CORES", [0, 1])
-    assert "2 cores cannot show it" in [verdict.why for verdict in goals.judged({})]
+    assert "2 cores cannot show it" in [verdict.why for verdict in goals.judged(goals.GOALS, {})]
 
 
 def test_a_gateway_is_compared_with_the_responder_that_gets_as_many_messages() -> None:

@@ -30,6 +30,7 @@ from tests.bench import (
     scraping,
     soak,
     storm,
+    strategies,
 )
 from tests.bench.figures import Figures, stage_of
 from tests.bench.rows import CHECKED, STAGES, Stage
@@ -52,6 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return picker.main()
     if args.picks:
         return picks.main()
+    if args.strategies:
+        return strategies.main(0.1 if args.quick else 1.0)
     checking = args.check or args.baseline
     rounds, seconds = (1, QUICK) if args.quick else (args.rounds, args.seconds)
     wanted = re.compile(args.only)
@@ -76,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         report.plot(found, args.plot)
     if checking:
         return _check(found, keep=args.baseline)
-    verdicts = [verdict for verdict in goals.judged(found) if verdict.figure is not None or not args.only]
+    verdicts = [verdict for verdict in goals.judged(goals.GOALS, found) if verdict.figure is not None or not args.only]
     print(f"\n{report.goals(verdicts)}\n", flush=True)
     if not args.only:
         own.main(rounds, own.REQUESTS // 20 if args.quick else own.REQUESTS)
@@ -119,6 +122,7 @@ def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--faults", action="store_true", help="what pods that fail cost a loaded system's requests")
     parser.add_argument("--picker", action="store_true", help="what requests cost that only ask for their endpoint")
+    parser.add_argument("--strategies", action="store_true", help="what strategies are worth, on real processes")
     parser.add_argument("--picks", action="store_true", help="what choosing a pod costs, by strategy and pods")
     args = parser.parse_args(arguments)
     if args.only and (args.check or args.baseline):

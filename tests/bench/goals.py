@@ -1,14 +1,14 @@
 """What the figures are held to: each goal as data, and what it comes to.
 
-The goals are those that the listener was built for: ratios within one run, since machines differ. Those in terms of
-other gateways (AIBrix's plugin, measured on another machine beside the same grpc.aio responder) are restated as ratios
-to that responder.
+Owns what a goal is, for every part of the bench, and those of the table of rows. These are what the listener was built
+for: ratios within one run, since machines differ. Those in terms of other gateways (AIBrix's plugin, measured on
+another machine beside the same grpc.aio responder) are restated as ratios to that responder.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from tests.bench import measure
 from tests.bench.figures import Figures, Results
@@ -52,12 +52,16 @@ class Missing(Exception):
     """A row that a goal needs was not measured; the message says which, or why it cannot be."""
 
 
-class Goal(NamedTuple):
-    """``figure`` is to be at most ``bound``, or at ``least``."""
+T = TypeVar("T")
+Looked = TypeVar("Looked", contravariant=True)
+
+
+class Goal(NamedTuple, Generic[Looked]):
+    """``figure``, of what a part of the bench has found, is to be at most ``bound``, or at ``least``."""
 
     text: str
     bound: float
-    figure: Callable[[Results], float]
+    figure: Callable[[Looked], float]
     unit: str = ""
     least: bool = False
 
@@ -65,7 +69,7 @@ class Goal(NamedTuple):
 class Verdict(NamedTuple):
     """``met`` None: not measured, ``why``."""
 
-    goal: Goal
+    goal: Goal[Any]
     figure: float | None
     met: bool | None
     why: str = ""
@@ -122,7 +126,7 @@ def _kept(found: Results) -> float:
     return (row(found, ON_H2, LARGE).memory - row(found, ON_H2, MIDDLE).memory) / (1 << 20)
 
 
-GOALS = (
+GOALS: Sequence[Goal[Results]] = (
     Goal("1 KB, limits: server, to grpc.aio with the same messages", 0.25, _server((ON_H2, SMALL), (GRPC, SMALL))),
     Goal(
         "the same, usage from the access log", 0.25,
@@ -166,10 +170,10 @@ GOALS = (
 )  # fmt: skip
 
 
-def judged(found: Results) -> list[Verdict]:
+def judged(goals: Sequence[Goal[T]], found: T) -> list[Verdict]:
     """Every goal, and what it came to."""
     verdicts = []
-    for goal in GOALS:
+    for goal in goals:
         try:
             figure = goal.figure(found)
         except Missing as missing:
@@ -178,3 +182,7 @@ def judged(found: Results) -> list[Verdict]:
             met = figure >= goal.bound if goal.least else figure <= goal.bound
             verdicts.append(Verdict(goal, figure, met))
     return verdicts
+
+
+def missed(verdicts: Sequence[Verdict]) -> bool:
+    return any(verdict.met is False for verdict in verdicts)

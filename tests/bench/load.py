@@ -27,6 +27,8 @@ import h2.events
 TIMEOUT = 30
 #: Paced streams begun in a second: 1,000 chunks each are what grpc.aio can carry on one core.
 RATE = 4
+#: Bytes of an answer's end that are kept: what tells usage is in them.
+TAIL = 1024
 #: Streams that one connection holds: what they send fits into its first window (64 KiB).
 HELD_BY_ONE = 100
 
@@ -92,13 +94,16 @@ def _wrk(request: Request, connections: int, seconds: int) -> Load:
     return Load(int(count), int(errors), p50 / 1e3, p99 / 1e3, took / 1e6)
 
 
-class _Client(asyncio.Protocol):
-    """One connection. An answer's end is where its length says, or its last chunk."""
+class Client(asyncio.Protocol):
+    """One connection. An answer's end is where its length says, or its last chunk. ``first`` is when its body began, by
+    time.perf_counter(), ``head`` and ``tail`` its head and the body's end."""
 
     def __init__(self) -> None:
+        self.first = 0.0
+        self.head = b""
+        self.tail = b""
         self.answered: asyncio.Future[bool] | None = None
         self._transport: asyncio.Transport | None = None
-        self._head = b""
         self._left = -1  # bytes still to come; -1: until the last chunk
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -111,24 +116,27 @@ class _Client(asyncio.Protocol):
         """Send a request; whether its answer is a whole 200."""
         assert self._transport is not None
         self.answered = asyncio.get_running_loop().create_future()
-        self._head, self._left = b"", -1
+        self.first, self.head, self.tail, self._left = 0.0, b"", b"", -1
         self._transport.writelines(parts)
         if self._transport.is_closing():
             self._ended(False)
         return self.answered
 
     def data_received(self, data: bytes) -> None:
-        if not self._head:
-            self._head, _, data = data.partition(b"\r\n\r\n")
-            length = re.search(rb"content-length: (\d+)", self._head)
+        if not self.head:
+            self.head, _, data = data.partition(b"\r\n\r\n")
+            length = re.search(rb"content-length: (\d+)", self.head)
             self._left = int(length[1]) if length else -1
+        if data and not self.first:
+            self.first = time.perf_counter()
+        self.tail = (self.tail + data)[-TAIL:]
         if self._left >= 0:
             self._left -= len(data)
             whole = self._left == 0
-        else:
-            whole = data.endswith(b"0\r\n\r\n")  # events end in an empty line of their own, so no other chunk does
+        else:  # events end in an empty line of their own, so no other chunk does
+            whole = self.tail.endswith(b"0\r\n\r\n")
         if whole:
-            self._ended(self._head.startswith(b"HTTP/1.1 200"))
+            self._ended(self.head.startswith(b"HTTP/1.1 200"))
 
     def _ended(self, good: bool) -> None:
         if self.answered is not None and not self.answered.done():
@@ -147,11 +155,11 @@ def run_paced(request: Request, seconds: float) -> Load:
 
 async def _paced(request: Request, seconds: float) -> Load:
     began = time.perf_counter()
-    idle: list[_Client] = []
+    idle: list[Client] = []
     times: list[float] = []
 
     async def one() -> bool:
-        connection = idle.pop() if idle else await _connected(request.port)
+        connection = idle.pop() if idle else await connected(request.port)
         asked = time.perf_counter()
         async with asyncio.timeout(TIMEOUT):
             good = await connection.ask(request.head(), request.body)
@@ -169,8 +177,8 @@ async def _paced(request: Request, seconds: float) -> Load:
     return _load(times, errors, time.perf_counter() - began)
 
 
-async def _connected(port: int) -> _Client:
-    return (await asyncio.get_running_loop().create_connection(_Client, "127.0.0.1", port))[1]
+async def connected(port: int) -> Client:
+    return (await asyncio.get_running_loop().create_connection(Client, "127.0.0.1", port))[1]
 
 
 def _load(times: list[float], errors: int, took: float) -> Load:
@@ -192,7 +200,7 @@ async def _own(request: Request, connections: int, seconds: float) -> Load:
     async def client() -> None:
         nonlocal errors
         while time.perf_counter() - began < seconds:
-            connection = await _connected(request.port)
+            connection = await connected(request.port)
             good = True
             while good and (asked := time.perf_counter()) - began < seconds:
                 async with asyncio.timeout(TIMEOUT):

@@ -8,6 +8,7 @@ for a machine that is shared makes it larger, and never smaller.
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
 from random import Random
 from typing import NamedTuple
 
@@ -18,7 +19,8 @@ from gateway_extproc.core.load import Load, Metrics
 from gateway_extproc.core.pace import Seen
 from gateway_extproc.core.strategies import STRATEGIES, Asked, Need
 from gateway_extproc.core.strategies.prefixes import blocks_of
-from tests.bench.report import table
+from tests.bench import report
+from tests.bench.goals import Goal, judged, missed
 from tests.plugged import GOOD, strategies
 
 PODS = (10, 100, 1000, 5000)
@@ -37,6 +39,27 @@ class Cost(NamedTuple):
 
     p50: float
     p99: float
+
+
+#: By strategy and number of pods. Plug-ins are measured, but held to nothing: what they do is their own.
+Found = Mapping[tuple[str, int], Cost]
+NAMES = (*(name for name in STRATEGIES if name != "least-gpu-cache"), MIX)
+READING = tuple(name for name in NAMES if "prefix" in name)
+
+GOALS: Sequence[Goal[Found]] = (
+    Goal(
+        f"p50 at {AT} pods, the costliest that reads no prompt", LOADS,
+        lambda found: max(found[name, AT].p50 for name in NAMES if name not in READING), "µs",
+    ),
+    Goal(
+        f"p50 at {AT} pods, the costliest that reads one of {PROMPT // 1000} KB", PREFIX,
+        lambda found: max(found[name, AT].p50 for name in READING), "µs",
+    ),
+    Goal(
+        f"p99 at {AT} pods, the costliest of all", WORST,
+        lambda found: max(found[name, AT].p99 for name in NAMES), "µs",
+    ),
+)  # fmt: skip
 
 
 def fleet(number: int, rng: Random) -> tuple[Pod, ...]:
@@ -71,19 +94,15 @@ def measure(strategy: str, number: int, picks: int) -> Cost:
 
 
 def main(rounds: int = 5, picks: int = 500) -> int:
-    """Prints the table, and which goals are not met."""
-    names = [*[name for name in STRATEGIES if name != "least-gpu-cache"], MIX, GOOD]
-    rows, missed = [["µs of CPU, p50 and p99, by pods", *(f"{number:,}" for number in PODS), "goal at 100"]], []
-    for name in names:
-        goal = PREFIX if "prefix" in name else LOADS
-        cells = ["least-request as a plug-in" if name == GOOD else name]
+    """Prints the table, and the goals; 1 where one is missed."""
+    found: dict[tuple[str, int], Cost] = {}
+    told = {name: name for name in NAMES} | {GOOD: "least-request as a plug-in"}
+    for name in told:
         for number in PODS:
-            found = [measure(name, number, max(50, picks * AT // max(AT, number))) for _ in range(rounds)]
-            cost = Cost(min(each.p50 for each in found), min(each.p99 for each in found))
-            cells.append(f"{cost.p50:.0f}, {cost.p99:.0f}")
-            if number == AT and name != GOOD and (cost.p50 > goal or cost.p99 > WORST):
-                missed.append(name)
-        rows.append([*cells, f"{goal:.0f}, {WORST:.0f}" if name != GOOD else ""])
-    print(table(rows))
-    print(f"\nnot met: {', '.join(missed)}" if missed else "\nall goals are met")
-    return 0
+            costs = [measure(name, number, max(50, picks * AT // max(AT, number))) for _ in range(rounds)]
+            found[name, number] = Cost(min(each.p50 for each in costs), min(each.p99 for each in costs))
+    head = ["µs of CPU, p50 and p99, by pods", *(f"{number:,}" for number in PODS)]
+    rows = [[text, *("{:.0f}, {:.0f}".format(*found[name, number]) for number in PODS)] for name, text in told.items()]
+    verdicts = judged(GOALS, found)
+    print(f"{report.table([head, *rows])}\n\n{report.goals(verdicts)}")
+    return int(missed(verdicts))

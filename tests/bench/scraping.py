@@ -1,7 +1,7 @@
 """What it costs to ask the pods: CPU of one process that does nothing else, by the kernel's accounts.
 
 ``python -m tests.bench.scraping`` asks many pods (one backend process under as many addresses) as by default, when none
-and when all of them have requests, and prints µs for a question and what that comes to of a core.
+and when all of them have requests, and prints what that comes to of a core, and the goals.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import ipaddress
 import sys
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from random import Random
 from typing import NamedTuple
@@ -20,6 +21,8 @@ import uvloop
 from gateway_extproc.adapters.scrape import Poller
 from gateway_extproc.core.fleet import Fleet, PodSpec
 from tests.bench.backend import METRICS, MODEL
+from tests.bench.goals import Goal, judged, missed
+from tests.bench.report import goals
 from tests.ports import free_port
 from tests.system import Process
 
@@ -38,6 +41,15 @@ class Found(NamedTuple):
     share: float
     looks: float
     stale: int
+
+
+#: By pods, and whether they are in use.
+Outcome = Mapping[tuple[int, bool], Found]
+GOALS: Sequence[Goal[Outcome]] = (
+    Goal("500 pods without requests asked", 25, lambda found: 100 * found[500, False].share, "% of a core"),
+    Goal("500 pods in use asked", 25, lambda found: 100 * found[500, True].share, "% of a core"),
+    Goal("pods whose metrics were stale at any time", 0, lambda found: max(each.stale for each in found.values())),
+)
 
 
 class _Counting(Fleet):
@@ -72,7 +84,9 @@ async def measure(port: int, pods: int, used: bool, seconds: float) -> Found:
     return found
 
 
-def main(seconds: float = SECONDS) -> None:
+def main(seconds: float = SECONDS) -> int:
+    """Prints what each case costs, and the goals; 1 where one is missed."""
+    outcome: dict[tuple[int, bool], Found] = {}
     port = free_port()
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         arguments = [sys.executable, "-m", "tests.bench.backend", str(port)]
@@ -80,7 +94,7 @@ def main(seconds: float = SECONDS) -> None:
         try:
             time.sleep(1.0)
             for pods, used in CASES:
-                found = uvloop.run(measure(port, pods, used, seconds))
+                found = outcome[pods, used] = uvloop.run(measure(port, pods, used, seconds))
                 print(
                     f"{pods} pods {'in use' if used else 'idle'}, pages of {len(METRICS) // 1000} KB: "
                     f"{found.share:.1%} of a core, {found.looks:.2f} looks a second at each, at most {found.stale} "
@@ -89,7 +103,10 @@ def main(seconds: float = SECONDS) -> None:
                 )
         finally:
             backend.kill()
+    verdicts = judged(GOALS, outcome)
+    print(f"\n{goals(verdicts)}\n", flush=True)
+    return int(missed(verdicts))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
