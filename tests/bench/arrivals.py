@@ -80,7 +80,8 @@ async def play(
         except (OSError, TimeoutError) as error:
             good, said = False, f"{type(error).__name__}: {error}"
         else:
-            said = (client.head + client.tail).decode(errors="replace")
+            status, _, _ = client.head.partition(b"\r\n")
+            said = (status or b"no answer").decode() + " " + client.tail.decode(errors="replace")
         ended = time.perf_counter()
         if client is None or not good:
             if client is not None:

@@ -1,21 +1,26 @@
-"""``python -m tests.bench --faults``: what pods that fail cost the requests of a loaded system.
+"""``python -m tests.bench --faults``: what pods that fail, come and go cost the requests of a loaded system.
 
 Four pods behind the real Envoy, some clients that ask again as soon as they are answered, half of them for streams.
 Each fault comes while they ask, and stays until its effects are over. Told are the requests, those that failed, those
-of them whose stream had begun on the pod, the longest answer, and how long the pod still got requests.
+of them whose stream had begun on the pod, the longest answer, and how long the pod still got requests. Pods that come
+and go are slower ones, whose answers take long enough for several to be under way: of one that goes it is told what
+became of long streams that it had, of one that comes how soon and how fast it is given its share.
 """
 
 from __future__ import annotations
 
+import http.client
 import json
 import signal
 import sys
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from typing import NamedTuple
 
+from gateway_extproc.core.outlier import WARMING
 from tests.bench.report import table
-from tests.e2e.load import Load
+from tests.e2e.load import Load, Stream
 from tests.system import System, request, until
 
 MODEL = "your-model-name"
@@ -24,15 +29,49 @@ PODS, CLIENTS = 4, 32
 FAULT = 4.0
 #: A stream that hangs goes to another pod after this; an answer that is not streamed waits for the other.
 FIRST_BYTE, TIMEOUT = "500ms", "10s"
+#: The pods of those that come and go, the streams that are open when one goes, and their tokens: some two seconds long.
+GPU, STREAMS, TOKENS = "h100", 24, 200
+#: Seconds after a new pod's first request between which its share is looked at, until it is warm and a while longer.
+MOMENTS = (0.0, 1.0, 2.0, 5.0, WARMING, WARMING + 3.0)
 
 
 class Found(NamedTuple):
+    """A row of the table. ``quiet`` is how many seconds a pod still got requests; none where it is to get them."""
+
     name: str
     answered: int
     begun: int
     failed: list[str]
     slowest: float
-    quiet: float
+    quiet: float | None = None
+
+    @classmethod
+    def of(cls, name: str, load: Load, quiet: float | None = None) -> Found:
+        begun = [wrong for wrong in load.wrong if wrong.startswith("ClientPayloadError")]
+        failed = [wrong for wrong in load.wrong if wrong not in begun]
+        return cls(name, load.answered, len(begun), failed, load.slowest, quiet)
+
+    @property
+    def cells(self) -> list[str]:
+        quiet = "" if self.quiet is None else f"{self.quiet:.2f} s"
+        return [self.name, str(self.answered), str(len(self.failed)), str(self.begun), f"{self.slowest:.2f} s", quiet]
+
+
+class Added(NamedTuple):
+    """A new pod: seconds from the configuration that names it to its first request, and for each span of MOMENTS what
+    it got, to an equal share."""
+
+    found: Found
+    first: float
+    shares: list[float]
+
+
+class Drained(NamedTuple):
+    """A pod that left while it had streams: how many, and how many of them came to their end."""
+
+    found: Found
+    streams: int
+    whole: int
 
 
 def _got(system: System, pod: int) -> int:
@@ -59,30 +98,88 @@ def _well(system: System) -> bool:
     """Whether all pods are given requests. Those that were ejected come back by one."""
     system.chat()
     pods = system.admin("/admin/pods")
-    return all(pod["ready"] and not pod["ejected"] for pod in pods) and len(pods) == PODS
+    return all(pod["ready"] and not pod["ejected"] for pod in pods) and len(pods) == len(system.settings["pods"])
+
+
+def _quiet(system: System, pod: int, load: Load) -> float:
+    """How many of the next FAULT seconds a pod still gets requests."""
+    began = quiet = time.monotonic()
+    got = _got(system, pod)
+    while time.monotonic() - began < FAULT:
+        load.more()
+        now = _got(system, pod)
+        if now > got:
+            got, quiet = now, time.monotonic()
+    return quiet - began
 
 
 def _measure(
-    system: System, name: str, fault: Callable[[], object], mend: Callable[[], object], *, streams: bool = True,
-    last: int = 0,
-) -> Found:  # fmt: skip
-    """Have a fault under load. ``last`` is the pod that is to get no more."""
+    system: System, name: str, fault: Callable[[], object], mend: Callable[[], object], *, streams: bool = True
+) -> Found:
+    """Have a fault of the first pod under load."""
     with Load(system.url, clients=CLIENTS, streams=streams, pause=0) as load:
         load.more(5 * CLIENTS)
         fault()
-        began = quiet = time.monotonic()
-        got = _got(system, last)
-        while time.monotonic() - began < FAULT:
-            load.more()
-            now = _got(system, last)
-            if now > got:
-                got, quiet = now, time.monotonic()
+        quiet = _quiet(system, 0, load)
         mend()
         load.more(5 * CLIENTS)
-    begun = [wrong for wrong in load.wrong if wrong.startswith("ClientPayloadError")]
-    failed = [wrong for wrong in load.wrong if wrong not in begun]
     until(lambda: _well(system), "all pods are well")
-    return Found(name, load.answered, len(begun), failed, load.slowest, quiet - began)
+    return Found.of(name, load, quiet)
+
+
+def _whole(stream: Stream) -> bool:
+    """Whether a stream has come to its end."""
+    try:
+        return stream.rest().endswith(b"data: [DONE]\n\n")
+    except (OSError, http.client.HTTPException):
+        return False
+
+
+def _answers(port: int) -> bool:
+    try:
+        return request(port, "GET", "/health").status == 200
+    except OSError:
+        return False
+
+
+def _add(system: System) -> Added:
+    """A pod that was never there comes under load."""
+    number = len(system.pods)
+    port = system.add_pod("--model", MODEL, "--gpu", GPU)
+    until(lambda: _answers(port), "the pod is up")
+    with Load(system.url, clients=CLIENTS, pause=0) as load:
+        load.more(5 * CLIENTS)
+        system.write_config(pods=[*system.settings["pods"], {"address": f"127.0.0.1:{port}", "name": f"pod-{number}"}])
+        named = time.monotonic()
+        until(lambda: _got(system, number), "it gets a request")
+        began = time.monotonic()
+        counts = []
+        for moment in MOMENTS:
+            load.keep(began + moment - time.monotonic())
+            counts.append((_got(system, number), load.asked))
+    pods = len(system.settings["pods"])
+    shares = [pods * (now - was) / (asked - before) for (was, before), (now, asked) in pairwise(counts)]
+    return Added(Found.of("is added", load), began - named, shares)
+
+
+def _drain(system: System) -> Drained:
+    """The first pod leaves while it has streams that go on for seconds."""
+    pods = system.settings["pods"]
+    with Load(system.url, clients=CLIENTS, pause=0) as load:
+        load.more(5 * CLIENTS)
+        streams = [Stream(system.port, max_tokens=TOKENS) for _ in range(STREAMS)]
+        for stream in streams:
+            stream.event()
+        system.write_config(pods=pods[1:])
+        quiet = _quiet(system, 0, load)
+        theirs = [stream for stream in streams if stream.headers["x-pod-name"] == pods[0]["name"]]
+        whole = {stream: _whole(stream) for stream in streams}
+        system.write_config(pods=pods)
+        load.more(5 * CLIENTS)
+    until(lambda: _well(system), "all pods are well")
+    found = Found.of("is drained, with long streams", load, quiet)
+    lost = [f"a stream of {stream.headers['x-pod-name']} was cut" for stream in streams if not whole[stream]]
+    return Drained(found._replace(failed=found.failed + lost), len(theirs), sum(whole[stream] for stream in theirs))
 
 
 def main() -> int:
@@ -91,11 +188,13 @@ def main() -> int:
         pod, pods = system.pods[0], system.settings["pods"]
 
         def again() -> None:
+            pod.wait()
             pod.start()
 
         found = [
             _measure(system, "killed (kill -9)", pod.kill, again),
             _measure(system, "killed, no streams", pod.kill, again, streams=False),
+            _measure(system, "refuses connections (SIGTERM)", lambda: pod.signal(signal.SIGTERM), again),
             _measure(system, "answers 503", lambda: _set(system, 0, "status=503"), lambda: _clear(system, 0)),
             _measure(system, "breaks connections", lambda: _set(system, 0, "cut-before"), lambda: _clear(system, 0)),
             _measure(system, "hangs (SIGSTOP)", lambda: pod.signal(signal.SIGSTOP), lambda: pod.signal(signal.SIGCONT)),
@@ -104,19 +203,16 @@ def main() -> int:
                 lambda: system.write_config(pods=pods),
             ),
         ]  # fmt: skip
-    rows = [
-        [
-            row.name,
-            str(row.answered),
-            str(len(row.failed)),
-            str(row.begun),
-            f"{row.slowest:.2f} s",
-            f"{row.quiet:.2f} s",
-        ]
-        for row in found
-    ]
-    print(table([["a pod", "answered", "failed", "streams cut", "slowest", "last request after"], *rows]))
+    with System([["--model", MODEL, "--gpu", GPU]] * PODS, config) as system:
+        added, drained = _add(system), _drain(system)
+    found += [added.found, drained.found]
+    head = ["a pod", "answered", "failed", "streams cut", "slowest", "last request after"]
+    print(table([head, *(row.cells for row in found)]))
+    print(f"\nOf {STREAMS} long streams {drained.streams} were the drained pod's: {drained.whole} came to their end.")
+    print(f"The new pod had its first request after {added.first:.2f} s, and of an equal share:\n")
+    spans = [f"{begin:g}-{end:g} s" for begin, end in pairwise(MOMENTS)]
+    print(table([["after that", *spans], ["share", *(f"{share:.2f}" for share in added.shares)]]))
     for row in found:
         for wrong in row.failed:
             print(f"{row.name}: {wrong}", file=sys.stderr)
-    return 1 if any(row.failed for row in found) else 0
+    return int(any(row.failed for row in found))
