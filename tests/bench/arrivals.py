@@ -24,6 +24,8 @@ from tests.bench.load import Client, connected
 #: Seconds after which an answer counts as lost: longer than the longest on a throttled pod takes.
 TIMEOUT = 120.0
 PATH = "/v1/completions"
+#: Bytes of chance that a text is made of at a time.
+PIECE = 64
 
 
 class Played(NamedTuple):
@@ -35,16 +37,19 @@ class Played(NamedTuple):
     late: list[float]
 
 
-@lru_cache(maxsize=256)  # as many beginnings as a trace has
 def _text(name: str, tokens: int) -> str:
-    """A text of so many tokens that no other name has."""
-    return Random(name).randbytes(tokens * TOKEN_BYTES // 2).hex()
+    """A text of so many tokens that no other name has; a shorter one is the beginning of a longer one."""
+    rng, wanted = Random(name), tokens * TOKEN_BYTES
+    return "".join(rng.randbytes(PIECE).hex() for _ in range(0, wanted, 2 * PIECE))[:wanted]
+
+
+_beginning = lru_cache(maxsize=256)(_text)  # as many as a trace has, and more: 24 KB each
 
 
 def prompt(number: int, arrival: Arrival) -> str:
     """The prompt of a trace's line: what it shares is the same for all who do, all else its own."""
-    shared = _text(arrival.prefix, arrival.shared) if arrival.shared else ""
-    return shared + _text.__wrapped__(f"own {number}", arrival.prompt - arrival.shared)
+    shared = _beginning(arrival.prefix, arrival.shared) if arrival.shared else ""
+    return shared + _text(f"own {number}", arrival.prompt - arrival.shared)
 
 
 def request(model: str, number: int, arrival: Arrival) -> bytes:

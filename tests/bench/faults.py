@@ -210,8 +210,8 @@ def main() -> int:
     print(table([head, *(row.cells for row in found)]))
     print(f"\nOf {STREAMS} long streams {drained.streams} were the drained pod's: {drained.whole} came to their end.")
     print(f"The new pod had its first request after {added.first:.2f} s, and of an equal share:\n")
-    spans = [f"{begin:g}-{end:g} s" for begin, end in pairwise(MOMENTS)]
-    print(table([["after that", *spans], ["share", *(f"{share:.2f}" for share in added.shares)]]))
+    spans = [f"{begin:g}-{end:g}" for begin, end in pairwise(MOMENTS)]
+    print(table([["seconds after that", *spans], ["share", *(f"{share:.2f}" for share in added.shares)]]))
     for row in found:
         for wrong in row.failed:
             print(f"{row.name}: {wrong}", file=sys.stderr)

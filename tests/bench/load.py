@@ -125,7 +125,7 @@ class Client(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         if not self.head:
             self.head, _, data = data.partition(b"\r\n\r\n")
-            length = re.search(rb"content-length: (\d+)", self.head)
+            length = re.search(rb"(?i)content-length: (\d+)", self.head)
             self._left = int(length[1]) if length else -1
         if data and not self.first:
             self.first = time.perf_counter()

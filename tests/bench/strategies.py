@@ -136,7 +136,9 @@ def throttled(part: float = 1.0) -> Trial:
     return Trial("throttled, 70 %", "adaptive", machines, [*trace, *again], phases, [Change(moment, 0, 0.1)])
 
 
-TRIALS: Final[Mapping[str, Callable[[float], Trial]]] = {
+#: Makes a trial that takes such a part of its time.
+Make = Callable[[float], Trial]
+TRIALS: Final[Mapping[str, Make]] = {
     "unequal": unequal, "prefix": prefix, "throttled": throttled,
 }  # fmt: skip
 
@@ -197,7 +199,8 @@ async def _ask(trial: Trial, system: System, fleets: Mapping[str, _Fleet]) -> Ma
         return await arrivals.play(system.port, trial.trace, pods, began)
 
 
-def _run(trial: Trial, done: Mapping[str, Sequence[Done]]) -> Run:
+def summed(trial: Trial, done: Mapping[str, Sequence[Done]]) -> Run:
+    """What each strategy's answers come to, phase by phase."""
     found = {}
     for strategy, each in done.items():
         for phase in trial.phases:
@@ -230,8 +233,8 @@ def play(trial: Trial) -> Found:
     }  # fmt: skip
     return Found(
         trial,
-        _run(trial, {strategy: each.done for strategy, each in played.items()}),
-        _run(trial, laboratory),
+        summed(trial, {strategy: each.done for strategy, each in played.items()}),
+        summed(trial, laboratory),
         [f"{strategy}: {wrong}" for strategy, each in played.items() for wrong in each.failed],
         late,
         f"of a core: {shares}, everything on the machine {machine:.0%}",

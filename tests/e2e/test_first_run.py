@@ -173,9 +173,23 @@ def test_the_soak_leaves_nothing(clone: Clone) -> None:
 def test_choosing_is_measured_for_every_strategy(clone: Clone) -> None:
     command = "make bench ARGS=--picks"
     assert clone.says("docs/routing.md", command)
-    told = clone.run(command)
+    told = clone.run(f"{command} || true")
     for name in STRATEGIES:
         assert name in told or name == "least-gpu-cache"
+    assert told.count("| ≤ ") == 3
+
+
+def test_strategies_are_compared_on_real_processes(clone: Clone) -> None:
+    """What they are worth takes longer to tell."""
+    assert clone.says("docs/routing.md", "make bench ARGS=--strategies")
+    told = clone.run("make bench ARGS='--strategies --quick' || true")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in told.splitlines() if line.startswith("| ")]
+    compared = [row for row in rows if len(row) == 8][1:]
+    assert {row[0] for row in compared} == {
+        "unequal, 80 %: adaptive", "prefix, 70 %: prefix-cache", "throttled, 70 %: adaptive",
+    }  # fmt: skip
+    assert all(float(cell.rstrip(" s%")) >= 0 for row in compared for cell in (*row[2:4], *row[5:7]))
+    assert ["requests that failed", "≤ 0", "0", "met"] in rows
 
 
 def test_limits_let_through_what_they_say(clone: Clone) -> None:
@@ -207,5 +221,5 @@ def test_pods_that_fail_cost_no_request(clone: Clone) -> None:
     assert clone.says("docs/failures.md", command)
     told = clone.run(command)
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in told.splitlines() if " s " in line]
-    assert len(rows) == 6
+    assert len(rows) == 9
     assert all(int(row[1]) > 0 and row[2] == "0" for row in rows)
