@@ -31,7 +31,7 @@ check: lint types ## all that CI runs: lint, types, layers, generated files are 
 	@"$(BIN)/python" -m gateway_extproc.chart --check
 	@exec $(PYTEST) $(ARGS)
 
-bench: venv-dev ## what a request costs, and each goal with its figure; some 12 minutes
+bench: venv-dev ## what a request costs, and each goal with its figure; some 16 minutes
 	@exec "$(BIN)/python" -m tests.bench $(ARGS)
 
 bench-check: venv-dev ## whether it costs more than it did (tests/bench/baseline.json)

@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.picks:
         return picks.main()
     if args.strategies:
-        return strategies.main(0.1 if args.quick else 1.0)
+        return strategies.main(0.1 if args.quick else 1.0, args.only)
     checking = args.check or args.baseline
     rounds, seconds = (1, QUICK) if args.quick else (args.rounds, args.seconds)
     wanted = re.compile(args.only)
@@ -87,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         directory.main(directory.USERS // 100 if args.quick else directory.USERS)
         if not args.quick:
             print()
-            return accuracy.main()
+            return max(strategies.main(), accuracy.main())
     return 0
 
 
@@ -110,7 +110,7 @@ def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=int, default=1, help="of load for each figure (default 1)")
     parser.add_argument("--rounds", type=int, default=3, help="of all ways in turn; the median counts (default 3)")
     parser.add_argument("--quick", action="store_true", help=f"one round of {QUICK} s: does it run at all?")
-    parser.add_argument("--only", metavar="REGEX", default="", help="rows whose 'work: way' matches")
+    parser.add_argument("--only", metavar="REGEX", default="", help="rows whose 'work: way' matches, or trials")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the figures")
     parser.add_argument("--plot", metavar="FILE", type=Path, help="draw them (.svg, .png, .pdf)")
     parser.add_argument("--check", action="store_true", help="compare the telling rows with baseline.json; 1 if worse")

@@ -15,13 +15,14 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from typing import NamedTuple
 
 from gateway_extproc.core.outlier import WARMING
 from tests.bench.report import table
 from tests.e2e.load import Load, Stream
-from tests.system import System, request, until
+from tests.system import Process, System, request, until
 
 MODEL = "your-model-name"
 PODS, CLIENTS = 4, 32
@@ -127,6 +128,12 @@ def _measure(
     return Found.of(name, load, quiet)
 
 
+def _again(pod: Process) -> None:
+    """Start a pod that has ended, or is about to."""
+    pod.wait()
+    pod.start()
+
+
 def _whole(stream: Stream) -> bool:
     """Whether a stream has come to its end."""
     try:
@@ -185,11 +192,7 @@ def _drain(system: System) -> Drained:
 def main() -> int:
     config = {"models": {MODEL: {"first_byte_timeout": FIRST_BYTE, "timeout": TIMEOUT}}}
     with System([["--model", MODEL]] * PODS, config) as system:
-        pod, pods = system.pods[0], system.settings["pods"]
-
-        def again() -> None:
-            pod.wait()
-            pod.start()
+        pod, pods, again = system.pods[0], system.settings["pods"], partial(_again, system.pods[0])
 
         found = [
             _measure(system, "killed (kill -9)", pod.kill, again),
@@ -204,8 +207,9 @@ def main() -> int:
             ),
         ]  # fmt: skip
     with System([["--model", MODEL, "--gpu", GPU]] * PODS, config) as system:
-        added, drained = _add(system), _drain(system)
-    found += [added.found, drained.found]
+        added, drained, pod = _add(system), _drain(system), system.pods[0]
+        killed = _measure(system, "killed, with answers under way", pod.kill, partial(_again, pod))
+    found += [added.found, drained.found, killed]
     head = ["a pod", "answered", "failed", "streams cut", "slowest", "last request after"]
     print(table([head, *(row.cells for row in found)]))
     print(f"\nOf {STREAMS} long streams {drained.streams} were the drained pod's: {drained.whole} came to their end.")

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import sys
 import tempfile
 import time
@@ -36,7 +37,7 @@ from gateway_extproc.laboratory.traces import Arrival
 from gateway_extproc.simulator import Settings
 from tests.bench import arrivals, measure, report
 from tests.bench.arrivals import Played
-from tests.bench.goals import Goal, judged, missed
+from tests.bench.goals import Goal, Missing, judged, missed
 from tests.bench.report import table
 from tests.ports import free_port
 from tests.system import Process, System, request, until
@@ -291,12 +292,18 @@ FIGURES: Final = (
 Outcome = Mapping[str, Found]
 
 
+def _played(found: Outcome, trial: str) -> Found:
+    if trial not in found:
+        raise Missing(f"not played: {trial}")
+    return found[trial]
+
+
 def _compared(trial: str, of: Of) -> Callable[[Outcome], float]:
     """The trial's strategy to BASE."""
 
     def ratio(found: Outcome) -> float:
-        real = found[trial].real
-        return of(real, found[trial].trial.strategy) / of(real, BASE)
+        played = _played(found, trial)
+        return of(played.real, played.trial.strategy) / of(played.real, BASE)
 
     return ratio
 
@@ -312,7 +319,7 @@ GOALS: Final[Sequence[Goal[Outcome]]] = (
     Goal("shared prefixes: prefix-cache's first token, p90, to least-request's", 1.0, _compared("prefix", _ttft)),
     Goal(
         "a throttled pod: adaptive's p99 after 30 s, to its own before", 1.3,
-        lambda found: _back(found["throttled"].real, "adaptive"),
+        lambda found: _back(_played(found, "throttled").real, "adaptive"),
     ),
 )  # fmt: skip
 
@@ -321,6 +328,8 @@ def rows(found: Outcome) -> list[list[str]]:
     """The table's, its head first."""
     lines = [["", "", BASE, "strategy", "ratio", f"laboratory: {BASE}", "strategy", "ratio"]]
     for name, text, of, form, compared in FIGURES:
+        if name not in found:
+            continue
         trial = found[name].trial
         cells = [f"{trial.name}: {trial.strategy}", text]
         for run in (found[name].real, found[name].laboratory):
@@ -330,11 +339,15 @@ def rows(found: Outcome) -> list[list[str]]:
     return lines
 
 
-def main(part: float = 1.0) -> int:
-    """Play each trial for ``part`` of its time; 1 where a goal is missed."""
+def main(part: float = 1.0, only: str = "") -> int:
+    """Play each trial whose name matches, for ``part`` of its time; 1 where a goal is missed, 2 where none matches."""
     found: dict[str, Found] = {}
-    for name, make in TRIALS.items():
-        trial = make(part)
+    wanted = [name for name in TRIALS if re.search(only, name)]
+    if not wanted:
+        print(f"no trial matches {only!r}; there are {', '.join(TRIALS)}", file=sys.stderr)
+        return 2
+    for name in wanted:
+        trial = TRIALS[name](part)
         print(
             f"{trial.name}: {len(trial.trace):,} requests to each fleet in {trial.trace[-1].at:.0f} s",
             file=sys.stderr, flush=True,

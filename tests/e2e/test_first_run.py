@@ -221,5 +221,5 @@ def test_pods_that_fail_cost_no_request(clone: Clone) -> None:
     assert clone.says("docs/failures.md", command)
     told = clone.run(command)
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in told.splitlines() if " s " in line]
-    assert len(rows) == 9
+    assert len(rows) == 10
     assert all(int(row[1]) > 0 and row[2] == "0" for row in rows)
