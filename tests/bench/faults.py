@@ -11,13 +11,15 @@ from __future__ import annotations
 
 import http.client
 import json
+import re
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import pairwise
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from gateway_extproc.core.outlier import WARMING
 from tests.bench.report import table
@@ -32,6 +34,7 @@ FAULT = 4.0
 FIRST_BYTE, TIMEOUT = "500ms", "10s"
 #: The pods of those that come and go, the streams that are open when one goes, and their tokens: some two seconds long.
 GPU, STREAMS, TOKENS = "h100", 24, 200
+FILE_LOG = "type.googleapis.com/envoy.extensions.access_loggers.file.v3.FileAccessLog"
 #: Seconds after a new pod's first request between which its share is looked at, until it is warm and a while longer.
 MOMENTS = (0.0, 1.0, 2.0, 5.0, WARMING, WARMING + 3.0)
 
@@ -46,16 +49,43 @@ class Found(NamedTuple):
     slowest: float
     quiet: float | None = None
 
-    @classmethod
-    def of(cls, name: str, load: Load, quiet: float | None = None) -> Found:
-        begun = [wrong for wrong in load.wrong if wrong.startswith("ClientPayloadError")]
-        failed = [wrong for wrong in load.wrong if wrong not in begun]
-        return cls(name, load.answered, len(begun), failed, load.slowest, quiet)
-
     @property
     def cells(self) -> list[str]:
         quiet = "" if self.quiet is None else f"{self.quiet:.2f} s"
         return [self.name, str(self.answered), str(len(self.failed)), str(self.begun), f"{self.slowest:.2f} s", quiet]
+
+
+class Watched(System):
+    """A system whose Envoy tells why each request ended."""
+
+    def __init__(self, pods: list[list[str]], config: Mapping[str, Any]) -> None:
+        super().__init__(pods, config, change_bootstrap=self._watch)
+
+    @property
+    def _log(self) -> Path:
+        return self.directory / "access.log"
+
+    def _watch(self, bootstrap: dict[str, Any]) -> None:
+        http = bootstrap["static_resources"]["listeners"][0]["filter_chains"][0]["filters"][0]["typed_config"]
+        line = {"text_format_source": {"inline_string": "%REQ(X-REQUEST-ID)% %RESPONSE_CODE_DETAILS%\n"}}
+        log = {"@type": FILE_LOG, "path": str(self._log), "log_format": line}
+        http.setdefault("access_log", []).append({"name": "envoy.access_loggers.file", "typed_config": log})
+
+    def had_begun(self, wrong: str) -> bool:
+        """Whether an answer that went wrong had begun at its pod. Its client may not have seen that: what Envoy was
+        just about to pass on when the pod died becomes an error of its own."""
+        if wrong.startswith("ClientPayloadError"):
+            return True
+        named = re.search(r"'x-request-id': '([^']+)'", wrong, re.IGNORECASE)
+        if named is None:
+            return False
+        told = until(lambda: re.search(rf"^{re.escape(named[1])} (.*)\n", self._log.read_text(), re.MULTILINE))
+        return bool(told[1].startswith("upstream_reset_after_response_started"))
+
+
+def _found(system: Watched, name: str, load: Load, quiet: float | None = None) -> Found:
+    failed = [wrong for wrong in load.wrong if not system.had_begun(wrong)]
+    return Found(name, load.answered, len(load.wrong) - len(failed), failed, load.slowest, quiet)
 
 
 class Added(NamedTuple):
@@ -75,7 +105,7 @@ class Drained(NamedTuple):
     whole: int
 
 
-def _got(system: System, pod: int) -> int:
+def _got(system: Watched, pod: int) -> int:
     """Requests that Envoy gave a pod, whether it took them or not."""
     port, total = system.pod_ports[pod], 0
     for cluster in request(system.envoy_admin_port, "GET", "/clusters?format=json").json["cluster_statuses"]:
@@ -86,23 +116,23 @@ def _got(system: System, pod: int) -> int:
     return total
 
 
-def _set(system: System, pod: int, fault: str) -> None:
+def _set(system: Watched, pod: int, fault: str) -> None:
     body = json.dumps({"fault": fault}).encode()
     assert request(system.pod_ports[pod], "POST", "/sim/fault", body).status == 200
 
 
-def _clear(system: System, pod: int) -> None:
+def _clear(system: Watched, pod: int) -> None:
     request(system.pod_ports[pod], "DELETE", "/sim/fault")
 
 
-def _well(system: System) -> bool:
+def _well(system: Watched) -> bool:
     """Whether all pods are given requests. Those that were ejected come back by one."""
     system.chat()
     pods = system.admin("/admin/pods")
     return all(pod["ready"] and not pod["ejected"] for pod in pods) and len(pods) == len(system.settings["pods"])
 
 
-def _quiet(system: System, pod: int, load: Load) -> float:
+def _quiet(system: Watched, pod: int, load: Load) -> float:
     """How many of the next FAULT seconds a pod still gets requests."""
     began = quiet = time.monotonic()
     got = _got(system, pod)
@@ -115,7 +145,7 @@ def _quiet(system: System, pod: int, load: Load) -> float:
 
 
 def _measure(
-    system: System, name: str, fault: Callable[[], object], mend: Callable[[], object], *, streams: bool = True
+    system: Watched, name: str, fault: Callable[[], object], mend: Callable[[], object], *, streams: bool = True
 ) -> Found:
     """Have a fault of the first pod under load."""
     with Load(system.url, clients=CLIENTS, streams=streams, pause=0) as load:
@@ -125,7 +155,7 @@ def _measure(
         mend()
         load.more(5 * CLIENTS)
     until(lambda: _well(system), "all pods are well")
-    return Found.of(name, load, quiet)
+    return _found(system, name, load, quiet)
 
 
 def _again(pod: Process) -> None:
@@ -149,7 +179,7 @@ def _answers(port: int) -> bool:
         return False
 
 
-def _add(system: System) -> Added:
+def _add(system: Watched) -> Added:
     """A pod that was never there comes under load."""
     number = len(system.pods)
     port = system.add_pod("--model", MODEL, "--gpu", GPU)
@@ -166,32 +196,32 @@ def _add(system: System) -> Added:
             counts.append((_got(system, number), load.asked))
     pods = len(system.settings["pods"])
     shares = [pods * (now - was) / (asked - before) for (was, before), (now, asked) in pairwise(counts)]
-    return Added(Found.of("is added", load), began - named, shares)
+    return Added(_found(system, "is added", load), began - named, shares)
 
 
-def _drain(system: System) -> Drained:
-    """The first pod leaves while it has streams that go on for seconds."""
+def _drain(system: Watched, pod: int) -> Drained:
+    """A pod leaves while it has streams that go on for seconds."""
     pods = system.settings["pods"]
     with Load(system.url, clients=CLIENTS, pause=0) as load:
         load.more(5 * CLIENTS)
         streams = [Stream(system.port, max_tokens=TOKENS) for _ in range(STREAMS)]
         for stream in streams:
             stream.event()
-        system.write_config(pods=pods[1:])
-        quiet = _quiet(system, 0, load)
-        theirs = [stream for stream in streams if stream.headers["x-pod-name"] == pods[0]["name"]]
+        system.write_config(pods=[*pods[:pod], *pods[pod + 1 :]])
+        quiet = _quiet(system, pod, load)
+        theirs = [stream for stream in streams if stream.headers["x-pod-name"] == pods[pod]["name"]]
         whole = {stream: _whole(stream) for stream in streams}
         system.write_config(pods=pods)
         load.more(5 * CLIENTS)
     until(lambda: _well(system), "all pods are well")
-    found = Found.of("is drained, with long streams", load, quiet)
+    found = _found(system, "is drained, with long streams", load, quiet)
     lost = [f"a stream of {stream.headers['x-pod-name']} was cut" for stream in streams if not whole[stream]]
     return Drained(found._replace(failed=found.failed + lost), len(theirs), sum(whole[stream] for stream in theirs))
 
 
 def main() -> int:
     config = {"models": {MODEL: {"first_byte_timeout": FIRST_BYTE, "timeout": TIMEOUT}}}
-    with System([["--model", MODEL]] * PODS, config) as system:
+    with Watched([["--model", MODEL]] * PODS, config) as system:
         pod, pods, again = system.pods[0], system.settings["pods"], partial(_again, system.pods[0])
 
         found = [
@@ -206,10 +236,12 @@ def main() -> int:
                 lambda: system.write_config(pods=pods),
             ),
         ]  # fmt: skip
-    with System([["--model", MODEL, "--gpu", GPU]] * PODS, config) as system:
-        added, drained, pod = _add(system), _drain(system), system.pods[0]
-        killed = _measure(system, "killed, with answers under way", pod.kill, partial(_again, pod))
-    found += [added.found, drained.found, killed]
+    with Watched([["--model", MODEL, "--gpu", GPU]] * PODS, config) as system:
+        pod = system.pods[0]
+        added = _add(system)
+        killed = _measure(system, "killed, answers under way", pod.kill, partial(_again, pod))
+        drained = _drain(system, 1)  # not the one that just came back, and has little to do
+    found += [killed, added.found, drained.found]
     head = ["a pod", "answered", "failed", "streams cut", "slowest", "last request after"]
     print(table([head, *(row.cells for row in found)]))
     print(f"\nOf {STREAMS} long streams {drained.streams} were the drained pod's: {drained.whole} came to their end.")
