@@ -49,6 +49,9 @@ BASE: Final = "least-request"
 FASTER, SLOTS = 4.0, 0.5
 #: Tokens that a stream sends at a time: an event for each would be most of the machine's work.
 INTERVAL: Final = 16
+#: How long a pod may take to answer a poll. All pods of a fleet share a process: where a busy machine holds it up, a
+#: second is too little to tell that none of them is there.
+POLL: Final = "5s"
 #: Seconds before the first request, for all that is to be ready.
 LEAD: Final = 0.5
 SEED: Final = 1
@@ -177,6 +180,7 @@ def _started(trial: Trial) -> Iterator[tuple[System, Mapping[str, _Fleet]]]:
         config = {
             "pods": [{"address": f"{pod.host}:{pod.port}", "name": pod.name} for pod in every],
             "models": {strategy: {"strategy": strategy} for strategy in fleets},
+            "discovery": {"timeout": POLL},
         }
         system = stack.enter_context(System([], config, store=False))
         until(lambda: sum(pod["ready"] for pod in system.admin("/admin/pods")) == len(every), "all pods are ready")
