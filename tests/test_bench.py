@@ -43,6 +43,7 @@ from tests.bench.rows import (
 )
 from tests.bench.ways import fixed
 from tests.envoy import validate
+from tests.system import DEADLINE
 
 BACKEND = "127.0.0.1:8000"
 PLAIN = Figures(100.0, 50.0, 10.0, 1.0, 2.0, 1000.0, 1 << 20, 1000, 0)
@@ -178,14 +179,33 @@ def test_the_answers_ask_for_as_many_messages_as_were_named(messages: int, heade
     assert (answers["response_headers"].mode_override.response_body_mode == ProcessingMode.STREAMED) is body
 
 
+class Closing(Responder):
+    """A responder that knows when its connection is gone."""
+
+    def __init__(self) -> None:
+        super().__init__(replies(BACKEND, 4))
+        self.gone = asyncio.get_running_loop().create_future()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self.gone.set_result(None)
+
+
 @asynccontextmanager
 async def responder() -> AsyncIterator[grpc.aio.StreamStreamCall[ProcessingRequest, ProcessingResponse]]:
-    server = await asyncio.get_running_loop().create_server(lambda: Responder(replies(BACKEND, 4)), "127.0.0.1", 0)
+    made: list[Closing] = []
+
+    def meet() -> Closing:
+        made.append(Closing())
+        return made[-1]
+
+    server = await asyncio.get_running_loop().create_server(meet, "127.0.0.1", 0)
     async with server, grpc.aio.insecure_channel(f"127.0.0.1:{server.sockets[0].getsockname()[1]}") as channel:
         begin: Any = channel.stream_stream(
             f"/{extproc.SERVICE}/{extproc.METHOD}", ProcessingRequest.SerializeToString, ProcessingResponse.FromString
         )
         yield begin()  # the stubs want the messages at once
+    async with asyncio.timeout(DEADLINE):
+        await asyncio.gather(*(each.gone for each in made))
 
 
 async def test_the_bare_h2_responder_answers_each_message_in_its_kind() -> None:

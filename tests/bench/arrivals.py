@@ -111,4 +111,7 @@ async def play(
                 found[model].failed.append(answer)
             else:
                 found[model].done.append(answer)
+    for client in idle:
+        client.close()
+    await asyncio.sleep(0)  # they are gone a turn of the loop later
     return found
