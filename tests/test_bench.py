@@ -180,11 +180,15 @@ def test_the_answers_ask_for_as_many_messages_as_were_named(messages: int, heade
 
 
 class Closing(Responder):
-    """A responder that knows when its connection is gone."""
+    """A responder that can be ended: gRPC keeps a connection for a while after its channel is closed."""
 
     def __init__(self) -> None:
         super().__init__(replies(BACKEND, 4))
         self.gone = asyncio.get_running_loop().create_future()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        self.end = transport.close
 
     def connection_lost(self, error: Exception | None) -> None:
         self.gone.set_result(None)
@@ -204,6 +208,8 @@ async def responder() -> AsyncIterator[grpc.aio.StreamStreamCall[ProcessingReque
             f"/{extproc.SERVICE}/{extproc.METHOD}", ProcessingRequest.SerializeToString, ProcessingResponse.FromString
         )
         yield begin()  # the stubs want the messages at once
+    for each in made:
+        each.end()
     async with asyncio.timeout(DEADLINE):
         await asyncio.gather(*(each.gone for each in made))
 
