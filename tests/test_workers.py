@@ -305,11 +305,14 @@ gateway_pods{{state="ready"}} {pods}.0
 # HELP gateway_requests_in_flight Requests.
 # TYPE gateway_requests_in_flight gauge
 gateway_requests_in_flight {flying}.0
+# HELP gateway_requests_queued Requests.
+# TYPE gateway_requests_queued gauge
+gateway_requests_queued {queued}.0
 """
 
 
-def page(requests: int, pods: int = 0, flying: int = 0) -> str:
-    return PAGE.format(requests=requests, pods=pods, flying=flying)
+def page(requests: int, pods: int = 0, flying: int = 0, queued: int = 0) -> str:
+    return PAGE.format(requests=requests, pods=pods, flying=flying, queued=queued)
 
 
 def samples(totals: Totals) -> dict[str, float]:
@@ -320,8 +323,8 @@ def samples(totals: Totals) -> dict[str, float]:
 
 def test_counters_and_shares_are_added_and_what_all_see_is_not() -> None:
     totals = Totals()
-    totals.seen(1, page(3, pods=4, flying=5))
-    totals.seen(2, page(10, pods=3, flying=1))
+    totals.seen(1, page(3, pods=4, flying=5, queued=2))
+    totals.seen(2, page(10, pods=3, flying=1, queued=7))
     assert samples(totals) == {
         "gateway_requests_total": 13.0,
         "gateway_decision_seconds_bucket0.001": 13.0,
@@ -330,6 +333,7 @@ def test_counters_and_shares_are_added_and_what_all_see_is_not() -> None:
         "gateway_decision_seconds_sum": 2e-05,
         "gateway_pods": 4.0,
         "gateway_requests_in_flight": 6.0,
+        "gateway_requests_queued": 9.0,
     }
 
 

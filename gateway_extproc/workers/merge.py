@@ -15,8 +15,8 @@ import msgspec
 #: Gauges of which each worker has its own share. Of the others all speak of the same thing, and the highest holds.
 SHARES: Final = frozenset(
     {
-        "gateway_requests_in_flight", "gateway_pod_requests_in_flight", "gateway_envoys", "process_open_fds",
-        "process_resident_memory_bytes", "process_virtual_memory_bytes",
+        "gateway_requests_in_flight", "gateway_pod_requests_in_flight", "gateway_requests_queued", "gateway_envoys",
+        "process_open_fds", "process_resident_memory_bytes", "process_virtual_memory_bytes",
     }
 )  # fmt: skip
 
