@@ -34,6 +34,7 @@ from tests.bench import (
 )
 from tests.bench.figures import Figures, stage_of
 from tests.bench.rows import CHECKED, STAGES, Stage
+from tests.kubernetes import speed
 
 #: Seconds of load for each figure where none is meant to be looked at.
 QUICK = 0.2
@@ -49,6 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return storm.main(args.storm)
     if args.faults:
         return faults.main()
+    if args.kubernetes:
+        return speed.main(0.1 if args.quick else 1.0)
     if args.picker:
         return picker.main()
     if args.picks:
@@ -121,6 +124,7 @@ def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--storm", metavar="REQUESTS", type=int, help="whether users are charged what pods served, come what may"
     )
     parser.add_argument("--faults", action="store_true", help="what pods that fail cost a loaded system's requests")
+    parser.add_argument("--kubernetes", action="store_true", help="how soon a cluster's changes are seen")
     parser.add_argument("--picker", action="store_true", help="what requests cost that only ask for their endpoint")
     parser.add_argument("--strategies", action="store_true", help="what strategies are worth, on real processes")
     parser.add_argument("--picks", action="store_true", help="what choosing a pod costs, by strategy and pods")

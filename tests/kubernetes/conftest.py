@@ -95,17 +95,22 @@ def namespace(api: Api) -> str:
 @pytest.fixture(scope="session")
 def defined(shared_cluster: Cluster, network: Network) -> None:
     """The definitions of the Gateway API and of Envoy Gateway."""
-    api = shared_cluster.api
     with network.entered():
-        for file in definitions():
-            for content in yaml.safe_load_all(file.read_text()):
-                if content and content["kind"] == "CustomResourceDefinition":
-                    path = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions"
-                    # Too large for the strict decoder's patience, and not ours to check.
-                    api.ask("POST", path, content)
+        define(shared_cluster)
 
-        def established() -> bool:
-            """They can be listed; until then they are refused."""
-            return all("items" in api.get(f"{root}/{kind}") for root, kind in DEFINED)
 
-        shared_cluster.until(established, "kube-apiserver")
+def define(cluster: Cluster) -> None:
+    """Have the cluster know the objects of the Gateway API and of Envoy Gateway."""
+    api = cluster.api
+    for file in definitions():
+        for content in yaml.safe_load_all(file.read_text()):
+            if content and content["kind"] == "CustomResourceDefinition":
+                path = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions"
+                # Too large for the strict decoder's patience, and not ours to check.
+                api.ask("POST", path, content)
+
+    def established() -> bool:
+        """They can be listed; until then they are refused."""
+        return all("items" in api.get(f"{root}/{kind}") for root, kind in DEFINED)
+
+    cluster.until(established, "kube-apiserver")
