@@ -99,7 +99,7 @@ def test_a_stream_that_waits_too_long_for_its_first_byte_goes_to_another_pod(sys
 
 
 def test_an_answer_that_is_not_streamed_waits_for_the_models_whole_time(system: Shared) -> None:
-    system.reconfigure(models={M: {"first_byte_timeout": "300ms", "timeout": "2s"}})
+    system.have_patience(2000, first_byte_timeout="300ms")
     with system.busy(1):
         system.fault(0, "hang")
         answer = system.chat(x_request_id="plain")

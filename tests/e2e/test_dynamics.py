@@ -6,6 +6,7 @@ import contextlib
 import http.client
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -134,6 +135,16 @@ class Shared(System):
         before = self.reloads()
         self.write_config(**sections)
         until(lambda: self.reloads() > before, "the file is taken up")
+
+    def have_patience(self, milliseconds: int, **model: Any) -> None:
+        """Let Envoy wait so long for a pod. Its routes say that: wait until it has them."""
+        self.reconfigure(models={M: {"timeout": f"{milliseconds}ms", **model}})
+
+        def told() -> bool:
+            dump = request(self.envoy_admin_port, "GET", "/config_dump?resource=dynamic_route_configs").body.decode()
+            return milliseconds in {1000 * float(each) for each in re.findall(r'"idle_timeout": "([0-9.]+)s"', dump)}
+
+        until(told, f"Envoy waits {milliseconds} ms")
 
     def stop_gateway(self) -> float:
         """SIGTERM; the seconds that it took. It must be content."""
@@ -661,7 +672,7 @@ def test_a_model_without_retries_has_none(system: Shared) -> None:
 
 
 def test_a_pod_that_taken_silent_is_given_up_after_the_models_time_and_no_other_is_asked(system: Shared) -> None:
-    system.reconfigure(models={M: {"timeout": "300ms"}})
+    system.have_patience(300)
     system.fault(0, "hang")
     with system.busy(1):
         answer = system.chat(x_request_id="silent")
