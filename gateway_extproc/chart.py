@@ -134,8 +134,6 @@ def values_schema() -> Schema:
                 "maxUnavailable": {"anyOf": [_COUNT, {"type": "string", "pattern": "^[0-9]{1,3}%$"}]},
             }),
             "resources": resources,
-            # The most that anybody waits for a node to be drained.
-            "drainSeconds": {"type": "integer", "minimum": 0, "maximum": 3600},
             "podAnnotations": _TEXTS,
             "podLabels": _TEXTS,
             **placement,

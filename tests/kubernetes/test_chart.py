@@ -188,6 +188,22 @@ def test_envoy_waits_longer_than_the_gateway_ever_does(tmp_path: Path) -> None:
     assert yaml.safe_load(mapped["data"]["gateway.yaml"])["envoy"] == {"message_timeout": "63500ms"}
 
 
+@pytest.mark.parametrize(
+    ("drain", "grace"), [(None, 320), ("90s", 110), ("0.5m", 50), ("250ms", 21), (0, 20), ("0s", 20)]
+)
+def test_pods_have_as_long_to_end_as_answers_may_take(drain: str | int | None, grace: int, tmp_path: Path) -> None:
+    assert not (reason := missing("helm")), reason
+    made = Helm(tmp_path).template("models", {} if drain is None else {"config": {"listen": {"drain": drain}}})
+    (pods,) = (
+        each["spec"]["template"]["spec"]
+        for each in made
+        if each["kind"] == "Deployment" and each["metadata"]["name"] == "models-gateway-extproc"
+    )
+    (mapped,) = (each for each in made if each["kind"] == "ConfigMap")
+    written = yaml.safe_load(mapped["data"]["gateway.yaml"])["listen"]["drain"]
+    assert (pods["terminationGracePeriodSeconds"], written) == (grace, "5m" if drain is None else drain)
+
+
 class Installed:
     """A release in a namespace of its own, whose pods run."""
 
@@ -232,7 +248,7 @@ def installed(
 
 def test_a_release_is_installed_changed_and_leaves_nothing(installed: Installed) -> None:
     helm, name = installed.helm, "models-gateway-extproc"
-    values: dict[str, Any] = {"namespaces": [installed.namespace], "drainSeconds": 1}
+    values: dict[str, Any] = {"namespaces": [installed.namespace]}
     notes = installed.install("models", values)
     assert f"Gateway {installed.namespace}/{name}" in notes
     assert {each.component for each in installed.kubelet.pods("gateway")} == {"gateway"}
@@ -275,7 +291,7 @@ def test_a_release_is_installed_changed_and_leaves_nothing(installed: Installed)
 
 
 def test_two_releases_are_beside_each_other_whatever_they_are_called(installed: Installed) -> None:
-    values = {"namespaces": [installed.namespace], "drainSeconds": 0, "replicas": 1}
+    values = {"namespaces": [installed.namespace], "replicas": 1}
     for name in ("first", "gateway-extproc"):
         installed.install(name, values)
     until(lambda: len(installed.kubelet.pods("gateway")) == 2)

@@ -63,8 +63,8 @@ class Served:
         self.values: dict[str, Any] = {
             "gateway": {"port": PORT},
             "namespaces": [self.namespace],
-            "drainSeconds": 1,
             "config": {
+                "listen": {"drain": "1s"},
                 "routing": {"expose": True},
                 "users": [{"name": "limited", "rpm": 1}, {"name": "counted", "tpm": 1000}],
                 "models": {"slow": {"timeout": "500ms", "retries": 0}},

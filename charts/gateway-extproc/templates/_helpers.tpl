@@ -135,6 +135,7 @@ must leave.
 {{- $limits := default dict $config.limits -}}
 {{- $_ := set $listen "grpc" (printf "%s:9002" .Values.listenAddress) -}}
 {{- $_ := set $listen "http" (printf "%s:9090" .Values.listenAddress) -}}
+{{- if not (hasKey $listen "drain") -}}{{- $_ := set $listen "drain" "5m" -}}{{- end -}}
 {{- $_ := set $admin "token_file" "/etc/gateway-secret/admin-token" -}}
 {{- if .Values.store.existingSecret -}}
 {{- $_ := set $store "url_file" "/etc/gateway-store/url" -}}
@@ -162,6 +163,12 @@ must leave.
 {{- $_ := set $config "usage" $usage -}}
 {{- end -}}
 {{- toYaml $config -}}
+{{- end -}}
+
+{{/* listen.drain of it, in whole seconds. */}}
+{{- define "gateway.drain" -}}
+{{- $drain := (include "gateway.config" . | fromYaml).listen.drain -}}
+{{- div (add (include "gateway.milliseconds" $drain | int64) 999) 1000 -}}
 {{- end -}}
 
 {{/* What of it the controller reads, without what would need a secret. */}}
