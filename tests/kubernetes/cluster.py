@@ -74,6 +74,18 @@ class Network:
             _checked(_libc.setns(before, _NEWNET))
             os.close(before)
 
+    @staticmethod
+    def cut(address: str) -> None:
+        """What is sent to this address from now on goes nowhere, in the network that this thread is in; the sender is
+        not told."""
+        name = "nowhere"  # one end of a cable, at whose other end nobody is who would take it
+        if name not in (each for _, each in socket.if_nameindex()):
+            subprocess.run(["ip", "link", "add", name, "type", "veth", "peer", "name", "nobody"], check=True)
+            for end in (name, "nobody"):
+                subprocess.run(["ip", "link", "set", end, "up", "arp", "off"], check=True)
+        # Of local addresses the narrowest route wins.
+        subprocess.run(["ip", "route", "replace", address, "dev", name, "table", "local"], check=True)
+
     def close(self) -> None:
         os.close(self._namespace)
 

