@@ -27,6 +27,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from ipaddress import IPv4Address
+from itertools import count
 from pathlib import Path
 from typing import Any, Final
 
@@ -53,6 +54,8 @@ PROBE: Final = 1.0
 #: Where a ServiceAccount's token is (/var/run is a link to /run).
 ACCOUNT: Final = "/run/secrets/kubernetes.io/serviceaccount"
 HOSTS: Final = "/etc/hosts"
+#: Addresses are given once in a run: nobody can take a new pod for an old one, or gets one that leads nowhere.
+_numbers: Final = count()
 _ROOT: Final = Path(__file__).parents[2]
 #: Over the machine's root a layer in memory, which nobody else sees and the container cannot write to.
 _CONTAINER: Final = """
@@ -79,7 +82,6 @@ class Kubelet:
         self._api = cluster.api
         self._directory = directory
         self._running: dict[str, Pod] = {}
-        self._number = 0
         self._ended = threading.Event()
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="kubelet")
@@ -160,8 +162,7 @@ class Kubelet:
                 return
             if not spec.get("nodeName"):
                 self._api.create(f"{path}/binding", {"metadata": {"name": metadata["name"]}, "target": {"name": NODE}})
-            self._number += 1
-            pod = Pod(self._cluster, self._directory, path, found, FIRST + self._number)
+            pod = Pod(self._cluster, self._directory, path, found, FIRST + next(_numbers))
             self._running[metadata["uid"]] = pod
             self._api.status(path, ip=pod.ip)
         elif pod.forgotten:
@@ -418,5 +419,7 @@ class Pod:
         return {key: base64.b64decode(value) for key, value in found.items()}
 
     def _port(self, named: str | int) -> int:
-        declared: dict[str, int] = {each["name"]: each["containerPort"] for each in self._container["ports"]}
-        return named if isinstance(named, int) else declared[named]
+        if isinstance(named, int):
+            return named
+        (port,) = (each["containerPort"] for each in self._container["ports"] if each.get("name") == named)
+        return int(port)
