@@ -138,6 +138,11 @@ class EnvoyGateway:
         self._until(lambda: _listens(port), process)
         return process
 
+    def start(self) -> None:
+        """Start it again after ``process`` was ended, and wait until it serves."""
+        self.process.start()
+        self._until(lambda: _listens(XDS_PORT), self.process)
+
     def close(self) -> None:
         self._parts.close()
 

@@ -199,7 +199,11 @@ def _away(rolled: Rolled, path: str, streams: Streams) -> None:
     rolled.cluster.kill("kube-apiserver")
     streams.ends()
     rolled.cluster.start_api()
-    rolled.eg.process.start()
+    rolled.eg.start()
+    # Kubernetes' controllers are back, and Envoy has found Envoy Gateway again, when these are done.
+    rolled.scale(path, 4)
+    until(partial(rolled.is_rolled, path), "it has grown", RETURN)
+    rolled.model("after", 1)
     _roll(rolled, path, streams)
 
 

@@ -165,10 +165,10 @@ class Served:
         return last[0]
 
     def admin(self, path: str) -> list[Any]:
-        """What the admin side of each gateway says."""
+        """What the admin side of each gateway says, but for those that come or go."""
         secret = self.api.get(f"/api/v1/namespaces/{self.system}/secrets/{self.name}")["data"]
         headers = {"authorization": f"Bearer {base64.b64decode(secret['admin-token']).decode()}"}
-        pods = self.kubelet.pods("gateway")
+        pods = [pod for pod in self.kubelet.pods("gateway") if pod.told and not pod.leaving]
         return [request(9090, "GET", path, headers=headers, host=pod.ip).json for pod in pods]
 
     def known(self, model: str, pods: int = 1) -> bool:

@@ -135,7 +135,7 @@ def test_traffic_goes_on_while_the_control_plane_is_away_and_all_converges_after
         rolled.kubelet.of("goes-on")[dead].kill()
         load.more(200)
         rolled.cluster.start_api()
-        rolled.eg.process.start()
+        rolled.eg.start()
         rolled.scale(path, 4)
         until(partial(rolled.is_rolled, path), "it has grown", RETURN)
         rolled.model("new-after", 1)
