@@ -323,7 +323,7 @@ class Pod:
         given = self._expanded(self._container.get("args", []), self._environment())
         words = [*(self._container.get("command") or program), *given]
         # Its own address is not that of other pods on this machine.
-        return [word.replace("--bind '*'", f"--bind {self.ip}") for word in words]
+        return [word.replace("--bind '*'", f"--bind {self.ip}").replace("0.0.0.0", self.ip) for word in words]
 
     @staticmethod
     def _expanded(texts: Iterable[str], known: Mapping[str, str]) -> list[str]:

@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from functools import partial
 
 import pytest
+import yaml
 
 from gateway_extproc.core import refusal
-from tests.kubernetes.chart import VALUES
+from tests.kubernetes.chart import CHART, VALUES
 from tests.kubernetes.cluster import Cluster, Network
 from tests.kubernetes.conftest import missing
 from tests.kubernetes.served import ENVOY, NAME, PORT, RELEASE, ROUTES, Served
@@ -42,6 +43,23 @@ def test_label_a_deployment_and_its_model_answers(served: Served) -> None:
 
     until(both)
     served.api.delete(path)
+    assert served.until_chat("llama-8b", 404).error["code"] == "model_not_found"
+
+
+def test_the_example_of_the_documents_answers_as_it_stands(served: Served) -> None:
+    until(lambda: not served.kubelet.of("llama"), "no other of that name is left")
+    example = yaml.safe_load((CHART.parent / "examples" / "simulated.yaml").read_text())
+    served.api.create(f"/apis/apps/v1/namespaces/{served.namespace}/deployments", example)
+    served.until_chat("llama-8b", 200)
+    until(lambda: served.known("llama-8b", 2))
+    path = f"/apis/apps/v1/namespaces/{served.namespace}/deployments/llama"
+    (told,) = (each for each in served.api.get(path)["status"]["conditions"] if each["type"] == "ModelRouted")
+    assert (told["status"], told["reason"]) == ("True", "Routed")
+    pods = served.kubelet.of("llama")
+    served.api.delete(path)
+    # Their preStop has found nothing in progress, and they have gone by themselves.
+    until(lambda: not served.kubelet.of("llama"), "they have gone")
+    assert len(pods) == 2
     assert served.until_chat("llama-8b", 404).error["code"] == "model_not_found"
 
 
