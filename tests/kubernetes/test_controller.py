@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from itertools import count
 from pathlib import Path
@@ -292,6 +292,53 @@ async def test_while_the_cluster_has_no_gateway_api_it_is_told_and_once_it_has_a
             await until(lambda: models.names() == {"services/a-model", "httproutes/m-router"})
             road.absent = set()
             await until(lambda: models.names() == OBJECTS and models.condition(path) == ("True", "Routed"))
+
+
+async def test_definitions_that_lack_a_field_are_told_and_the_route_is_there_all_the_same(models: Models) -> None:
+    """As those of an older Envoy Gateway do."""
+    definitions = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions"
+    path = f"{definitions}/backendtrafficpolicies.gateway.envoyproxy.io"
+
+    def define(change: Callable[[dict[str, Any]], object]) -> None:
+        """With a field more or less, and wait until the API server goes by it."""
+        definition = models.api.get(path)
+        change(definition["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["spec"]["properties"])
+        models.api.ask("PUT", path, definition)
+
+    newer: dict[str, Any] = {}
+    define(lambda fields: newer.update(tcpKeepalive=fields.pop("tcpKeepalive")))
+    policies = f"/apis/gateway.envoyproxy.io/v1alpha1/namespaces/{models.namespace}/backendtrafficpolicies"
+    probe = {
+        "apiVersion": "gateway.envoyproxy.io/v1alpha1", "kind": "BackendTrafficPolicy", "metadata": {"name": "probe"},
+        "spec": {
+            "targetRefs": [{"group": GATEWAY_API, "kind": "HTTPRoute", "name": "x"}], "tcpKeepalive": {"probes": 3},
+        },
+    }  # fmt: skip
+
+    def known() -> bool:
+        """Whether the API server knows the field."""
+        try:
+            models.api.ask("POST", f"{policies}?fieldValidation=Strict&dryRun=All", probe)
+        except Refused as error:
+            return "tcpKeepalive" not in str(error)
+        return True
+
+    try:
+        await until(lambda: not known())
+        workload = models.deployment("a")
+        async with models.controlled():
+            await until(lambda: models.condition(workload) == ("False", "WriteFailed"))
+            (condition,) = (
+                each for each in models.api.get(workload)["status"]["conditions"] if each["type"] == CONDITION
+            )
+            assert "BackendTrafficPolicy m-router" in condition["message"]
+            assert "tcpKeepalive" in condition["message"]
+            assert models.names() == {"services/a-model", "httproutes/m-router"}
+            define(lambda fields: fields.update(newer))
+            await until(lambda: models.condition(workload) == ("True", "Routed") and models.names() == OBJECTS)
+    finally:
+        define(lambda fields: fields.update(newer))
+        await until(known)
 
 
 @pytest.mark.parametrize(
