@@ -13,19 +13,19 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any, Final, NamedTuple
+from typing import Any, ClassVar, Final, NamedTuple
 
 import yaml
 
 from gateway_extproc.kubernetes.controller import CONDITION
 from tests.bench import report
 from tests.bench.goals import Goal, judged, missed
-from tests.kubernetes.cluster import DEADLINE, Cluster, Network
+from tests.kubernetes.cluster import DEADLINE, NODE, Cluster, Network
 from tests.kubernetes.conftest import NEEDED, define, missing
-from tests.kubernetes.serving import NAME, ROUTES, Served
+from tests.kubernetes.served import LABEL, ROUTES, Served
 from tests.system import Process, request
 from tests.system import until as settled
 
@@ -36,7 +36,7 @@ MODELS, PODS_EACH = 200, 5
 STEADY: Final = 40.0
 #: Seconds between two looks, which all times are rounded up to.
 GAP: Final = 0.01
-MANY: Final = "many"
+MANY, PLAYED = "many", "played"
 _WRITES: Final = re.compile(r"^apiserver_request_total\{(.*?)\} (\S+)$", re.MULTILINE)
 _SAID: Final = re.compile(r'(\w+)="([^"]*)"')
 
@@ -64,6 +64,12 @@ GOALS: Final[Sequence[Goal[Found]]] = (
 )  # fmt: skip
 
 
+class Everywhere(Served):
+    """Models of any namespace are served, so of one, too, of which the kubelet does not know."""
+
+    own_values: ClassVar[Mapping[str, Any]] = {"namespaces": []}
+
+
 def main(part: float = 1.0) -> int:
     """Prints the figures, and the goals; 1 where one is missed, 3 where the programs are not there. ``part`` of all
     trials, models and seconds."""
@@ -79,9 +85,9 @@ def main(part: float = 1.0) -> int:
         define(cluster.start())
         models, steady = round(MODELS * part), STEADY * part
         many = _many(cluster, directory, models, steady)
-        served = Served(cluster, directory)
+        served = Everywhere(cluster, network, directory)
         parts.callback(served.close)
-        found = Found(*_times(served, directory, max(1, round(TRIALS * part))), **many)
+        found = Found(*_times(served, directory, max(1, round(TRIALS * part)), parts), **many)
     rows = [["from", "to", "seconds: middle, slowest"]]
     rows += [
         [begin, end, f"{median(each):.2f}, {max(each):.2f}"]
@@ -101,16 +107,18 @@ def main(part: float = 1.0) -> int:
 # --- times -----------------------------------------------------------------------------------------------------------
 
 
-def _times(served: Served, directory: Path, trials: int) -> tuple[list[float], list[float]]:
+def _times(
+    served: Served, directory: Path, trials: int, parts: contextlib.ExitStack
+) -> tuple[list[float], list[float]]:
     served.deployment("warm", "warm")
-    served.run_pods("warm", "warm")
     served.until_chat("warm", 200)
+    served.namespace = served.api.namespace(PLAYED)
     ready, model = [], []
     for trial in range(trials):
         name = f"ready-{trial}"
-        served.deployment(name, name)
+        served.deployment(name, name, pods={"nodeName": NODE})
         pod = _pod(served, name)
-        ip = _server(served, directory, name, 2 * trial)
+        ip = _server(parts, directory, name, 2 * trial)
         route = f"/apis/{ROUTES}/namespaces/{served.namespace}/httproutes/{name}-router"
         settled(lambda route=route: served.api.get(route) and served.accepted(route.removeprefix("/apis/")), route)  # type: ignore[misc]
         began = time.monotonic()
@@ -118,9 +126,9 @@ def _times(served: Served, directory: Path, trials: int) -> tuple[list[float], l
         ready.append(_answered(served, name) - began)
 
         name = f"model-{trial}"
-        ip = _server(served, directory, name, 2 * trial + 1)
+        ip = _server(parts, directory, name, 2 * trial + 1)
         began = time.monotonic()
-        served.deployment(name, name)
+        served.deployment(name, name, pods={"nodeName": NODE})
         served.api.status(_pod(served, name), ip=ip, ready=True)
         model.append(_answered(served, name) - began)
     return ready, model
@@ -133,11 +141,11 @@ def _pod(served: Served, name: str) -> str:
     return f"{path}/{found[0]['metadata']['name']}"
 
 
-def _server(served: Served, directory: Path, model: str, number: int) -> str:
+def _server(parts: contextlib.ExitStack, directory: Path, model: str, number: int) -> str:
     """A model server that answers; its address."""
     ip = f"10.244.210.{number + 1}"
     command = [sys.executable, "-m", "gateway_extproc.simulator", "--model", model, "--host", ip, "--port", "8000"]
-    served.parts.append(Process(f"pod-{ip}", command, directory / f"server-{ip}.log"))
+    parts.callback(Process(f"pod-{ip}", command, directory / f"server-{ip}.log").kill)
 
     def answers() -> bool:
         with contextlib.suppress(OSError):
@@ -170,7 +178,7 @@ def _many(cluster: Cluster, directory: Path, models: int, steady: float) -> dict
     })  # fmt: skip
     cluster.start_controllers("deployment-controller", "replicaset-controller")
     for number in range(models):
-        labels = {NAME: f"model-{number}", "app": f"app-{number}"}
+        labels = {LABEL: f"model-{number}", "app": f"app-{number}"}
         container = {"name": "server", "image": "vllm", "ports": [{"containerPort": 8000}]}
         api.create(f"/apis/apps/v1/namespaces/{MANY}/deployments", {
             "metadata": {"name": f"app-{number}", "labels": labels},
