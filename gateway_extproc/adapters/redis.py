@@ -364,7 +364,9 @@ class RedisStore:
         # Among them and the notes, those that a node takes only where it is told that it was asked to.
         self._asking: set[_Command] = set()
         self._sending = False
+        # When it is due (event-loop time): uvloop's own handle can't tell where that had passed when it was set.
         self._timer: asyncio.TimerHandle | None = None
+        self._due = 0.0
         self._late = False
         # Until when (event-loop time) questions are not kept waiting for another attempt to connect, and why.
         self._away_until = 0.0
@@ -493,7 +495,7 @@ class RedisStore:
             return
         loop = asyncio.get_running_loop()
         if self._timer is None:
-            self._timer = loop.call_later(self._timeout, self._look)
+            self._look_at(loop.time() + self._timeout, loop)
         link = self._link
         if link is None:
             if self._connecting is None:
@@ -511,16 +513,19 @@ class RedisStore:
         if batch:
             link.send(batch)
 
+    def _look_at(self, due: float, loop: asyncio.AbstractEventLoop) -> None:
+        self._due = due
+        self._timer = loop.call_at(due, self._look)
+
     def _look(self) -> None:
         """Answer those whose time is over, and give up a connection that owes answers and is silent. Runs at least
         once within every time-out as long as anything is on its way."""
         loop = asyncio.get_running_loop()
         now = loop.time()
-        assert self._timer is not None
-        if now - self._timer.when() > LATE and not self._late:
+        if now - self._due > LATE and not self._late:
             # The loop was busy, not Redis: the answers may be here already, and are read before the next look.
             self._late = True
-            self._timer = loop.call_later(LATE, self._look)
+            self._look_at(now + LATE, loop)
             return
         self._late = False
         link = self._link
@@ -536,7 +541,10 @@ class RedisStore:
         while self._waiting and (self._waiting[0].deadline <= now or not self._waiting[0].wanted):
             self._waiting.popleft()
         # Whatever is told below may ask again.
-        self._timer = loop.call_at(soon, self._look) if in_flight or self._waiting else None
+        if in_flight or self._waiting:
+            self._look_at(soon, loop)
+        else:
+            self._timer = None
         for asked in overdue:
             asked.fail(NO_ANSWER)
         if link is not None and link.in_flight and now - link.heard > self._timeout + GRACE:

@@ -130,7 +130,7 @@ class _Split:
     """An admission whose windows lie in several slots, taken one after another. What ``tell`` hears comes once, within
     the time-out of one question; None once it was told or nobody wants it any more."""
 
-    __slots__ = ("_admission", "_asked", "_denial", "_looks", "_parts", "_store", "_taken", "_tell", "_timer")
+    __slots__ = ("_admission", "_asked", "_denial", "_due", "_looks", "_parts", "_store", "_taken", "_tell", "_timer")
 
     def __init__(
         self, store: ClusterStore, admission: Admission, parts: tuple[_Part, ...], tell: Callable[[Answer], None]
@@ -144,7 +144,9 @@ class _Split:
         self._asked: dict[int, Question] = {}
         self._denial: Denied | None = None
         self._looks: dict[int, Answer | None] = {}
-        self._timer = asyncio.get_running_loop().call_later(store.timeout, self._late)
+        loop = asyncio.get_running_loop()
+        self._due = loop.time() + store.timeout
+        self._timer = loop.call_at(self._due, self._late)
 
     @property
     def wanted(self) -> bool:
@@ -232,7 +234,7 @@ class _Split:
 
     def _late(self, waited: bool = False) -> None:
         loop = asyncio.get_running_loop()
-        if not waited and loop.time() - self._timer.when() > LATE:
+        if not waited and loop.time() - self._due > LATE:
             # The loop was busy: the answer may be here already.
             self._timer = loop.call_later(LATE, self._late, True)
         elif self._denial is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ssl
+import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
@@ -196,6 +197,38 @@ def test_another_event_loop_serves_as_well(valkey: Valkey) -> None:
             assert await counted(store) == (20, 45)
 
     uvloop.run(use(valkey.url))
+
+
+class Preempted(uvloop.Loop):
+    """An event loop that is kept from running just before it sets a timer, until the timer is due."""
+
+    def call_at(  # type: ignore[override]
+        self, when: float, callback: Callable[..., object], *args: Any, context: Any = None
+    ) -> Any:
+        if when - self.time() < 0.02:
+            until_due = threading.Event()
+            while self.time() < when:
+                until_due.wait(0.001)
+        return super().call_at(when, callback, *args, context=context)
+
+
+def test_time_outs_go_on_where_the_loop_was_kept_from_running_while_it_set_one(own_valkey: Valkey) -> None:
+    async def use(url: str) -> None:
+        async with opened(url, timeout=0.1) as store:
+            await admit(store, asks())
+            own_valkey.pause()
+            for _ in range(3):
+                first = asyncio.create_task(admit(store, asks()))
+                await asyncio.sleep(0.005)
+                second = asyncio.create_task(admit(store, asks()))
+                async with asyncio.timeout(DEADLINE):
+                    for each in (first, second):
+                        with pytest.raises(StoreUnavailable):
+                            await each
+            own_valkey.resume()
+
+    with asyncio.Runner(loop_factory=Preempted) as runner:
+        runner.run(use(own_valkey.url))
 
 
 async def test_options_in_the_address_change_nothing(valkey: Valkey) -> None:

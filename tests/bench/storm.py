@@ -58,7 +58,8 @@ INPUT, OUTPUT = 1_000, 3_000
 ARRIVES = 10.0
 UNTOLD: dict[Source, float] = {"body": 0.05, "access_log": 2 * LOG_FLUSH}
 #: Seconds by which a gateway may hear later than its client that a request has ended, at least: on a busy machine it is
-#: twice what was seen of those that it did hear of.
+#: twice what was seen of those that it did hear of, and as long as an answer took to begin (a gateway that was killed
+#: before it got to run again has no word in the former).
 BEHIND = 0.5
 #: Seconds after which a gateway has told its sums of usage: it does so every second.
 REPORTED = 1.5
@@ -373,7 +374,8 @@ class Storm:
         most: defaultdict[str, list[Charge]] = defaultdict(list)
         served = _served(system)
         heard = [self._ended[one.id].at - one.ended for one in asked if one.ended and one.id in self._ended]
-        self._behind = max(BEHIND, 2 * max(heard, default=0.0))
+        waited = [one.answered - one.began for one in asked if one.answered]
+        self._behind = max(BEHIND, 2 * max(heard, default=0.0), max(waited, default=0.0))
         for one in asked:
             ended = self._ended.get(one.id)
             low, high = self._charged(one, ended, down)

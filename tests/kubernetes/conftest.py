@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
+import tempfile
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
@@ -97,6 +99,19 @@ def defined(shared_cluster: Cluster, network: Network) -> None:
     """The definitions of the Gateway API and of Envoy Gateway."""
     with network.entered():
         define(shared_cluster)
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[tuple[Cluster, Network, Path]]:
+    """A cluster for what is no test, with all definitions, in whose network this thread is; and a folder."""
+    network, cluster = Network(), Cluster()
+    with contextlib.ExitStack() as parts:
+        parts.callback(network.close)
+        directory = Path(parts.enter_context(tempfile.TemporaryDirectory(prefix="kubernetes-")))
+        parts.enter_context(network.entered())
+        parts.callback(cluster.stop)
+        define(cluster.start())
+        yield cluster, network, directory
 
 
 def define(cluster: Cluster) -> None:

@@ -11,7 +11,6 @@ import contextlib
 import http.client
 import re
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,8 +23,7 @@ import yaml
 
 from gateway_extproc.kubernetes.command import LEASE
 from tests.e2e.load import Load, Stream, whole
-from tests.kubernetes.cluster import Cluster, Network
-from tests.kubernetes.conftest import NEEDED, define, missing
+from tests.kubernetes.conftest import NEEDED, alone, missing
 from tests.kubernetes.kubelet import Pod
 from tests.kubernetes.served import ENVOY, NAME, PORT, RELEASE, ROUTES, Served
 from tests.system import request, until
@@ -223,15 +221,7 @@ def main() -> int:
     if reason := missing(*NEEDED, "kube-controller-manager", "envoy-gateway", "helm"):
         print(reason, file=sys.stderr)
         return 3
-    network, cluster = Network(), Cluster()
-    with contextlib.ExitStack() as parts:
-        directory = Path(parts.enter_context(tempfile.TemporaryDirectory(prefix="rolling-")))
-        parts.callback(network.close)
-        parts.enter_context(network.entered())
-        parts.callback(cluster.stop)
-        define(cluster.start())
-        rolled = Rolled(cluster, network, directory)
-        parts.callback(rolled.close)
+    with alone() as found, contextlib.closing(Rolled(*found)) as rolled:
         bare = {**SERVER, "containers": [{**SERVER["containers"][0], "lifecycle": None}]}
         paths = {name: rolled.model(name, 3, pods) for name, pods in (("whole", SERVER), ("bare", bare))}
         print("| under load | answered | refused | failed | slowest | streams begun before | cut |")

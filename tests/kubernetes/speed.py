@@ -11,7 +11,6 @@ import contextlib
 import re
 import signal
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -23,8 +22,8 @@ import yaml
 from gateway_extproc.kubernetes.controller import CONDITION
 from tests.bench import report
 from tests.bench.goals import Goal, judged, missed
-from tests.kubernetes.cluster import DEADLINE, NODE, Cluster, Network
-from tests.kubernetes.conftest import NEEDED, define, missing
+from tests.kubernetes.cluster import DEADLINE, NODE, Cluster
+from tests.kubernetes.conftest import NEEDED, alone, missing
 from tests.kubernetes.served import LABEL, ROUTES, Served
 from tests.system import Process, request
 from tests.system import until as settled
@@ -73,16 +72,10 @@ class Everywhere(Served):
 def main(part: float = 1.0) -> int:
     """Prints the figures, and the goals; 1 where one is missed, 3 where the programs are not there. ``part`` of all
     trials, models and seconds."""
-    if reason := missing(*NEEDED, "kube-controller-manager", "envoy-gateway"):
+    if reason := missing(*NEEDED, "kube-controller-manager", "envoy-gateway", "helm"):
         print(reason, file=sys.stderr)
         return 3
-    network, cluster = Network(), Cluster()
-    with contextlib.ExitStack() as parts:
-        directory = Path(parts.enter_context(tempfile.TemporaryDirectory(prefix="speed-")))
-        parts.callback(network.close)
-        parts.enter_context(network.entered())
-        parts.callback(cluster.stop)
-        define(cluster.start())
+    with alone() as (cluster, network, directory), contextlib.ExitStack() as parts:
         models, steady = round(MODELS * part), STEADY * part
         many = _many(cluster, directory, models, steady)
         served = Everywhere(cluster, network, directory)

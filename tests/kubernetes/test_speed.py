@@ -14,7 +14,7 @@ pytestmark = pytest.mark.long
 
 
 def test_how_soon_changes_are_seen_is_measured() -> None:
-    assert not (reason := missing("kube-controller-manager", "envoy-gateway")), reason
+    assert not (reason := missing("kube-controller-manager", "envoy-gateway", "helm")), reason
     command = [sys.executable, "-m", "tests.bench", "--kubernetes", "--quick"]
     done = subprocess.run(
         command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=300, check=False
