@@ -190,10 +190,12 @@ def test_what_no_pod_took_costs_nothing_and_runs_no_more(system: System) -> None
 def test_prompts_and_answers_are_limited_apart(system: System) -> None:
     reply = system.chat("priced", user="reader", max_tokens=900)
     assert (reply.status, reply.headers["x-ratelimit-limit-tokens"]) == (200, "12")
-    statuses = [system.chat("priced", user="reader").status for _ in range(4)]
-    assert statuses == sorted(statuses)
-    last = system.chat("priced", user="reader", max_tokens=1)
-    refused(last, "rate_limit_exceeded", "tokens of prompts per minute (input_tpm): limit 12")
+    asked = (system.chat("priced", user="reader", max_tokens=1) for _ in range(4))  # there is room for three at most
+    refused(
+        next(reply for reply in asked if reply.status != 200),
+        "rate_limit_exceeded",
+        "tokens of prompts per minute (input_tpm): limit 12",
+    )
     replies = [system.chat("priced", user="writer") for _ in range(3)]  # each has an answer of four
     assert [reply.status for reply in replies] == [200, 200, 429]
     refused(replies[-1], "rate_limit_exceeded", "tokens of answers per minute (output_tpm): limit 9, used 8")

@@ -665,10 +665,11 @@ def test_a_model_without_retries_has_none(system: Shared) -> None:
     with system.busy(1):
         answer = system.chat(x_request_id="never")
         assert (answer.status, answer.body) == (503, b"mine")
-        assert system.saw(1, "never") == 0
-        system.pods[0].kill()
-        answer = system.chat()
-    assert (answer.status, answer.error["code"]) == (502, "upstream_unavailable")
+        request(system.pod_ports[0], "DELETE", "/sim/fault")
+        system.fault(0, "cut-before")
+        answer = system.chat(x_request_id="neither")
+        assert (answer.status, answer.error["code"]) == (502, "upstream_unavailable")
+    assert [(system.saw(0, each), system.saw(1, each)) for each in ("never", "neither")] == [(1, 0), (1, 0)]
 
 
 def test_a_pod_that_taken_silent_is_given_up_after_the_models_time_and_no_other_is_asked(system: Shared) -> None:
