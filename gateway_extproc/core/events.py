@@ -172,7 +172,7 @@ class Route(msgspec.Struct, frozen=True):
 
     set: dict[str, bytes]
     remove: tuple[str, ...]
-    body: bytes | None = None
+    body: Body | None = None
     choices: int = 1
     note: str = ""
     first_byte: float | None = None

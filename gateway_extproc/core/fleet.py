@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import Final
+from typing import Final, NamedTuple
 
 import msgspec
 
@@ -86,6 +86,23 @@ class Pod(msgspec.Struct, frozen=True, eq=False):
         if by_pool and self.pool != other.pool:
             return False
         return self.path_prefix == other.path_prefix and self.api_key == other.api_key
+
+
+class Reach(NamedTuple):
+    """Which pods a request may be given: of those that Envoy ``node`` can route to the ones at the addresses ``among``;
+    None: all."""
+
+    node: str = ""
+    among: frozenset[str] | None = None
+
+    def of(self, pods: Sequence[Pod]) -> Sequence[Pod]:
+        """Those of ``pods`` that are among them, all of which ``node`` can route to."""
+        among = self.among
+        return pods if among is None else [pod for pod in pods if pod.address in among]
+
+
+#: All of them, of whoever asks.
+ANY: Final = Reach()
 
 
 class View(msgspec.Struct, frozen=True):

@@ -193,10 +193,10 @@ def _form_parameters(content_type: str | None) -> str | None:
     return semicolon + parameters if kind.strip().lower() == "multipart/form-data" else None
 
 
-def changed(body: Body, *changes: Splice | None) -> bytes:
-    """The body with these changes, which do not overlap, all else byte for byte as it was; copied once."""
+def changed(body: Body, *changes: Splice | None) -> Body:
+    """The body with these changes, which do not overlap, all else byte for byte as it was; copied once, if at all."""
     if not any(changes):
-        return bytes(body)
+        return body
     view, parts, at = memoryview(body), list[bytes | memoryview](), 0
     for change in sorted((change for change in changes if change is not None), key=lambda change: change.start):
         parts += (view[at : change.start], change.text)

@@ -9,7 +9,7 @@ note that travels with the request is all that is left of it here. Leaves out wh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from enum import IntEnum, auto
 from random import Random
 from typing import Any, Final, Literal
@@ -56,7 +56,7 @@ from .events import (
     Turn,
     Unavailable,
 )
-from .fleet import Fleet, Pod
+from .fleet import Fleet, Pod, Reach
 from .identify import Mode, identify
 from .keys import PREFIX as KEY_PREFIX
 from .keys import Key
@@ -65,7 +65,7 @@ from .naming import Naming
 from .parse import Body, Kind, Piece, Request, Splice, changed, naming, parse_request, route_of
 from .parse import Route as Target
 from .price import Prices
-from .queues import Queues
+from .queues import Place, Queues
 from .refusal import Refusal, Refused
 from .reserve import reserve
 from .store import (
@@ -158,6 +158,13 @@ class World:
         self.started = int(now())
         self.logged = logged
 
+    def next_turn(self, model: str) -> Place | None:
+        """Whose turn it is of those that wait for a pod of ``model``; None while there is room for none of them."""
+        has_room = self.policy.model(model).has_room
+        return self.queues.next(
+            model, lambda reach: any(map(has_room, reach.of(self.fleet.view(reach.node).models.get(model, ()))))
+        )
+
 
 class _State(IntEnum):  # of ints, whose hash costs nothing: the table is asked for every message
     NEW = auto()  # nothing has come yet
@@ -204,16 +211,14 @@ class Session:
     """Feed it events in order; carry out the actions in order. ``node`` names the Envoy that asks."""
 
     __slots__ = (
-        "_admission", "_admitted", "_among", "_asked", "_carry", "_ended", "_headers", "_key", "_lease", "_leaving",
-        "_mixed", "_model", "_name", "_node", "_note", "_output", "_parts", "_picks", "_prompt", "_reader", "_refused",
-        "_renaming",
+        "_admission", "_admitted", "_asked", "_body", "_carry", "_ended", "_headers", "_key", "_lease", "_leaving",
+        "_mixed", "_model", "_name", "_note", "_output", "_picks", "_prompt", "_reader", "_refused", "_renaming",
         "_request", "_reserved_output", "_shown", "_size", "_state", "_status", "_strategy", "_strip", "_target",
-        "_took", "_topped_up", "_user", "_windows", "_world", "declared_length", "running",
+        "_took", "_topped_up", "_user", "_windows", "_world", "declared_length", "reach", "running",
     )  # fmt: skip
 
     def __init__(self, world: World, node: str = "") -> None:
         self._world = world
-        self._node = node
         self._state = _State.NEW
         self._headers: dict[str, bytes] = {}
         self._target = Target(Kind.UNKNOWN)
@@ -224,8 +229,7 @@ class Session:
         self._mixed: Mixed | None = None
         self._carry = False
         self._picks = False
-        self._among: frozenset[str] | None = None  # the only addresses that may be chosen
-        self._parts: list[Body] = []
+        self._body: Body = b""  # what has come of it so far, and all of it while it is needed again
         self._size = 0
         self._request: Request | None = None
         self._model = ""
@@ -249,6 +253,8 @@ class Session:
         self._refused: Refusal | None = None
         #: Bytes of the body still to come, as the client declared them; None where it did not.
         self.declared_length: int | None = None
+        #: Which pods it may be given.
+        self.reach = Reach(node)
         #: While it counts as running: the admission's id, and the keys of its windows that limit concurrency.
         self.running: tuple[str, tuple[str, ...]] | None = None
 
@@ -273,8 +279,8 @@ class Session:
 
     def _on_headers(self, event: RequestHeaders) -> list[Action]:
         self._carry = event.carry
-        if event.picks and not self._node:  # an Envoy that names itself has its routes from us
-            self._picks, self._among = True, event.among
+        if event.picks and not self.reach.node:  # an Envoy that names itself has its routes from us
+            self._picks, self.reach = True, Reach("", event.among)
         # Kept by name; few requests have one twice.
         headers = self._headers = dict(event.headers)
         repeated = _repeated(event.headers) if len(headers) < len(event.headers) else None
@@ -330,17 +336,17 @@ class Session:
         policy = self._world.policy
         if self._size > policy.max_body_bytes:
             return self._refuse(refusals.request_too_large(policy.max_body_bytes))
-        if not event.end:
-            self._parts.append(event.data)
-            return [Continue()]
-        if not self._parts:
+        if self._body:
+            self._body += event.data
+        elif event.end:
             return self._on_whole_body(event.data)
-        self._parts.append(event.data)
-        return self._on_last_part(event)
+        else:
+            # Not a list of pieces: a client may send them of one byte each, which is fifty as an object.
+            self._body = bytearray(event.data)
+        return self._on_last_part(event) if event.end else [Continue()]
 
     def _on_last_part(self, _: RequestBody | RequestTrailers) -> list[Action]:
-        body = b"".join(self._parts)
-        self._parts.clear()
+        body, self._body = self._body, b""
         return self._on_whole_body(body)
 
     def _on_whole_body(self, body: Body) -> list[Action]:
@@ -357,13 +363,15 @@ class Session:
             return self._refuse(refused.refusal)
         self._request = request
         asked = model = request.model
-        directory, models = policy.directory, world.fleet.view(self._node).models
+        directory, models = policy.directory, world.fleet.view(self.reach.node).models
         name = asked
         if policy.naming.any:
             name = policy.naming.resolved(asked)
             model = self._serving(name) or ""
         pods = models.get(model)
         if pods is None:
+            if self._picks and not any(map(self.reach.of, models.values())):  # for any model
+                return self._refuse(refusals.no_ready_pods(asked))
             return self._refuse(refusals.model_not_found(asked))
         self._model = model
         if not directory.may_use(self._user, name, self._key):
@@ -372,7 +380,7 @@ class Session:
         if settings.locked or self._mixed is None:
             self._strategy = settings.strategy or policy.default_strategy
             self._mixed = world.strategies.named(self._strategy)
-        if not self._eligible(pods):
+        if not self.reach.of(pods):
             return self._refuse(refusals.no_ready_pods(asked))
         if asked != model:
             self._name = asked
@@ -387,7 +395,7 @@ class Session:
             request.stream and not request.include_usage and self._target.may_ask_usage and reserved.counted
         )
         if self._strip or self._carry or self._renaming is not None:  # it is needed again once the question is answered
-            self._parts.append(body)
+            self._body = body
         self._asked = self._asks(prompt, self._mixed.needs)
         admission = Admission(world.new_id(), windows, reserved.tokens, reserved.cost, reserved.shares)
         self._admission = admission
@@ -405,7 +413,7 @@ class Session:
         if session and split:  # the id may be one that a gateway gave, which is for one model
             secret = world.policy.directory.pepper or world.secret
             kept = next((model for model, _ in split if sessions.read(secret, model, session) is not None), "")
-        return world.policy.naming.serving(name, world.fleet.view(self._node).models, key, kept)
+        return world.policy.naming.serving(name, world.fleet.view(self.reach.node).models, key, kept)
 
     def _asks(self, prompt: list[Piece], needs: Need) -> Asked:
         """The request as the strategy sees it; what it does not need is not computed."""
@@ -464,17 +472,17 @@ class Session:
         world, admission = self._world, self._admission
         assert admission is not None
         # Looked up again: pods may have gone while the store was asked.
-        view, now = world.fleet.view(self._node), world.clock()
-        pods = self._eligible(view.models.get(self._model, ()))
+        view, now = world.fleet.view(self.reach.node), world.clock()
+        pods = self.reach.of(view.models.get(self._model, ()))
         if not pods:
             self._took = False
             return self._refuse(refusals.no_ready_pods(self._name or self._model), self._limit_headers())
         settings = world.policy.model(self._model)
-        last = self._eligible(view.cold(self._model, now))
+        last = self.reach.of(view.cold(self._model, now))
         if settings.saturation is not None:
             full = [pod for pod in pods if not settings.has_room(pod)]
-            # Whoever waits already goes first.
-            if len(full) == len(pods) or (self._state is not _State.QUEUED and world.queues.waiting(self._model)):
+            # Whoever waits already goes first, unless it waits for other pods.
+            if len(full) == len(pods) or (self._state is not _State.QUEUED and world.next_turn(self._model)):
                 self._state = _State.QUEUED
                 return [Queue(self._model, self._user or "", settings.queue_size, settings.queue_wait)]
             if full:
@@ -483,7 +491,7 @@ class Session:
         retries = min(settings.retries, world.policy.picked - 1) if self._picks else settings.retries
         choices = 1 + retries if world.fleet.retries.allowed(self._model, now) else 1
         # A probe is for requests that have somewhere else to go.
-        probe = view.probe(self._model, now, self._among) if choices > 1 or not retries else None
+        probe = view.probe(self._model, now, self.reach.among) if choices > 1 or not retries else None
         asked, mixed = self._asked, self._mixed
         assert asked is not None
         assert mixed is not None
@@ -494,8 +502,8 @@ class Session:
         self._asked = msgspec.structs.replace(asked, blocks=()) if asked.blocks else asked
         note = self._note = self._write_note(lease)
         body = None
-        if self._parts:
-            held = self._parts.pop()
+        if self._body:
+            held, self._body = self._body, b""
             assert self._request is not None
             body = changed(held, self._request.asking if self._strip else None, self._renaming)
         change, remove = self._header_changes(lease, note)
@@ -512,31 +520,23 @@ class Session:
         return [Route(change, remove, body, len(note.pods), first_byte=first_byte)]
 
     @property
-    def roomy(self) -> bool:
-        """Whether some pod has room for the request, which waits for that."""
-        world = self._world
-        settings = world.policy.model(self._model)
-        return any(map(settings.has_room, self._eligible(world.fleet.view(self._node).models.get(self._model, ()))))
-
-    @property
     def held(self) -> int:
         """Bytes of the body that are kept while the request waits."""
-        return sum(map(len, self._parts))
+        return len(self._body)
 
     def _on_turn(self, _: Turn) -> list[Action]:
         return self._route()
 
     def _on_overdue(self, event: Overdue) -> list[Action]:
         self._took = False
-        refused = refusals.saturated(self._name or self._model, event.retry_after)
-        if self._picks:  # the protocol keeps 503 for want of an endpoint
-            refused = msgspec.structs.replace(refused, status=429)
+        asked = self._name or self._model
+        if not self.reach.of(self._world.fleet.view(self.reach.node).models.get(self._model, ())):
+            refused = refusals.no_ready_pods(asked)  # those that it waited for have gone
+        else:
+            refused = refusals.saturated(asked, event.retry_after)
+            if self._picks:  # the protocol keeps 503 for want of an endpoint
+                refused = msgspec.structs.replace(refused, status=429)
         return self._refuse(refused, self._limit_headers())
-
-    def _eligible(self, pods: Sequence[Pod]) -> Sequence[Pod]:
-        """Those that whoever asks can reach."""
-        among = self._among
-        return pods if among is None else [pod for pod in pods if pod.address in among]
 
     @property
     def _logged(self) -> bool:
@@ -699,7 +699,7 @@ class Session:
     def _on_early_answer(self, event: ResponseHeaders) -> list[Action]:
         """Envoy answered by itself before the request was routed, for instance 413."""
         self._status = _status_of(dict(event.headers))
-        self._parts.clear()
+        self._body = b""
         self._state = _State.OVER
         return [Respond({}, body=False), Settle(None, self._outcome("envoy"))]
 
@@ -713,7 +713,7 @@ class Session:
     def _refuse(self, refused: Refusal, headers: Mapping[str, str] | None = None) -> list[Action]:
         self._refused = refused
         self._status = refused.status
-        self._parts.clear()
+        self._body = b""
         self._state = _State.OVER
         over = Settle(self._given_back(), self._outcome(refused.reason or refused.code))
         return [Refuse(refused, dict(headers or {}), self._target.anthropic), over, *self._runs_no_more()]
@@ -721,7 +721,7 @@ class Session:
     def _list_models(self, wanted: str) -> list[Action]:
         world = self._world
         directory, naming = world.policy.directory, world.policy.naming
-        models = world.fleet.view(self._node).models
+        models = world.fleet.view(self.reach.node).models
         found = [
             {"id": name, "object": "model", "created": world.started, "owned_by": "gateway"}
             for name in dict.fromkeys((*models, *naming.names()))
@@ -742,7 +742,7 @@ class Session:
     def _on_closed_early(self, event: Closed) -> list[Action]:
         """Nothing was routed yet: the client has gone, or we failed. What a question in flight took, the store's
         adapter gives back, since its caller is gone; what we hold already (we failed in between), we do."""
-        self._parts.clear()
+        self._body = b""
         self._status = CLIENT_GONE if event.how != "failed" else 500
         self._state = _State.CLOSED
         outcome = self._outcome("client_gone" if event.how != "failed" else "internal_error")
@@ -757,7 +757,7 @@ class Session:
     def _is_left(self, event: Closed) -> bool:
         """Whether it is the client that has gone, where no answer was seen. Only an Envoy whose configuration is not
         ours (that one tells its name) may just not show answers, and then says goodbye at once."""
-        return event.how == "reset" or (event.how == "done" and self._node != "")
+        return event.how == "reset" or (event.how == "done" and self.reach.node != "")
 
     def _on_closed_answering(self, event: Closed | Drain) -> list[Action]:
         reader = self._reader

@@ -145,11 +145,9 @@ class ExtProc:
         self._serving = True
         try:
             for model in waits.models():
-                while (place := waits.first(model)) is not None:
+                while (place := self.world.next_turn(model)) is not None:
                     stream = place.whose
                     assert isinstance(stream, _Stream)
-                    if not stream.roomy:
-                        break
                     waits.take(place, self.world.clock())
                     stream.turn()
         finally:
@@ -435,18 +433,13 @@ class _Stream:
             if not self._session.deciding:
                 return
         self._held = True
-        place = self._queued = waits.enter(action.model, action.user, action.size, self)
+        place = self._queued = waits.enter(action.model, action.user, action.size, self, self._session.reach)
         if place is None:
             self._overdue(action)
             return
         self._until = asyncio.get_running_loop().call_later(action.wait, self._overdue, action)
-        if self.roomy:  # it waits for those before it
+        if service.world.next_turn(action.model) is not None:  # it waits for those before it
             asyncio.get_running_loop().call_soon(service.serve_queues)
-
-    @property
-    def roomy(self) -> bool:
-        """Whether a pod has room for it."""
-        return self._session.roomy
 
     def turn(self) -> None:
         """A pod has room."""

@@ -398,7 +398,7 @@ def test_random_bytes_are_refused_or_are_json(body: bytes) -> None:
 
 
 def asked(body: bytes, route: Route = CHAT) -> bytes:
-    return changed(body, parse_request(route, None, body).asking)
+    return bytes(changed(body, parse_request(route, None, body).asking))
 
 
 @pytest.mark.parametrize(

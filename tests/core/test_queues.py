@@ -7,13 +7,19 @@ from collections import defaultdict
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gateway_extproc.core.fleet import ANY, Reach
 from gateway_extproc.core.queues import LONGEST, Place, Queues
+
+
+def first(queues: Queues, model: str = "m") -> Place | None:
+    """Whose turn is next where there is room for everybody."""
+    return queues.next(model, lambda _: True)
 
 
 def served(queues: Queues, now: float = 0.0, model: str = "m") -> list[object]:
     """Everybody's turn, in order."""
     found = []
-    while (place := queues.first(model)) is not None:
+    while (place := first(queues, model)) is not None:
         queues.take(place, now)
         found.append(place.whose)
     return found
@@ -34,9 +40,9 @@ def test_one_who_comes_again_after_its_turn_comes_after_those_that_wait() -> Non
     queues.enter("m", "greedy", 100, "g0")
     queues.enter("m", "greedy", 100, "g1")
     queues.enter("m", "ann", 100, "a0")
-    first = queues.first("m")
-    assert first is not None
-    queues.take(first, 0.0)
+    place = first(queues)
+    assert place is not None
+    queues.take(place, 0.0)
     queues.enter("m", "greedy", 100, "g2")
     assert served(queues) == ["a0", "g1", "g2"]
 
@@ -87,7 +93,7 @@ def test_whatever_happens_nobody_is_lost_and_no_other_user_has_two_turns_before_
             queues.leave(place)
             queues.leave(place)
         elif step == "take" and any(waiting.values()):
-            place = queues.first("m")
+            place = first(queues)
             assert place is not None
             assert waiting[place.user].pop(0) is place
             queues.take(place, 0.0)
@@ -97,3 +103,74 @@ def test_whatever_happens_nobody_is_lost_and_no_other_user_has_two_turns_before_
             before[place.user] = []
     assert queues.waiting("m") == sum(map(len, waiting.values())) == queues.length
     assert len(served(queues)) == sum(map(len, waiting.values()))
+
+
+A, B = Reach("", frozenset("a")), Reach("", frozenset("b"))
+
+
+def test_whoever_waits_for_other_pods_is_passed_and_keeps_its_place() -> None:
+    queues = Queues()
+    for user, whose, reach in [("ann", "a0", A), ("ann", "b0", B), ("bob", "a1", A), ("bob", "any", ANY)]:
+        queues.enter("m", user, 100, whose, reach)
+    assert queues.next("m", {A: False, B: False, ANY: False}.__getitem__) is None
+    order = []
+    for roomy in (B, A, ANY, A):
+        place = queues.next("m", roomy.__eq__)
+        assert place is not None
+        queues.take(place, 0.0)
+        order.append(place.whose)
+    assert order == ["b0", "a1", "any", "a0"]
+    assert queues.next("m", roomy.__eq__) is None
+
+
+def test_room_is_looked_for_once_for_all_that_wait_for_the_same_pods() -> None:
+    queues = Queues()
+    for number in range(100):
+        queues.enter("m", f"u{number}", 100, number, (A, B)[number % 2])
+    asked: list[Reach] = []
+
+    def full(reach: Reach) -> bool:
+        asked.append(reach)
+        return False
+
+    assert queues.next("m", full) is None
+    assert sorted(asked, key=str) == [A, B]
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(["enter", "leave", "take"]), st.sampled_from("xyz"), st.sets(st.sampled_from([A, B, ANY]))
+        ),
+        max_size=60,
+    )
+)
+def test_the_next_is_the_first_in_the_order_of_turns_for_which_there_is_room(
+    steps: list[tuple[str, str, set[Reach]]],
+) -> None:
+    queues = Queues()
+    turns: dict[str, list[Place]] = {}  # in order, each with its places in order
+    for step, user, reaches in steps:
+        if step == "enter":
+            for reach in sorted(reaches, key=str):
+                place = queues.enter("m", user, 1000, object(), reach)
+                assert place is not None
+                turns.setdefault(user, []).append(place)
+            continue
+        if step == "leave":
+            found = turns.get(user, [None])[-1]
+        else:
+            found = next((each for places in turns.values() for each in places if each.reach in reaches), None)
+            assert queues.next("m", reaches.__contains__) is found
+        if found is None:
+            continue
+        if step == "leave":
+            queues.leave(found)
+        else:
+            queues.take(found, 0.0)
+            turns[found.user] = turns.pop(found.user)
+        turns[found.user].remove(found)
+        if not turns[found.user]:
+            del turns[found.user]
+    assert queues.waiting("m") == sum(map(len, turns.values()))
+    assert len(served(queues)) == sum(map(len, turns.values()))

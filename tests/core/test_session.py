@@ -1190,9 +1190,10 @@ def test_a_request_waits_while_all_pods_are_saturated_and_goes_when_it_is_its_tu
     play = Playbook(made).through(headers(user="ann"))
     assert play >> body() << Queue("m", "ann", 7, 3.0)
     assert play.session.deciding
-    assert not play.session.roomy
+    place = made.queues.enter("m", "ann", 7, play, play.session.reach)
+    assert made.next_turn("m") is None
     view_pod(made, "b").load.in_flight = 0
-    assert play.session.roomy
+    assert made.next_turn("m") is place
     assert play >> Turn() << routed("b", "a")
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,7 +19,7 @@ from gateway_extproc.core.events import (
     Route,
 )
 from gateway_extproc.core.naming import Naming
-from gateway_extproc.core.session import DESTINATION, ModelPolicy
+from gateway_extproc.core.session import DESTINATION, ModelPolicy, World
 from tests.core.playbook import (
     Like,
     Playbook,
@@ -115,10 +117,56 @@ def test_a_request_waits_for_the_pods_that_it_can_reach_and_is_shed_with_429() -
     view_pod(world, "a").load.in_flight = 1
     play = Playbook(world).through(headers(among="a", user="alice"), body())
     assert play >> admitted() << Queue("m", "alice", 7, 3.0)
-    assert not play.session.roomy
     play >> Overdue(2.0)
     assert refused(429, "overloaded", retry_after=2.0, reason="saturated") == play.refuse
     assert [settled("saturated", requests=-1, tokens=-play.admission.tokens)] == play.settles
+
+
+def full(*names: str, **more: Any) -> World:
+    """Pods a and b with room for one request each, which these have."""
+    world = make_world(models={"m": ModelPolicy(saturation=1, queue_size=7, queue_wait=3.0)}, **more)
+    for name in names:
+        view_pod(world, name).load.in_flight = 1
+    return world
+
+
+def test_whoever_waits_for_other_pods_holds_nobody_up() -> None:
+    world = full("a")
+    first = Playbook(world).through(headers(among="a"), body())
+    place = world.queues.enter("m", "", 7, first, first.session.reach)
+    assert world.next_turn("m") is None
+    for among in ("b", "ab", None):
+        play = Playbook(world).through(headers(among=among, picks=True))
+        assert play >> body() << Like(Route)
+        assert play.route.set[DESTINATION] == address("b").encode()
+        play >> Closed("reset")
+    view_pod(world, "a").load.in_flight = 0
+    assert world.next_turn("m") is place
+    # Now that it has room, nobody passes it.
+    assert Playbook(world).through(headers(among="ab")) >> body() << Like(Queue)
+
+
+def test_whoever_waited_for_pods_that_are_gone_hears_that_there_is_none() -> None:
+    for picks, among in ((True, "a"), (True, None), (False, None)):
+        world = full("a", "b", users=[User(name="alice", rpm=5)])
+        asks = headers(picks=picks, among=among, user="alice")
+        play = Playbook(world).through(asks, body(), admitted())
+        for name in "a" if among else "ab":
+            world.fleet.failed(address(name), "away")
+        play >> Overdue(2.0)
+        assert refused(503, "no_ready_pods") == play.refuse
+        assert [settled("no_ready_pods", requests=-1, tokens=-play.admission.tokens)] == play.settles
+
+
+def test_a_pool_without_pods_has_no_endpoint_and_one_with_pods_may_not_have_the_model() -> None:
+    """The protocol has 503 for want of an endpoint, whatever is asked for."""
+    world = make_world()
+    assert Playbook(world).through(headers(picks=True), body("other")).refuse.refusal.status == 404
+    for among in ("", "x"):
+        assert Playbook(world).through(headers(among=among), body("other")).refuse.refusal.status == 503
+    world.fleet.configure("file", [])
+    assert Playbook(world).through(headers(picks=True), body()).refuse.refusal.code == "no_ready_pods"
+    assert Playbook(world).through(headers(), body()).refuse.refusal.code == "model_not_found"
 
 
 def test_usage_of_a_proxy_that_keeps_no_log_for_us_is_read_from_the_answer() -> None:

@@ -8,8 +8,11 @@ from typing import Any
 
 from gateway_extproc.core.directory import User
 from gateway_extproc.core.naming import Naming
-from gateway_extproc.core.session import ModelPolicy, World
-from tests.core.playbook import in_flight, make_world, payload, pod, usage
+from gateway_extproc.core.session import DESTINATION, ModelPolicy, World
+from gateway_extproc.wire._pb.ext_proc_mode_pb2 import ProcessingMode
+from gateway_extproc.wire._pb.ext_proc_pb2 import ProcessingRequest
+from gateway_extproc.wire.extproc import SUBSET, SUBSET_NAMESPACE
+from tests.core.playbook import address, in_flight, make_world, payload, pod, usage
 from tests.services.test_extproc import Gateway, Stream, answers, asks, gateway, says, sends, until
 
 
@@ -146,6 +149,54 @@ async def test_a_burst_is_served_one_by_one_and_everybody_in_the_end() -> None:
         await asyncio.gather(*(one("nobody") for _ in range(50)))
         await made.over()
         assert made.sink.reasons == ["ok"] * 50
+
+
+def picks(*pods: str, user: str = "ann") -> ProcessingRequest:
+    """A request of a proxy that can reach these pods, by their one-letter names."""
+    message = asks(user=user)
+    message.protocol_config.request_body_mode = ProcessingMode.FULL_DUPLEX_STREAMED
+    message.protocol_config.response_body_mode = ProcessingMode.NONE
+    message.metadata_context.filter_metadata[SUBSET_NAMESPACE].update({SUBSET: [address(pod) for pod in pods]})
+    return message
+
+
+async def picked(made: Gateway, *pods: str) -> Stream:
+    stream = made.open()
+    await stream.send(picks(*pods))
+    await stream.send(sends())
+    return stream
+
+
+async def given(stream: Stream) -> str:
+    """Which pod it was routed to."""
+    headers = (await stream.receive()).request_headers.response.header_mutation.set_headers
+    assert (await stream.receive()).HasField("request_body")
+    return next(each.header.raw_value.decode() for each in headers if each.header.key == DESTINATION)
+
+
+async def test_whoever_waits_for_a_pod_that_is_full_holds_up_nobody_who_can_be_given_another() -> None:
+    models = {"m": ModelPolicy(saturation=1, queue_size=2, queue_wait=30.0)}
+    async with gateway(make_world(models=models, clock=time.monotonic)) as made:
+        at_a, at_b = [await picked(made, name) for name in "ab"]
+        assert [await given(at_a), await given(at_b)] == [address("a"), address("b")]
+        first = await picked(made, "a")
+        await until(lambda: made.world.queues.length == 1)
+        second = await picked(made, "b")
+        await until(lambda: made.world.queues.length == 2)
+        at_b.reset()
+        assert await given(second) == address("b")
+        second.reset()
+        await until(lambda: in_flight(made.world) == {"pod-a": 1})
+        more = await picked(made, "a")
+        await until(lambda: made.world.queues.length == 2)
+        other = await picked(made, "a", "b")  # though the queue is full
+        assert await given(other) == address("b")
+        at_a.reset()
+        assert await given(first) == address("a")
+        for stream in (first, more, other):
+            stream.reset()
+        await made.over()
+        assert made.world.queues.length == 0
 
 
 async def test_who_waits_has_its_turn_while_the_gateway_drains() -> None:
