@@ -20,8 +20,8 @@ PATH: Final = "/apis/inference.networking.k8s.io/v1/namespaces/{}/inferencepools
 
 
 class Pool(msgspec.Struct, frozen=True):
-    """A pool: the pods of its namespace that have these labels (``selector``, as the API server takes it), each with an
-    endpoint for each of ``ports``."""
+    """A pool: the pods of its namespace that have these labels (``selector``, as the API server takes it; "": all),
+    each with an endpoint for each of ``ports``."""
 
     selector: str
     ports: tuple[int, ...]
@@ -32,7 +32,7 @@ class _Port(msgspec.Struct, frozen=True):
 
 
 class _Selector(msgspec.Struct, frozen=True, rename="camel"):
-    match_labels: Annotated[dict[str, str], msgspec.Meta(min_length=1)]
+    match_labels: dict[str, str]
 
 
 class _Spec(msgspec.Struct, frozen=True, rename="camel"):

@@ -25,10 +25,13 @@ def test_a_pool_is_a_selector_and_ports_whatever_else_it_says() -> None:
     assert read(said) == Pool("a=1,b=2", (8001, 8000))
 
 
+def test_a_pool_that_asks_for_no_label_has_all_pods() -> None:
+    assert read(pool({}, [{"number": 8000}])).selector == ""
+
+
 @pytest.mark.parametrize(
     ("labels", "ports"),
     [
-        ({}, [{"number": 1}]),
         (None, [{"number": 1}]),
         ({"a": 1}, [{"number": 1}]),
         ({"a": "1"}, []),
