@@ -35,7 +35,7 @@ METADATA: Final = {
 class Pool(System):
     """The gateway as the picker of a pool of pods. ``mode`` and ``answers`` are how Envoy sends bodies. ``dials``: it
     connects to whichever address the header names, and neither sends nor takes metadata. ``at``: pods that somebody
-    else has started."""
+    else has started. ``shows``: whether Envoy sends answers' headers."""
 
     def __init__(
         self,
@@ -47,9 +47,13 @@ class Pool(System):
         options: Sequence[str] = (),
         dials: bool = False,
         at: Sequence[str] = (),
+        shows: str = "SEND",
+        retries: int = 2,
     ) -> None:
         self.mode = mode
         self.answers = answers or mode
+        self.shows = shows
+        self.retries = retries
         self.dials = dials
         started = [["--model", MODEL, *options] for _ in range(pods)]
         self._at = tuple(at)
@@ -99,7 +103,7 @@ class Pool(System):
                         "request_header_mode": "SEND",
                         "request_body_mode": self.mode,
                         "request_trailer_mode": "SEND",
-                        "response_header_mode": "SEND",
+                        "response_header_mode": self.shows,
                         "response_body_mode": self.answers,
                         "response_trailer_mode": "SEND",
                     },
@@ -108,17 +112,19 @@ class Pool(System):
             },
             {"name": "router", "typed_config": {"@type": _T + "extensions.filters.http.router.v3.Router"}},
         ]
-        route = {
+        route: dict[str, Any] = {
             # As a route of the inference extension may be matched: by the name that its own filter has read.
             "match": {"prefix": "/", "headers": [{"name": "x-gateway-model-name", "present_match": True}]},
             "route": {
                 "cluster": "pool",
                 "timeout": "0s",
-                "retry_policy": {"retry_on": "connect-failure,refused-stream", "num_retries": 2},
             },
             # More than Envoy keeps for a retry by default.
             "request_body_buffer_limit": LARGEST,
         }
+        if self.retries:
+            again = {"retry_on": "connect-failure,refused-stream", "num_retries": self.retries}
+            route["route"]["retry_policy"] = again
         name = {"header": {"key": "x-gateway-model-name", "value": "any"}, "append_action": "ADD_IF_ABSENT"}
         return {
             "filters": [
@@ -127,6 +133,7 @@ class Pool(System):
                     "typed_config": {
                         "@type": _T + "extensions.filters.network.http_connection_manager.v3.HttpConnectionManager",
                         "stat_prefix": "http",
+                        "http_protocol_options": {"enable_trailers": True},
                         "early_header_mutation_extensions": [
                             {
                                 "name": "named",

@@ -63,8 +63,8 @@ UNDECLARED_BODY: Final = 1 << 20
 #: listener gathers it), as the body, and as the changed body in a reply.
 COPIES: Final = 4
 #: Messages of one stream, and their bytes, that may come while it waits. Envoy sends the next when it has the reply to
-#: the last, but in the streamed modes, and there in pieces.
-WAITING_MESSAGES: Final = 64
+#: the last, but in the streamed modes, and there in pieces as small as its client's packets.
+WAITING_MESSAGES: Final = 4096
 WAITING_BYTES: Final = 4 << 20
 #: Seconds that the log entry of a request gets whose client left before the answer: Envoy sends it within a tenth, and
 #: within some seconds where it has to find another gateway for it. A settlement that comes first makes the other void.
@@ -230,7 +230,8 @@ class _Stream:
     """One request."""
 
     __slots__ = ("_asked", "_began", "_call", "_codec", "_gathered", "_half_closed", "_held", "_how", "_place",
-                 "_question", "_queued", "_service", "_session", "_until", "_waiting")  # fmt: skip
+                 "_question", "_queued", "_service", "_session", "_until", "_waiting",
+                 "_waiting_bytes")  # fmt: skip
 
     def __init__(self, service: ExtProc, call: Call) -> None:
         self._service = service
@@ -240,6 +241,7 @@ class _Stream:
         #: Whether messages wait: for the store, for room, for the start.
         self._held = not service.is_open
         self._waiting: deque[Message] | None = None
+        self._waiting_bytes = 0
         self._half_closed = False
         self._question: Question | None = None
         self._place: Place | None = None
@@ -256,7 +258,8 @@ class _Stream:
         if self._held:
             if self._waiting is None:
                 self._waiting = deque()
-            if len(self._waiting) < WAITING_MESSAGES and sum(map(len, self._waiting)) + len(data) <= WAITING_BYTES:
+            self._waiting_bytes += len(data)
+            if len(self._waiting) < WAITING_MESSAGES and self._waiting_bytes <= WAITING_BYTES:
                 self._waiting.append(data)
             else:
                 self._fail(ValueError("too many messages while the first ones wait"))
@@ -314,7 +317,9 @@ class _Stream:
         self._held = False
         try:
             while self._waiting and not self._held:
-                self._take(self._waiting.popleft())
+                data = self._waiting.popleft()
+                self._waiting_bytes -= len(data)
+                self._take(data)
         except Exception as error:
             self._fail(error)
             return

@@ -21,6 +21,8 @@ FULL_DUPLEX_STREAMED   Nothing is replied until the body is whole; then headers,
 Once either direction is FULL_DUPLEX_STREAMED, or ``send_body_without_waiting_for_header_response`` is set, Envoy
 ignores every ``mode_override``. In FULL_DUPLEX_STREAMED what is held back of an answer can still be sent when its
 trailers come; in the other modes Envoy sends trailers only after the reply to the last piece, and takes no more body.
+The reply to a request's trailers makes Envoy pass on what it buffers, which is by then what the router keeps of the
+body for a retry: where the route retries, the pod gets the body twice, whatever we reply.
 
 FULL_DUPLEX_STREAMED is also the mode of the Gateway API inference extension, whose endpoint picker we then are: its
 metadata may say which endpoints can be reached and, with the answer, which one served; what is picked is told in a

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from typing import Any
 
 import pytest
@@ -14,6 +15,8 @@ from gateway_extproc.core.events import (
     Overdue,
     Queue,
     Replace,
+    RequestBody,
+    RequestTrailers,
     Respond,
     ResponseHeaders,
     Route,
@@ -30,6 +33,7 @@ from tests.core.playbook import (
     chunk,
     headers,
     make_world,
+    payload,
     pod,
     refused,
     settled,
@@ -199,6 +203,22 @@ def test_an_answer_that_is_never_shown_costs_what_was_reserved() -> None:
             settle for settle in play.settles if settle.outcome.estimated
         ]
         assert play.settlement is None
+
+
+def test_a_body_in_the_smallest_pieces_takes_no_more_memory_than_a_whole_one() -> None:
+    play = Playbook(make_world()).through(headers(carry=True, picks=True))
+    asked = payload(prompt=10_000)
+    piece = [RequestBody(asked[at : at + 1], False) for at in range(len(asked))]
+    tracemalloc.start()
+    try:
+        for each in piece:
+            play.session.feed(each)
+        held, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert held < 2 * len(asked)
+    play >> RequestTrailers()
+    assert play.route.body == asked
 
 
 def test_aliases_are_other_names_there_too() -> None:

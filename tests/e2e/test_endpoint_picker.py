@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import http.client
 import json
+import shlex
 import signal
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
@@ -13,7 +15,6 @@ from typing import Any, Final
 import pytest
 
 from tests import picked
-from tests.certificates import Authority
 from tests.e2e.asking import CHAT, MODEL, Raw, at_rest, chunked, head
 from tests.picked import DESTINATION, FULL_DUPLEX, LARGEST
 from tests.system import Reply, System, request, until
@@ -24,6 +25,11 @@ CONFIG: Final[dict[str, Any]] = {
     "models": {MODEL: {"aliases": ["alias"]}},
     "routing": {"expose": True},
 }
+
+
+DOCUMENT: Final = (Path(__file__).parents[2] / "docs" / "endpoint-picker.md").read_text(encoding="utf-8")
+#: How users are told to make a certificate that nobody needs to trust.
+CERTIFICATE: Final = next(line for line in DOCUMENT.splitlines() if line.startswith("openssl "))
 
 
 class Pool(picked.Pool):
@@ -89,6 +95,30 @@ def in_chunks(to: Pool, body: bytes, *lines: str) -> Reply:
         reply = client.reply()
     assert reply is not None
     return reply
+
+
+def test_a_request_without_a_body_is_refused_whether_its_headers_tell_or_not(to: Pool) -> None:
+    before = sum(to.requests())
+    for line, rest in (("Content-Length: 0", b""), ("Transfer-Encoding: chunked", chunked(b""))):
+        with Raw(to.port) as client:
+            reply = client.send(head("POST", CHAT, line) + rest).reply()
+        assert reply is not None
+        assert (reply.status, reply.error["code"]) == (404, "unknown_url")
+    assert sum(to.requests()) == before
+
+
+def test_a_body_with_trailers_arrives_once() -> None:
+    """Where its route retries, Envoy 1.40 sends the pod both what it was told and what it keeps for a retry."""
+    with Pool(1, retries=0) as to:
+        for size in (10, 300_000):
+            body = chat(size)
+            with Raw(to.port) as client:
+                client.send(head("POST", CHAT, "Transfer-Encoding: chunked", "Trailer: x-more"))
+                client.send(chunked(body, 7777)[:-2] + b"x-more: 1\r\n\r\n")
+                reply = client.reply()
+            assert reply is not None
+            assert reply.status == 200, reply
+            assert to.seen(0)[0]["sha256"] == hashlib.sha256(body).hexdigest()
 
 
 def test_a_body_over_the_limit_is_refused_while_it_comes(to: Pool) -> None:
@@ -188,12 +218,31 @@ def test_a_picker_may_be_asked_in_other_modes_where_it_is_told_that_it_is_one(mo
         assert (to.metric("gateway_usage_doubtful_total", why="absent") == 2) == (answers == "NONE")
 
 
+def test_an_answer_whose_headers_are_not_shown_passes_and_costs_what_was_reserved() -> None:
+    with Pool(1, shows="SKIP") as to:
+        assert to.ask(chat(), user="alice").json["usage"]["completion_tokens"] == 3
+        assert to.ask(chat(stream=True), user="alice").body.endswith(b"data: [DONE]\n\n")
+        until(lambda: settled(to, "unseen") == 2)
+        at_rest(to)
+
+
+def test_no_request_reaches_a_pod_without_the_picker_and_all_do_once_it_is_back() -> None:
+    with Pool(1) as to:
+        to.gateway.kill()
+        before = to.requests()
+        assert to.ask(chat()).status >= 500
+        assert to.requests() == before
+        to.gateway.start()
+        until(lambda: to.ask(chat()).status == 200)
+
+
 def test_an_envoy_that_dials_what_it_is_told_needs_no_list_no_metadata_and_no_certificate_that_it_knows(
     tmp_path: Path,
 ) -> None:
-    pair = Authority(tmp_path).signs("picker")
-    tls = {"cert_file": pair.certificate, "key_file": pair.key}
-    config = {"listen": {"tls": tls}, "envoy": {"gateway_tls": {"ca_file": pair.certificate}}}
+    subprocess.run(shlex.split(CERTIFICATE), cwd=tmp_path, check=True, capture_output=True)
+    certificate = str(tmp_path / "tls.crt")
+    tls = {"cert_file": certificate, "key_file": str(tmp_path / "tls.key")}
+    config = {"listen": {"tls": tls}, "envoy": {"gateway_tls": {"ca_file": certificate}}}
     with Pool(2, config=config, dials=True) as to:
         seen = set()
         for _ in range(10):

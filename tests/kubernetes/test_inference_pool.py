@@ -180,6 +180,15 @@ async def test_what_a_pool_says_anew_holds_and_until_then_what_it_said_before(cl
         assert not found.was_empty
 
 
+async def test_a_pool_that_asks_for_no_label_has_all_pods_of_its_namespace(cluster: Cluster, namespace: str) -> None:
+    api = cluster.api
+    pod(api, namespace, "one", "10.244.9.1", app="vllm")
+    pod(api, namespace, "two", "10.244.9.2")
+    pool(api, namespace, 8000)
+    async with following(cluster, namespace) as found:
+        await found.until("10.244.9.1:8000", "10.244.9.2:8000")
+
+
 async def test_a_pool_may_come_late_go_and_come_again(cluster: Cluster, namespace: str) -> None:
     api = cluster.api
     pod(api, namespace, "one", "10.244.9.1", app="vllm")

@@ -696,6 +696,40 @@ async def test_requests_are_held_until_the_gateway_is_ready() -> None:
         assert to.sink.reasons == ["unknown_url"]
 
 
+#: A piece of a body, which changes nothing.
+PIECE: Final = ProcessingRequest(request_body=HttpBody(body=b" " * 100))
+
+
+async def test_a_body_in_many_pieces_is_held_until_the_gateway_is_ready() -> None:
+    async with gateway(is_open=False) as to:
+        stream = to.open()
+        for message in (in_pieces(asks()), *[PIECE] * 600, sends()):
+            await stream.send(message)
+        (held,) = to.service.all
+        await until(lambda: len(held._waiting or ()) == 602)
+        to.service.open()
+        assert (await stream.receive()).HasField("request_headers")
+        routed = (await stream.receive()).request_body.response.body_mutation.streamed_response
+        assert routed.body == PIECE.request_body.body * 600 + payload(max_tokens=4)
+        assert held._waiting_bytes == 0
+        stream.reset()
+        await to.over()
+
+
+@pytest.mark.parametrize(("bound", "value"), [("WAITING_MESSAGES", 10), ("WAITING_BYTES", 1000)])
+async def test_no_more_is_held_than_there_is_room_for(monkeypatch: pytest.MonkeyPatch, bound: str, value: int) -> None:
+    monkeypatch.setattr(service, bound, value)
+    async with gateway(is_open=False) as to:
+        stream = to.open()
+        with capture_logs() as logs:
+            for message in (in_pieces(asks()), *[PIECE] * 10):
+                await stream.send(message)
+            assert immediate(await stream.receive())[0] == 500
+        assert [each["event"] for each in logs] == ["stream failed"]
+        await stream.ended()
+        await to.over()
+
+
 async def test_an_envoy_is_given_what_it_acknowledged() -> None:
     async with gateway() as to:
         to.world.fleet.acknowledged("envoy-1", {"m": frozenset({address("b")})})

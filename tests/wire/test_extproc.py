@@ -481,6 +481,11 @@ CASES: dict[str, list[tuple[ProcessingRequest, Event | None, Action | None, list
         (says(b"ab", False), ResponseBody(b"ab", False), Replace(b"a"), [("response_body", b"a", False)]),
         (TRAILERS_GOT, ResponseTrailers(), Replace(b"b"), [("response_body", b"b", False), "response_trailers"]),
     ],
+    "both ways at once, the answer's headers not shown": [
+        *DUPLEX_BEGINS[:2],
+        (says(b"ab", False), ResponseBody(b"ab", False), Replace(None), [("response_body", b"ab", False)]),
+        (says(b"", True), ResponseBody(b"", True), Replace(None), [("response_body", b"", True)]),
+    ],
     "both ways at once, trailers with nothing held": [
         *DUPLEX_BEGINS,
         (TRAILERS_GOT, ResponseTrailers(), Continue(), ["response_trailers"]),
