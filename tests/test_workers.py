@@ -132,22 +132,13 @@ def test_a_number_of_workers_that_makes_no_sense_is_a_bad_argument(number: str) 
 @pytest.mark.parametrize("taken", ["grpc", "http"])
 def test_an_address_in_use_ends_all_with_one_line(tmp_path: Path, taken: str) -> None:
     file = tmp_path / "gateway.yaml"
-    with _after_a_free_port() as other:
-        port = other.getsockname()[1]
-        # The second worker's, not the first's.
+    port = free_port(1) + 1  # the second worker's, not the first's
+    with socket.create_server(("127.0.0.1", port)):
         grpc, http = (f"127.0.0.1:{port - 1}", free_port()) if taken == "grpc" else (f"unix:{tmp_path}/grpc", port)
         file.write_text(f"listen: {{grpc: '{grpc}', http: '127.0.0.1:{http}'}}\n{STORE}")
         done = run("serve", "--config", str(file), "--workers", "2")
     line = f"gateway-extproc: cannot listen for listen.{taken} on 127.0.0.1:{port}: Address already in use\n"
     assert (done.returncode, done.stdout, done.stderr) == (3, "", line)
-
-
-def _after_a_free_port() -> socket.socket:
-    """Something that listens on the port after one that is free."""
-    for _ in range(100):
-        with contextlib.suppress(OSError):
-            return socket.create_server(("127.0.0.1", free_port() + 1))
-    raise AssertionError("no two ports in a row")
 
 
 def test_a_part_that_only_the_workers_need_ends_all_with_their_exit_code(tmp_path: Path) -> None:
