@@ -7,7 +7,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 from typing import Final
 
@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from tests.kubernetes.cluster import Api, Cluster, Network
-from tests.kubernetes.programs import definitions, find
+from tests.kubernetes.programs import DEFINITIONS, absent, definitions
 
 #: Without these there is no cluster; others are asked for by the tests that need them.
 NEEDED: Final = ("etcd", "kube-apiserver")
@@ -25,17 +25,18 @@ DEFINED: Final = (
     ("/apis/gateway.networking.k8s.io/v1beta1", "referencegrants"),
     ("/apis/gateway.envoyproxy.io/v1alpha1", "backendtrafficpolicies"),
     ("/apis/gateway.envoyproxy.io/v1alpha1", "securitypolicies"),
+    ("/apis/monitoring.coreos.com/v1", "servicemonitors"),
 )
 LOUD: Final = "NOT TESTED AGAINST KUBERNETES"
 _numbers = count(1)
 
 
 def missing(*programs: str) -> str:
-    """Why there can be no cluster with these programs; empty: there can."""
+    """Why there can be no cluster with these programs, and all definitions; empty: there can."""
     if not sys.platform.startswith("linux") or os.geteuid() != 0:
         return f"{LOUD}: a network of the tests' own needs Linux and root"
-    absent = [name for name in programs if find(name) is None]
-    return f"{LOUD}: no {', '.join(absent)} (make kubernetes-binaries)" if absent else ""
+    lacking = absent(programs)
+    return f"{LOUD}: no {', '.join(lacking)} (make kubernetes-binaries)" if lacking else ""
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -96,7 +97,7 @@ def namespace(api: Api) -> str:
 
 @pytest.fixture(scope="session")
 def defined(shared_cluster: Cluster, network: Network) -> None:
-    """The definitions of the Gateway API and of Envoy Gateway."""
+    """All definitions."""
     with network.entered():
         define(shared_cluster)
 
@@ -115,9 +116,9 @@ def alone() -> Iterator[tuple[Cluster, Network, Path]]:
 
 
 def define(cluster: Cluster) -> None:
-    """Have the cluster know the objects of the Gateway API and of Envoy Gateway."""
+    """Have the cluster know the objects of the Gateway API, of Envoy Gateway and of Prometheus' operator."""
     api = cluster.api
-    for file in definitions():
+    for file in chain.from_iterable(map(definitions, DEFINITIONS)):
         for content in yaml.safe_load_all(file.read_text()):
             if content and content["kind"] == "CustomResourceDefinition":
                 path = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions"

@@ -46,6 +46,7 @@ KINDS: Final[Mapping[str, str]] = {
     "Secret": "secrets",
     "Service": "services",
     "ServiceAccount": "serviceaccounts",
+    "ServiceMonitor": "servicemonitors",
     "StatefulSet": "statefulsets",
 }
 #: Values that each turn on something else.
@@ -73,6 +74,7 @@ SETS: Final[Mapping[str, Mapping[str, Any]]] = {
         "extraVolumes": [{"name": "keys", "secret": {"secretName": "pods"}}],
         "extraVolumeMounts": [{"name": "keys", "mountPath": "/etc/pods", "readOnly": True}],
         "valkey": {"persistence": {"storageClassName": "fast", "whenDeleted": "Retain"}},
+        "serviceMonitor": {"enabled": True, "labels": {"release": "prometheus"}},
     },
     "a store and a Gateway that there are": {
         "store": {"existingSecret": "store"},
