@@ -208,7 +208,8 @@ def _http(settings: Bootstrap) -> dict[str, Any]:
         "path_with_escaped_slashes_action": "KEEP_UNCHANGED",
         "merge_slashes": False,
         "server_header_transformation": "PASS_THROUGH",
-        "stream_idle_timeout": "300s",
+        # Longer than Envoy waits for the gateway: meanwhile nothing is heard of a request.
+        "stream_idle_timeout": f"{max(300, settings.message_timeout + 10):g}s",
         "request_headers_timeout": "10s",
         "early_header_mutation_extensions": [
             {

@@ -115,6 +115,12 @@ def test_envoy_waits_longer_than_the_gateway_ever_does() -> None:
     assert made.message_timeout >= bootstrap.of(parse("")).message_timeout >= bootstrap.RESTART_WAIT / 2
 
 
+@pytest.mark.parametrize(("wait", "idle"), [("60s", "300s"), ("9m", "551.25s")])
+def test_a_request_that_waits_for_its_turn_is_not_taken_for_one_that_died(wait: str, idle: str) -> None:
+    text = bootstrap.to_yaml(bootstrap.of(parse(f"models: {{m: {{saturation: 4, queue_wait: {wait}}}}}")))
+    assert f"stream_idle_timeout: {idle}" in text
+
+
 def test_reading_usage_in_bodies_takes_none_of_the_filters_that_the_access_log_takes() -> None:
     body, log = (bootstrap.to_yaml(bootstrap.of(parse(f"usage: {{source: {s}}}"))) for s in ("body", "access_log"))
     for name in ("json_to_metadata", "sse_to_metadata", "http_grpc", "metadata_options"):
