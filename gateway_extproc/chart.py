@@ -1,7 +1,8 @@
 """``python -m gateway_extproc.chart [--check]``: what the Helm chart has of the gateway's own code.
 
-Owns two files of charts/gateway-extproc. ``values.schema.json`` is what Helm holds values against: for ``config`` it is
-made from the configuration's schema, so that a misspelled key is refused before anything is installed.
+Owns three files of charts/gateway-extproc. ``values.schema.json`` is what Helm holds values against: for ``config`` it
+is made from the configuration's schema, so that a misspelled key is refused before anything is installed.
+``files/bounds.json`` has what no JSON Schema can say of it: how long durations may be, and how large sizes.
 ``files/answers.json`` has the answers that Envoy gives where the gateway gives none, and what its filters must be told,
 which bootstrap.py has for an Envoy of our own. Promises the same text for the same code. Leaves out what the other
 values mean (values.yaml) and what is made of them (the templates). ``--check`` writes nothing and exits 1 where a file
@@ -21,6 +22,7 @@ from typing import Any, Final
 import msgspec
 
 from . import bootstrap
+from .config.checks import NAMESPACES
 from .config.forms import NAME
 from .config.part import RECORDS, settings
 from .config.schema import Config
@@ -44,6 +46,7 @@ def files() -> Mapping[str, str]:
     """Each file's path in the chart, and its text."""
     return {
         "values.schema.json": _json(values_schema()),
+        "files/bounds.json": _json(_bounds(Config)),
         "files/answers.json": _json(answers()),
     }
 
@@ -100,91 +103,103 @@ def _literal(body: bytes) -> str:
 
 def values_schema() -> Schema:
     """What values may be."""
-    quantities = _map(_TEXT_OR_NUMBER)
-    resources = _object({"requests": quantities, "limits": quantities, "claims": _LIST})
-    account = _object({"create": _BOOL, "name": _TEXT, "annotations": _TEXTS})
-    image = _object({
-        "repository": _SOME, "tag": _TEXT, "pullPolicy": {"enum": ["Always", "IfNotPresent", "Never"]},
-        "digest": {"type": "string", "pattern": "^(sha256:[0-9a-f]{64})?$"},
+    quantities = _map(_QUANTITY)
+    resources = _object({"requests": quantities, "limits": quantities, "claims": _OBJECTS})
+    account = _values({"create": _BOOL, "name": _OBJECT, "annotations": _ANNOTATIONS})
+    image = _values({
+        "repository": _text("[a-z0-9][a-zA-Z0-9._:/-]*"), "tag": _text("|[a-zA-Z0-9_][a-zA-Z0-9._-]{0,127}"),
+        "pullPolicy": {"enum": ["Always", "IfNotPresent", "Never"]}, "digest": _text("|sha256:[0-9a-f]{64}"),
     })  # fmt: skip
-    placement = {"nodeSelector": _TEXTS, "tolerations": _LIST, "affinity": _ANY_OBJECT, "priorityClassName": _TEXT}
-    namespaces = {"type": "array", "items": _NAMESPACE, "uniqueItems": True}
+    placement = {
+        "nodeSelector": _LABELS, "tolerations": _OBJECTS, "affinity": _ANY_OBJECT, "priorityClassName": _OBJECT,
+    }  # fmt: skip
+    namespaces = {"type": "array", "items": _NAMESPACE, "uniqueItems": True, "maxItems": NAMESPACES}
     port = {"type": "integer", "minimum": 1, "maximum": 65535}
     definitions: dict[str, Schema] = {}
     config = _part(Config, definitions)
+    every = _values({
+        "nameOverride": _text(f"|{_LABEL}"),
+        # Leaves room for the longest suffix, -controller, in a label's 63 characters.
+        "fullnameOverride": _text(f"|{_SERVICE}", 48),
+        "image": image,
+        "imagePullSecrets": _NAMED,
+        "config": config,
+        "namespaces": namespaces,
+        "listenAddress": {"enum": ["0.0.0.0", "[::]"]},
+        "replicas": _COUNT,
+        "autoscaling": _values({
+            "enabled": _BOOL, "minReplicas": _POSITIVE, "maxReplicas": _POSITIVE,
+            "targetCPUUtilizationPercentage": _POSITIVE,
+        }),
+        # Not 0: a node that must go would never be free of its pods.
+        "podDisruptionBudget": _values({
+            "enabled": _BOOL, "maxUnavailable": {"anyOf": [_POSITIVE, _text("[1-9][0-9]?%")]},
+        }),
+        "resources": resources,
+        "podAnnotations": _ANNOTATIONS,
+        "podLabels": _LABELS,
+        **placement,
+        "topologySpreadConstraints": _OBJECTS,
+        "extraEnv": _NAMED,
+        "extraVolumes": _NAMED,
+        "extraVolumeMounts": _NAMED,
+        "serviceAccount": account,
+        "rbac": _values({"create": _BOOL}),
+        "controller": _values({
+            "mode": {"enum": ["deployment", "serve", "none"]}, "replicas": _COUNT, "resources": resources,
+            "serviceAccount": account,
+        }),
+        "gateway": _values({
+            # The name is a label's value, too.
+            "create": _BOOL, "name": _text(f"|{_SUBDOMAIN}", 63), "namespace": _text(f"|{_LABEL}"),
+            "className": _OBJECT, "controllerName": _SOME, "annotations": _ANNOTATIONS, "port": port,
+            "tls": _values({"secretName": _OBJECT, "port": port}), "routeNamespaces": namespaces,
+            "parametersRef": _ANY_OBJECT, "clientTraffic": _ANY_OBJECT,
+            "messageTimeoutSeconds": {"type": "integer", "minimum": 0, "maximum": 600},
+        }),
+        "accessLog": _values({
+            "enabled": _BOOL, "listeners": {"type": "array", "items": _text(_SUBDOMAIN, 253), "uniqueItems": True},
+        }),
+        "store": _values({
+            "url": _text(r"|(unix|rediss?(\+(sentinel|cluster))?)://\S+"), "existingSecret": _OBJECT,
+            "key": _text("[a-zA-Z0-9._-]+"),
+        }),
+        "valkey": _values({
+            "enabled": _BOOL, "image": image, "maxMemory": _text("[1-9][0-9]{0,8}(kb|mb|gb)"),
+            "persistence": _values({
+                "enabled": _BOOL, "size": _text("[1-9][0-9]{0,14}([kMGTP]|[KMGTP]i)?"), "storageClassName": _OBJECT,
+                # One: there is one pod.
+                "accessModes": {
+                    "type": "array", "minItems": 1, "maxItems": 1,
+                    "items": {"enum": ["ReadWriteOnce", "ReadWriteOncePod", "ReadWriteMany"]},
+                },
+                "whenDeleted": {"enum": ["Delete", "Retain"]},
+            }),
+            "resources": resources,
+            **placement,
+        }),
+        "existingSecret": _OBJECT,
+        "networkPolicy": _values({"enabled": _BOOL, "envoyNamespace": _NAMESPACE, "adminFrom": _OBJECTS}),
+        "serviceMonitor": _values({
+            # As Prometheus reads durations, in one unit.
+            "enabled": _BOOL, "interval": _text("[1-9][0-9]{0,8}(ms|s|m|h)"), "labels": _LABELS,
+        }),
+    })  # fmt: skip
+    # What Helm gives every chart that is another's dependency.
+    every["properties"]["global"] = _ANY_OBJECT
     return {
         "$schema": "http://json-schema.org/draft-07/schema#",
         "$comment": "Made by `python -m gateway_extproc.chart`; do not edit.",
         "title": "Values of the chart gateway-extproc",
-        **_object({
-            "nameOverride": _TEXT,
-            "fullnameOverride": _TEXT,
-            "image": image,
-            "imagePullSecrets": _LIST,
-            "config": config,
-            "namespaces": namespaces,
-            "listenAddress": _SOME,
-            "replicas": _COUNT,
-            "autoscaling": _object({
-                "enabled": _BOOL, "minReplicas": _POSITIVE, "maxReplicas": _POSITIVE,
-                "targetCPUUtilizationPercentage": _POSITIVE,
-            }),
-            "podDisruptionBudget": _object({
-                "enabled": _BOOL,
-                "maxUnavailable": {"anyOf": [_COUNT, {"type": "string", "pattern": "^[0-9]{1,3}%$"}]},
-            }),
-            "resources": resources,
-            "podAnnotations": _TEXTS,
-            "podLabels": _TEXTS,
-            **placement,
-            "topologySpreadConstraints": _LIST,
-            "extraEnv": {"type": "array", "items": {"type": "object", "required": ["name"]}},
-            "extraVolumes": _LIST,
-            "extraVolumeMounts": _LIST,
-            "serviceAccount": account,
-            "rbac": _object({"create": _BOOL}),
-            "controller": _object({
-                "mode": {"enum": ["deployment", "serve", "none"]}, "replicas": _COUNT, "resources": resources,
-                "serviceAccount": account,
-            }),
-            "gateway": _object({
-                "create": _BOOL, "name": _TEXT, "namespace": _TEXT, "className": _TEXT, "controllerName": _SOME,
-                "annotations": _TEXTS, "port": port, "tls": _object({"secretName": _TEXT, "port": port}),
-                "routeNamespaces": namespaces, "parametersRef": _ANY_OBJECT, "clientTraffic": _ANY_OBJECT,
-                "messageTimeoutSeconds": {"type": "integer", "minimum": 0, "maximum": 600},
-            }),
-            "accessLog": _object({"enabled": _BOOL}),
-            "store": _object({"url": _TEXT, "existingSecret": _TEXT, "key": _SOME}),
-            "valkey": _object({
-                "enabled": _BOOL, "image": image, "maxMemory": {"type": "string", "pattern": "^[1-9][0-9]*(kb|mb|gb)$"},
-                "persistence": _object({
-                    "enabled": _BOOL, "size": _SOME, "storageClassName": _TEXT,
-                    "accessModes": {"type": "array", "items": _SOME, "minItems": 1},
-                    "whenDeleted": {"enum": ["Delete", "Retain"]},
-                }),
-                "resources": resources,
-                **placement,
-            }),
-            "existingSecret": _TEXT,
-            "networkPolicy": _object({"enabled": _BOOL, "envoyNamespace": _NAMESPACE, "adminFrom": _LIST}),
-            "serviceMonitor": _object({"enabled": _BOOL, "interval": _SOME, "labels": _TEXTS}),
-            # What Helm gives every chart that is another's dependency.
-            "global": _ANY_OBJECT,
-        }),
+        **every,
         "definitions": definitions,
-    }  # fmt: skip
+    }
 
 
-_BOOL: Final[Schema] = {"type": "boolean"}
-_TEXT: Final[Schema] = {"type": "string"}
-_SOME: Final[Schema] = {"type": "string", "minLength": 1}
-_COUNT: Final[Schema] = {"type": "integer", "minimum": 0}
-_POSITIVE: Final[Schema] = {"type": "integer", "minimum": 1}
-_LIST: Final[Schema] = {"type": "array"}
-_ANY_OBJECT: Final[Schema] = {"type": "object"}
-_TEXT_OR_NUMBER: Final[Schema] = {"type": ["string", "number"]}
-#: RFC 1123 section 2.1, as in config/forms.py.
-_NAMESPACE: Final[Schema] = {"type": "string", "pattern": "^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$"}
+def _text(pattern: str, most: int | None = None) -> Schema:
+    """Text that a pattern matches whole."""
+    found: Schema = {"type": "string", "pattern": f"^({pattern})$"}
+    return found if most is None else found | {"maxLength": most}
 
 
 def _object(properties: Mapping[str, Schema], required: Sequence[str] = ()) -> Schema:
@@ -196,7 +211,38 @@ def _map(value: Schema) -> Schema:
     return {"type": "object", "additionalProperties": value}
 
 
-_TEXTS: Final = _map(_TEXT)
+def _values(properties: Mapping[str, Schema]) -> Schema:
+    """Values that all have a default: who takes one away with null is told."""
+    return _object(properties, [*properties])
+
+
+_BOOL: Final[Schema] = {"type": "boolean"}
+_TEXT: Final[Schema] = {"type": "string"}
+_SOME: Final[Schema] = {"type": "string", "minLength": 1}
+_COUNT: Final[Schema] = {"type": "integer", "minimum": 0, "maximum": 10_000}
+_POSITIVE: Final[Schema] = _COUNT | {"minimum": 1}
+_OBJECTS: Final[Schema] = {"type": "array", "items": {"type": "object"}}
+_NAMED: Final[Schema] = {
+    "type": "array", "items": {"type": "object", "properties": {"name": _SOME}, "required": ["name"]}
+}  # fmt: skip
+_ANY_OBJECT: Final[Schema] = {"type": "object"}
+#: Names of Kubernetes' objects (RFC 1123 section 2.1), and of its Services (RFC 1035 section 2.3.1).
+_LABEL: Final = "[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?"
+_SUBDOMAIN: Final = r"[a-z0-9]([a-z0-9-]*[a-z0-9])?(\.[a-z0-9]([a-z0-9-]*[a-z0-9])?)*"
+_SERVICE: Final = "[a-z]([a-z0-9-]*[a-z0-9])?"
+_NAMESPACE: Final = _text(_LABEL)
+_OBJECT: Final = _text(f"|{_SUBDOMAIN}", 253)
+#: Labels, and annotations, whose values may be anything.
+_KEY: Final = _text(rf"({_SUBDOMAIN}/)?[A-Za-z0-9]([A-Za-z0-9._-]{{0,61}}[A-Za-z0-9])?", 253)
+_LABELS: Final[Schema] = _map(_text("|[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?")) | {"propertyNames": _KEY}
+_ANNOTATIONS: Final[Schema] = _map(_TEXT) | {"propertyNames": _KEY}
+#: As Kubernetes reads it (apimachinery, pkg/api/resource), without signs; as text or as a number.
+_QUANTITY: Final[Schema] = {
+    "anyOf": [
+        _text(r"[0-9]+(\.[0-9]*)?([munkMGTPE]|[KMGTPE]i|[eE][+-]?[0-9]{1,2})?", 24),
+        {"type": "number", "minimum": 0, "maximum": 1e15},
+    ]
+}
 
 
 def _part(part: type[msgspec.Struct], definitions: dict[str, Schema]) -> Schema:
@@ -220,6 +266,22 @@ def _part(part: type[msgspec.Struct], definitions: dict[str, Schema]) -> Schema:
         prose = RECORDS.get(part) or " ".join(cleandoc(part.__doc__ or "").split())
         definitions[name] = {"description": prose, **_object(properties, required)}
     return {"$ref": f"#/definitions/{name}"}
+
+
+def _bounds(part: type[msgspec.Struct]) -> dict[str, Any]:
+    """The bounds of durations and sizes in a part of the configuration, where there are any. ``*`` is each of a list or
+    of a mapping by name."""
+    found: dict[str, Any] = {}
+    for setting in settings(part):
+        inner: dict[str, Any] = {}
+        if setting.part is not None:
+            inner = _bounds(setting.part)
+        elif setting.form.bounds is not None:
+            least, most = setting.form.bounds
+            inner = {"least": least, "most": most, "kind": setting.form.kind}
+        if inner:
+            found[setting.name] = {"*": inner} if setting.many else inner
+    return found
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -40,9 +40,9 @@ def wrong(value: Any, schema: Schema, components: Mapping[str, Schema], at: str 
                 types = tuple(each for kind in kinds for each in _TYPES[kind])
                 if not isinstance(value, types) or (isinstance(value, bool) and "boolean" not in kinds):
                     yield f"{at}: {value!r} is not a {' or '.join(kinds)}"
-            case "minItems":
-                if isinstance(value, list) and len(value) < says:
-                    yield f"{at}: fewer than {says}"
+            case "minItems" | "maxItems":
+                if isinstance(value, list) and (len(value) < says if word == "minItems" else len(value) > says):
+                    yield f"{at}: {len(value)} against {word} {says}"
             case "uniqueItems":
                 if isinstance(value, list) and any(item in value[:number] for number, item in enumerate(value)):
                     yield f"{at}: the same twice"
@@ -82,7 +82,7 @@ def wrong(value: Any, schema: Schema, components: Mapping[str, Schema], at: str 
 def matching(schema: Schema, components: Mapping[str, Schema]) -> st.SearchStrategy[Any]:
     """Values that match."""
     if "$ref" in schema:
-        return matching(components[schema["$ref"].removeprefix("#/components/schemas/")], components)
+        return matching(components[schema["$ref"].rpartition("/")[2]], components)
     if "allOf" in schema:  # the first, as far as it is all of them
         first = matching(schema["allOf"][0], components)
         return first.filter(lambda found: not [*wrong(found, schema, components)])
@@ -93,7 +93,8 @@ def matching(schema: Schema, components: Mapping[str, Schema]) -> st.SearchStrat
     low, high = schema.get("minimum"), schema.get("maximum")
     match schema.get("type"):
         case "string" if "pattern" in schema:
-            return st.from_regex(schema["pattern"].replace("$", r"\Z"))
+            matched = st.from_regex(schema["pattern"].replace("$", r"\Z"))
+            return matched.filter(lambda found: len(found) <= schema.get("maxLength", len(found)))
         case "string":
             text = st.text(st.characters(codec="utf-8"), max_size=20) | st.text("ab-* ", max_size=8)
             return text.filter(lambda found: len(found) >= schema.get("minLength", 0))
@@ -106,7 +107,9 @@ def matching(schema: Schema, components: Mapping[str, Schema]) -> st.SearchStrat
         case "null":
             return st.none()
         case "array":
-            return st.lists(matching(schema["items"], components), max_size=3)
+            low, high = schema.get("minItems", 0), min(schema.get("maxItems", 3), 3)
+            unique = repr if schema.get("uniqueItems") else None
+            return st.lists(matching(schema["items"], components), min_size=low, max_size=high, unique_by=unique)
         case "object":
             given = {name: matching(each, components) for name, each in schema.get("properties", {}).items()}
             required = {name: given.pop(name) for name in schema.get("required", ())}

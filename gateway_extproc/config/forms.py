@@ -35,6 +35,9 @@ class Form(msgspec.Struct, frozen=True):
 
     ``schema`` is what JSON Schema can say of it: whatever ``read`` accepts, it accepts too.
 
+    ``bounds`` are what it cannot say, where values are texts with units: the least and the most, in milliseconds or
+    bytes.
+
     ``plain``: a variable's text is read as a YAML scalar first (otherwise it is taken as it is). ``path``: relative
     to the configuration file's folder. ``here``: the gateway itself reads that file, so it must be readable."""
 
@@ -42,6 +45,7 @@ class Form(msgspec.Struct, frozen=True):
     read: Callable[[Any], Any]
     show: Callable[[Any], Any] = lambda value: value
     schema: Mapping[str, Any] = msgspec.field(default_factory=lambda: {"type": "string"})
+    bounds: tuple[int, int] | None = None
     plain: bool = False
     secret: bool = False
     path: bool = False
@@ -108,7 +112,8 @@ def duration(low: float, high: float) -> Form:
 
     kind = f"duration, {show_duration(low)} to {show_duration(high)}"
     schema = {"anyOf": [{"type": "string", "pattern": f"^{_DURATION.pattern}$"}, {"const": 0}]}
-    return Form(kind, read, show=show_duration, schema=schema, plain=True)
+    bounds = (round(low * 1000), round(high * 1000))
+    return Form(kind, read, show=show_duration, schema=schema, bounds=bounds, plain=True)
 
 
 def size(low: int, high: int) -> Form:
@@ -126,7 +131,7 @@ def size(low: int, high: int) -> Form:
     kind = f"size, {show_size(low)} to {show_size(high)}"
     number = {"type": "integer", "minimum": low, "maximum": high}
     schema = {"anyOf": [{"type": "string", "pattern": f"^{_SIZE.pattern}$"}, number]}
-    return Form(kind, read, show=show_size, schema=schema, plain=True)
+    return Form(kind, read, show=show_size, schema=schema, bounds=(low, high), plain=True)
 
 
 def whole(low: int, high: int) -> Form:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 from collections.abc import Mapping
@@ -54,6 +55,9 @@ class Helm:
     def upgrade(self, name: str, values: Mapping[str, Any] | None = None, *, wait: bool = True) -> str:
         return self._run("upgrade", name, str(CHART), *self._values(values), *_waiting(wait))
 
+    def notes(self, name: str) -> str:
+        return self._run("get", "notes", name)
+
     def uninstall(self, name: str) -> str:
         return self._run("uninstall", name, "--wait", "--timeout", f"{WAIT}s")
 
@@ -67,7 +71,8 @@ class Helm:
         if not values:
             return []
         file = self._directory / f"values-{len(list(self._directory.glob('values-*')))}.yaml"
-        file.write_text(yaml.safe_dump(dict(values)))
+        # JSON, which all who read YAML read alike.
+        file.write_text(json.dumps(values, ensure_ascii=False))
         return ["--values", str(file)]
 
     def _run(self, *arguments: str) -> str:

@@ -19,6 +19,7 @@ from tests.kubernetes.cluster import Api, Cluster, Network, Refused
 from tests.kubernetes.conftest import missing
 from tests.kubernetes.kubelet import Kubelet
 from tests.system import request, until
+from tests.valkey import Valkey
 
 MANIFESTS: Final = CHART.parent / "manifests"
 #: Kinds that the chart makes, and where the API has them.
@@ -73,7 +74,7 @@ SETS: Final[Mapping[str, Mapping[str, Any]]] = {
         "extraEnv": [{"name": "HTTPS_PROXY", "value": "http://proxy:3128"}],
         "extraVolumes": [{"name": "keys", "secret": {"secretName": "pods"}}],
         "extraVolumeMounts": [{"name": "keys", "mountPath": "/etc/pods", "readOnly": True}],
-        "valkey": {"persistence": {"storageClassName": "fast", "whenDeleted": "Retain"}},
+        "valkey": {"persistence": {"storageClassName": "fast", "whenDeleted": "Delete"}},
         "serviceMonitor": {"enabled": True, "labels": {"release": "prometheus"}},
     },
     "a store and a Gateway that there are": {
@@ -164,6 +165,63 @@ WRONG: Final[Mapping[str, tuple[Mapping[str, Any], str]]] = {
     "a turn that is too far off": (
         {"config": {"models": {"a": {"saturation": 4, "queue_wait": "10m"}}}}, "Envoy waits for the gateway's word",
     ),
+    "more time to end than there is": (
+        {"config": {"listen": {"drain": "31m"}}}, "config.listen.drain is 31m: expected a duration, 0s to 30m",
+    ),
+    "a part of a millisecond": ({"config": {"store": {"timeout": "0.0105s"}}}, "expected whole milliseconds"),
+    "a model that may be silent for too long": (
+        {"config": {"models": {"a": {"timeout": "25h"}}}}, "config.models.a.timeout is 25h: expected a duration",
+    ),
+    "a size that is too small": (
+        {"config": {"limits": {"max_body_bytes": "0.5KiB"}}}, "config.limits.max_body_bytes is 0.5KiB: expected a size",
+    ),
+    "bodies that are larger than all together": (
+        {"config": {"limits": {"max_body_bytes": "256MiB"}}}, "config.limits.bodies_in_memory (134217728 bytes)",
+    ),
+    "bodies that are larger than the memory": (
+        {"config": {"limits": {"bodies_in_memory": "600MiB"}}}, "resources.limits.memory must be twice",
+    ),
+    "TLS where Envoy has none": (
+        {"config": {"listen": {"tls": {"cert_file": "/a", "key_file": "/b"}}}}, "config.listen.tls is the chart's",
+    ),
+    "a key of pods in a ConfigMap": (
+        {"config": {"pods": [{"address": "a:1"}, {"address": "b:1", "api_key": "k"}]}}, "config.pods[1].api_key",
+    ),
+    "the same for all pods": (
+        {"config": {"discovery": {"kubernetes": {"api_key": "k"}}}}, "config.discovery.kubernetes.api_key",
+    ),
+    "a pool that is another gateway's": (
+        {"config": {"discovery": {"kubernetes": {"pool": "a/b"}}}}, "this chart is for Envoy Gateway",
+    ),
+    "a setting by the environment": (
+        {"extraEnv": [{"name": "GATEWAY_LISTEN_DRAIN", "value": "1h"}]}, "extraEnv: GATEWAY_LISTEN_DRAIN",
+    ),
+    "a volume that there is": ({"extraVolumes": [{"name": "config", "emptyDir": {}}]}, "a volume config of its own"),
+    "a label that selects": ({"podLabels": {"app.kubernetes.io/name": "a"}}, "podLabels: app.kubernetes.io/name"),
+    "a label that can be none": ({"podLabels": {"a": "b c"}}, "podLabels"),
+    "a part of a section that is taken away": ({"gateway": {"port": None}}, "port"),
+    "every pod's account": (
+        {"controller": {"serviceAccount": {"create": False}}}, "rights of its account `default`: name another",
+    ),
+    "one account for both": (
+        {"serviceAccount": {"name": "a"}, "controller": {"serviceAccount": {"name": "a"}}}, "are one",
+    ),
+    "nobody who may ever go": ({"podDisruptionBudget": {"maxUnavailable": 0}}, "maxUnavailable"),
+    "all who may go at once": ({"podDisruptionBudget": {"maxUnavailable": "51%"}}, "would let all 2 gateways go"),
+    "scaling by a share of nothing": (
+        {"autoscaling": {"enabled": True}, "resources": {"requests": {"cpu": None}}}, "resources.requests.cpu",
+    ),
+    "more than may be had": (
+        {"resources": {"requests": {"memory": "1.5Gi"}}}, "resources.requests.memory is more than resources.limits",
+    ),
+    "a store that is larger than its memory": ({"valkey": {"maxMemory": "1gb"}}, "more than valkey.maxMemory"),
+    "two listeners on one port": (
+        {"gateway": {"port": 443, "tls": {"secretName": "a"}}}, "gateway.port and gateway.tls.port are one",
+    ),
+    "a Gateway's listeners that nobody named": (
+        {"gateway": {"create": False, "name": "a"}, "accessLog": {"enabled": True}}, "accessLog.listeners names",
+    ),
+    "a name that no Service can have": ({"nameOverride": "gateway-extproc"}, "no Service can have the name 1st"),
     "less than the least": ({"autoscaling": {"enabled": True, "minReplicas": 4, "maxReplicas": 3}}, "more than max"),
 }  # fmt: skip
 
@@ -173,7 +231,7 @@ def test_values_that_cannot_be_are_refused_by_name(name: str, tmp_path: Path) ->
     assert not (reason := missing("helm")), reason
     values, told = WRONG[name]
     with pytest.raises(Failed) as refused:
-        Helm(tmp_path).template("models", values)
+        Helm(tmp_path).template("1st" if "1st" in told else "models", values)
     assert told in str(refused.value)
 
 
@@ -227,11 +285,18 @@ class Installed:
         found = self.api.get(f"{root}/namespaces/{self.namespace}/{kind}")["items"]
         return [each for each in found if each["metadata"]["name"] != "kube-root-ca.crt"]
 
+    def one(self, kind: str, name: str, root: str = "/api/v1") -> dict[str, Any] | None:
+        return next((each for each in self.list(kind, root) if each["metadata"]["name"] == name), None)
+
     def pods(self) -> set[str]:
         return {each["metadata"]["uid"] for each in self.list("pods") if "-controller-" not in each["metadata"]["name"]}
 
+    def controllers(self) -> set[str]:
+        return {each["metadata"]["uid"] for each in self.list("pods")} - self.pods()
+
     def token(self, name: str) -> str:
-        (secret,) = (each for each in self.list("secrets") if each["metadata"]["name"] == name)
+        secret = self.one("secrets", name)
+        assert secret is not None
         return base64.b64decode(secret["data"]["admin-token"]).decode()
 
 
@@ -250,18 +315,22 @@ def installed(
 
 def test_a_release_is_installed_changed_and_leaves_nothing(installed: Installed) -> None:
     helm, name = installed.helm, "models-gateway-extproc"
-    values: dict[str, Any] = {"namespaces": [installed.namespace]}
+    values: dict[str, Any] = {
+        "namespaces": [installed.namespace], "valkey": {"persistence": {"whenDeleted": "Delete"}},
+    }  # fmt: skip
     notes = installed.install("models", values)
     assert f"Gateway {installed.namespace}/{name}" in notes
+    assert installed.token(name) not in notes
     assert {each.component for each in installed.kubelet.pods("gateway")} == {"gateway"}
-    pods, token = installed.pods(), installed.token(name)
+    pods, controllers, token = installed.pods(), installed.controllers(), installed.token(name)
     headers = {"authorization": f"Bearer {token}"}
     first = installed.kubelet.pods("gateway")[0]
     assert request(9090, "GET", "/admin/users", headers=headers, host=first.ip).status == 200
     assert request(9090, "GET", "/admin/users", host=first.ip).status == 401
 
-    # A user more is read while they run; a time-out more needs a new start. The token stays either way.
-    values["config"] = {"users": [{"name": "alice", "rpm": 3}]}
+    # A user and a model's time-out are read while they run; the store's needs a new start, but not of the controller,
+    # which has none. The token stays either way.
+    values["config"] = {"users": [{"name": "alice", "rpm": 3}], "models": {"llama": {"timeout": "20s"}}}
     helm.upgrade("models", values)
     assert installed.pods() == pods
     (mapped,) = installed.list("configmaps")
@@ -272,6 +341,7 @@ def test_a_release_is_installed_changed_and_leaves_nothing(installed: Installed)
     helm.upgrade("models", values)
     until(lambda: len(installed.pods()) == 3)
     assert len(installed.pods() & pods) == 1  # the store's
+    assert installed.controllers() == controllers
     assert installed.token(name) == token
 
     helm.uninstall("models")
@@ -292,6 +362,103 @@ def test_a_release_is_installed_changed_and_leaves_nothing(installed: Installed)
         until(lambda kind=kind, root=root: not installed.list(kind, root), f"{kind}: {left}")  # type: ignore[misc]
 
 
+APPS: Final = "/apis/apps/v1"
+
+
+def test_a_release_can_have_another_store_another_controller_and_more_gateways(installed: Installed) -> None:
+    helm, name = installed.helm, "models-gateway-extproc"
+    values: dict[str, Any] = {"namespaces": [installed.namespace], "config": {"listen": {"drain": "1s"}}}
+    memory = {"valkey": {"enabled": False}, "replicas": 1}
+
+    def asked() -> None:
+        """Every gateway takes the token, and there are no more pods than there should be."""
+        deployment = installed.one("deployments", name, APPS)
+        assert deployment is not None
+        until(lambda: len(installed.kubelet.pods("gateway")) == deployment["spec"]["replicas"])
+        for pod in installed.kubelet.pods("gateway"):
+            headers = {"authorization": f"Bearer {token}"}
+            assert request(9090, "GET", "/admin/users", headers=headers, host=pod.ip).status == 200
+
+    installed.install("models", values | memory)
+    token = installed.token(name)
+    asked()
+
+    # A store of its own, then one that there is, whose password is in nothing but Secrets.
+    helm.upgrade("models", values)
+    asked()
+    store = Valkey(password="correct-horse").start()
+    try:
+        url = store.url.replace("redis://", "redis://:correct-horse@")
+        helm.upgrade("models", values | {"store": {"url": url}})
+        asked()
+        with store.client() as client:
+            until(lambda: bool(client.keys("gw:*")), "the gateways are at that store")
+        assert installed.one("statefulsets", f"{name}-valkey", APPS) is None
+        for kind, root in (("deployments", APPS), ("pods", "/api/v1"), ("configmaps", "/api/v1")):
+            assert "correct-horse" not in repr(installed.list(kind, root))
+        # Users and keys are still there, for who had forgotten them.
+        assert installed.one("persistentvolumeclaims", f"data-{name}-valkey-0") is not None
+        helm.upgrade("models", values)
+        asked()
+    finally:
+        store.stop()
+    assert installed.one("secrets", f"{name}-store") is None
+
+    # Scaled by Kubernetes from now on, and never down to one for it.
+    scaled = values | {"autoscaling": {"enabled": True}}
+    (before,) = [
+        each["spec"]["replicas"] for each in installed.list("deployments", APPS) if each["metadata"]["name"] == name
+    ]
+    helm.upgrade("models", scaled)
+    deployment = installed.one("deployments", name, APPS)
+    assert deployment is not None
+    assert deployment["spec"]["replicas"] == before == 2
+    installed.api.merge(f"{APPS}/namespaces/{installed.namespace}/deployments/{name}", {"spec": {"replicas": 3}})
+    helm.upgrade("models", scaled | {"podAnnotations": {"a": "b"}})
+    deployment = installed.one("deployments", name, APPS)
+    assert deployment is not None
+    assert deployment["spec"]["replicas"] == 3
+    asked()
+
+    # The controller in the gateways, nowhere, and in a process of its own again.
+    for mode, own, writes in (("serve", False, True), ("none", False, False), ("deployment", True, True)):
+        helm.upgrade("models", values | {"controller": {"mode": mode}})
+        asked()
+        assert (installed.one("deployments", f"{name}-controller", APPS) is not None) is own
+        assert (installed.one("serviceaccounts", f"{name}-controller") is not None) is own
+        bound = installed.one("rolebindings", f"{name}-controller", "/apis/rbac.authorization.k8s.io/v1")
+        assert (bound is not None) is writes
+        if bound is not None:
+            assert [each["name"] for each in bound["subjects"]] == [f"{name}-controller" if own else name]
+    assert installed.token(name) == token
+
+
+def test_an_upgrade_that_kubernetes_would_refuse_by_half_changes_nothing(installed: Installed) -> None:
+    name = "models"
+    values: dict[str, Any] = {"namespaces": [installed.namespace], "replicas": 0, "fullnameOverride": name}
+    installed.helm.install(name, values, wait=False)
+    before = installed.one("configmaps", name)
+    for persistence, told in (
+        ({"size": "2Gi"}, "persistence.size cannot change"),
+        ({"enabled": False}, "persistence.enabled cannot change"),
+        ({"storageClassName": "fast"}, "persistence.storageClassName cannot change"),
+        ({"accessModes": ["ReadWriteOncePod"]}, "persistence.accessModes cannot change"),
+    ):
+        changed = {"valkey": {"persistence": persistence}, "config": {"limits": {"default": {"rpm": 1}}}}
+        with pytest.raises(Failed) as refused:
+            installed.helm.upgrade(name, values | changed, wait=False)
+        assert told in str(refused.value)
+        assert installed.one("configmaps", name) == before
+    # As it says: the pod and the volume stay, and the StatefulSet is another.
+    path = f"{APPS}/namespaces/{installed.namespace}/statefulsets/{name}-valkey"
+    installed.api.ask("DELETE", path, {"propagationPolicy": "Orphan"})
+    until(lambda: installed.one("statefulsets", f"{name}-valkey", APPS) is None)
+    installed.helm.upgrade(name, values | {"valkey": {"persistence": {"size": "1024Mi"}}}, wait=False)
+    installed.helm.upgrade(name, values, wait=False)  # the same size in other words
+    # A label that selects never changes, whatever the parts are called.
+    installed.helm.upgrade(name, values | {"nameOverride": "other"}, wait=False)
+
+
 def test_two_releases_are_beside_each_other_whatever_they_are_called(installed: Installed) -> None:
     values = {"namespaces": [installed.namespace], "replicas": 1}
     for name in ("first", "gateway-extproc"):
@@ -308,8 +475,8 @@ def test_an_account_may_do_what_it_must_and_no_more(installed: Installed, cluste
     installed.helm.install("models", {"namespaces": [installed.namespace], "replicas": 0}, wait=False)
     api, namespace = installed.api, installed.namespace
 
-    def may(account: str, verb: str, group: str, resource: str, where: str = namespace) -> bool:
-        asked = {"verb": verb, "group": group, "resource": resource.partition("/")[0], "namespace": where}
+    def may(account: str, verb: str, group: str, resource: str, where: str = namespace, *, name: str = "") -> bool:
+        asked = {"name": name, "verb": verb, "group": group, "resource": resource.partition("/")[0], "namespace": where}
         if "/" in resource:
             asked["subresource"] = resource.partition("/")[2]
         user = f"system:serviceaccount:{namespace}:{account}"
@@ -322,7 +489,9 @@ def test_an_account_may_do_what_it_must_and_no_more(installed: Installed, cluste
     gateway, controller = "models-gateway-extproc", "models-gateway-extproc-controller"
     assert may(gateway, "watch", "", "pods")
     assert may(controller, "create", "gateway.networking.k8s.io", "httproutes")
-    assert may(controller, "update", "coordination.k8s.io", "leases")
+    assert may(controller, "create", "coordination.k8s.io", "leases")
+    assert may(controller, "update", "coordination.k8s.io", "leases", name=f"gateway-extproc-controller-{gateway}")
+    assert not may(controller, "update", "coordination.k8s.io", "leases", name="somebody-else")
     for account, verb, group, resource in (
         (gateway, "get", "", "secrets"), (gateway, "create", "gateway.networking.k8s.io", "httproutes"),
         (gateway, "get", "", "configmaps"), (gateway, "delete", "", "pods"),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
+import subprocess
 from collections.abc import Iterator
 from functools import partial
 
@@ -263,6 +265,22 @@ def test_usage_comes_by_the_access_log_where_that_is_turned_on(served: Served) -
     finally:
         served.helm.upgrade(RELEASE, served.values)
     served.until_chat("logged", 200)
+
+
+def test_the_curls_of_the_notes_are_answered_as_they_stand(served: Served) -> None:
+    served.deployment("noted", "noted")
+    served.until_chat("noted", 200)
+    notes = served.helm.notes(served.release).replace("\\\n", "")
+    curls = re.findall(r"^ +(curl .*)$", notes, re.MULTILINE)
+    answers = []
+    for each in curls:
+        command = each.replace("$URL", f"http://127.0.0.1:{PORT}").replace('"MODEL"', '"noted"')
+        done = subprocess.run(["sh", "-ec", command], capture_output=True, check=True, timeout=60)
+        answers.append(json.loads(done.stdout))
+    models, first = answers
+    assert "noted" in [model["id"] for model in models["data"]]
+    assert first["model"] == "noted"
+    assert first["choices"][0]["message"]["content"]
 
 
 def test_helm_test_asks_the_gateway(served: Served) -> None:

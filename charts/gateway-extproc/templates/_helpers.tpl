@@ -1,25 +1,19 @@
 {{/* Names leave room for the longest suffix (-controller) in a label's 63 characters. */}}
 {{- define "gateway.fullname" -}}
 {{- if .Values.fullnameOverride -}}
-{{- .Values.fullnameOverride | trunc 48 | trimSuffix "-" -}}
+{{- .Values.fullnameOverride -}}
 {{- else -}}
 {{- $name := default .Chart.Name .Values.nameOverride -}}
-{{- if contains $name .Release.Name -}}
-{{- .Release.Name | trunc 48 | trimSuffix "-" -}}
-{{- else -}}
-{{- printf "%s-%s" .Release.Name $name | trunc 48 | trimSuffix "-" -}}
-{{- end -}}
+{{- /* Releases may have dots in their names, Services may not. */ -}}
+{{- $release := .Release.Name | replace "." "-" -}}
+{{- ternary $release (printf "%s-%s" $release $name) (contains $name $release) | trunc 48 | trimAll "-" -}}
 {{- end -}}
 {{- end -}}
 
-{{- define "gateway.name" -}}
-{{- default .Chart.Name .Values.nameOverride | trunc 63 | trimSuffix "-" -}}
-{{- end -}}
-
-{{/* Of a (dict "root" $ "component" NAME): what never changes, and selects. */}}
+{{/* Of a (dict "root" $ "component" NAME): what never changes, whatever else is called otherwise, and selects. */}}
 {{- define "gateway.selector" -}}
-app.kubernetes.io/name: {{ include "gateway.name" .root }}
-app.kubernetes.io/instance: {{ .root.Release.Name }}
+app.kubernetes.io/name: {{ .root.Chart.Name | quote }}
+app.kubernetes.io/instance: {{ .root.Release.Name | quote }}
 app.kubernetes.io/component: {{ .component }}
 {{- end -}}
 
@@ -28,6 +22,12 @@ app.kubernetes.io/component: {{ .component }}
 app.kubernetes.io/version: {{ .root.Chart.AppVersion | quote }}
 app.kubernetes.io/managed-by: {{ .root.Release.Service }}
 helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version | replace "+" "_" }}
+{{- end -}}
+
+{{/* The metadata of such pods. "atStart": a hash of what they read once, so that they are rolled where it changes. */}}
+{{- define "gateway.podMetadata" -}}
+labels: {{- merge (dict) .root.Values.podLabels (include "gateway.labels" . | fromYaml) | toYaml | nindent 2 }}
+annotations: {{- merge (dict "gateway-extproc/at-start" .atStart) .root.Values.podAnnotations | toYaml | nindent 2 }}
 {{- end -}}
 
 {{/* Of a (dict "of" IMAGE "tag" DEFAULT). */}}
@@ -72,28 +72,69 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version | replace 
 {{- if and .Values.valkey.enabled (not .Values.store.url) (not .Values.store.existingSecret) -}}true{{- end -}}
 {{- end -}}
 
+{{/* The Secret with the URL of a store that there is, and the key there. Empty: none is named. */}}
+{{- define "gateway.storeSecret" -}}
+{{- if .Values.store.existingSecret -}}
+{{ .Values.store.existingSecret }}
+{{- else if .Values.store.url -}}
+{{ include "gateway.fullname" . }}-store
+{{- end -}}
+{{- end -}}
+{{- define "gateway.storeKey" -}}
+{{- ternary .Values.store.key "url" (ne .Values.store.existingSecret "") -}}
+{{- end -}}
+
+{{/* Whether gateways find pods by Kubernetes, and whether they have to do with its API at all: "true", or empty. */}}
+{{- define "gateway.discovers" -}}
+{{- $kubernetes := (default dict .Values.config.discovery).kubernetes -}}
+{{- if or (not (kindIs "bool" $kubernetes)) $kubernetes -}}true{{- end -}}
+{{- end -}}
+{{- define "gateway.asks" -}}
+{{- if or (include "gateway.discovers" .) (eq .Values.controller.mode "serve") -}}true{{- end -}}
+{{- end -}}
+
+{{/* How many gateways there are at least. */}}
+{{- define "gateway.fewest" -}}
+{{- ternary .Values.autoscaling.minReplicas .Values.replicas .Values.autoscaling.enabled | int -}}
+{{- end -}}
+
+{{/* A number with a unit: (dict "of" VALUE "units" (dict UNIT FACTOR …)), to nine decimals. */}}
+{{- define "gateway.number" -}}
+{{- $text := toString .of -}}
+{{- $unit := regexFind "[A-Za-z]+$" $text -}}
+{{- mulf (trimSuffix $unit $text | float64) (get .units $unit) | printf "%.9f" -}}
+{{- end -}}
+
 {{/* A duration of the configuration (250ms, 1.5s, 5m, 12h, or 0) in milliseconds. */}}
+{{- define "gateway.duration" -}}
+{{- include "gateway.number" (dict "of" . "units" (dict "ms" 1 "s" 1000 "m" 60000 "h" 3600000 "" 1)) -}}
+{{- end -}}
 {{- define "gateway.milliseconds" -}}
-{{- $text := toString . -}}
-{{- $number := regexFind "^[0-9.]+" $text | float64 -}}
-{{- $unit := regexFind "[a-z]+$" $text -}}
-{{- $factor := get (dict "ms" 1 "s" 1000 "m" 60000 "h" 3600000 "" 0) $unit -}}
-{{- mulf $number $factor | ceil | int64 -}}
+{{- include "gateway.duration" . | float64 | ceil | int64 -}}
 {{- end -}}
 
 {{/* A size of the configuration (bytes, or 64KiB, 32MiB, 1GiB) in bytes. */}}
-{{- define "gateway.bytes" -}}
-{{- if kindIs "string" . -}}
-{{- $factor := get (dict "KiB" 1024 "MiB" 1048576 "GiB" 1073741824) (regexFind "[KMG]iB$" .) -}}
-{{- mulf (regexFind "^[0-9.]+" . | float64) $factor | int64 -}}
-{{- else -}}
-{{- int64 . -}}
+{{- define "gateway.size" -}}
+{{- include "gateway.number" (dict "of" . "units" (dict "KiB" 1024 "MiB" 1048576 "GiB" 1073741824 "" 1)) -}}
 {{- end -}}
+{{- define "gateway.bytes" -}}
+{{- include "gateway.size" . | float64 | int64 -}}
+{{- end -}}
+
+{{/* A quantity of Kubernetes (500m, 1Gi, 1e9, 2). */}}
+{{- define "gateway.quantity" -}}
+{{- $decimal := dict "n" 0.000000001 "u" 0.000001 "m" 0.001 "" 1 "k" 1e3 "M" 1e6 "G" 1e9 "T" 1e12 "P" 1e15 "E" 1e18 -}}
+{{- $binary := dict "Ki" 1024 "Mi" 1048576 "Gi" 1073741824 "Ti" 1099511627776 "Pi" 1125899906842624 "Ei" 1152921504606846976 -}}
+{{- include "gateway.number" (dict "of" . "units" (merge $decimal $binary)) -}}
 {{- end -}}
 
 {{- define "gateway.maxBodyBytes" -}}
 {{- $limits := default dict .Values.config.limits -}}
 {{- include "gateway.bytes" (default "32MiB" $limits.max_body_bytes) -}}
+{{- end -}}
+{{- define "gateway.bodiesInMemory" -}}
+{{- $limits := default dict .Values.config.limits -}}
+{{- include "gateway.bytes" (default "128MiB" $limits.bodies_in_memory) -}}
 {{- end -}}
 
 {{/* How long the gateway may take for the store, and the longest turn at a pod (queue_wait), in milliseconds. */}}
@@ -137,11 +178,11 @@ must leave.
 {{- $_ := set $listen "http" (printf "%s:9090" .Values.listenAddress) -}}
 {{- if not (hasKey $listen "drain") -}}{{- $_ := set $listen "drain" "5m" -}}{{- end -}}
 {{- $_ := set $admin "token_file" "/etc/gateway-secret/admin-token" -}}
-{{- if .Values.store.existingSecret -}}
+{{- if include "gateway.storeSecret" . -}}
 {{- $_ := set $store "url_file" "/etc/gateway-store/url" -}}
 {{- end -}}
 {{- /* `false` stays: pods are then those of `config.pods`. */ -}}
-{{- if or (not (kindIs "bool" $discovery.kubernetes)) $discovery.kubernetes -}}
+{{- if include "gateway.discovers" . -}}
 {{- $kubernetes := ternary dict (default dict $discovery.kubernetes) (kindIs "bool" $discovery.kubernetes) -}}
 {{- with .Values.namespaces -}}{{- $_ := set $kubernetes "namespaces" . -}}{{- end -}}
 {{- $_ := set $discovery "kubernetes" (ternary $kubernetes true (gt (len $kubernetes) 0)) -}}
@@ -176,68 +217,15 @@ must leave.
 {{- toYaml (pick (include "gateway.config" . | fromYaml) "controller" "models" "prices" "logging") -}}
 {{- end -}}
 
-{{/* What only a start of the gateway takes up: where it changes, pods are rolled; all else is read while they run. */}}
+{{/* What only a start takes up, of the gateway and of the controller: all else is read while they run. */}}
 {{- define "gateway.atStart" -}}
 {{- $config := include "gateway.config" . | fromYaml -}}
 {{- $limits := pick (default dict $config.limits) "max_body_bytes" "bodies_in_memory" -}}
 {{- $sections := pick $config "listen" "envoy" "store" "admin" "discovery" "controller" "logging" "usage" -}}
-{{- toJson (merge (dict "limits" $limits) $sections) | sha256sum -}}
+{{- toJson (merge (dict "limits" $limits "url" .Values.store.url) $sections) | sha256sum -}}
 {{- end -}}
-
-{{/* What the chart sets itself, and what cannot be. Nothing is rendered then. */}}
-{{- define "gateway.check" -}}
-{{- $config := .Values.config -}}
-{{- $ours := dict "envoy" "what Envoy is told is in `gateway`" "controller" "set `controller.mode` and `namespaces`" -}}
-{{- range $key, $instead := $ours -}}
-{{- if hasKey $config $key -}}{{- fail (printf "config.%s is the chart's to set: %s" $key $instead) -}}{{- end -}}
-{{- end -}}
-{{- $within := list
-  (list "listen" "grpc" "set `listenAddress`") (list "listen" "http" "set `listenAddress`")
-  (list "store" "url" "set `store.url` or `store.existingSecret`")
-  (list "store" "url_file" "set `store.existingSecret`")
-  (list "admin" "token" "set `existingSecret`") (list "admin" "token_file" "set `existingSecret`") -}}
-{{- range $within -}}
-{{- if hasKey (default dict (get $config (index . 0))) (index . 1) -}}
-{{- fail (printf "config.%s.%s is the chart's to set: %s" (index . 0) (index . 1) (index . 2)) -}}
-{{- end -}}
-{{- end -}}
-{{- $found := (default dict $config.discovery).kubernetes -}}
-{{- if kindIs "map" $found -}}
-{{- range list "namespaces" "kubeconfig" -}}
-{{- if hasKey $found . -}}{{- fail (printf "config.discovery.kubernetes.%s is the chart's to set: set `namespaces`" .) -}}{{- end -}}
-{{- end -}}
-{{- end -}}
-{{- $usage := default dict $config.usage -}}
-{{- if and (eq (default "body" $usage.source) "access_log") (not .Values.accessLog.enabled) -}}
-{{- fail "config.usage.source is access_log: set `accessLog.enabled`, so that Envoy is told, too" -}}
-{{- end -}}
-{{- if and (hasKey $usage "source") (eq $usage.source "body") .Values.accessLog.enabled -}}
-{{- fail "config.usage.source is body, and accessLog.enabled is set: leave out one of them" -}}
-{{- end -}}
-{{- if and .Values.store.url .Values.store.existingSecret -}}
-{{- fail "store.url and store.existingSecret are two: leave out one of them" -}}
-{{- end -}}
-{{- $many := or (gt (int .Values.replicas) 1) .Values.autoscaling.enabled -}}
-{{- if and $many (not .Values.store.url) (not .Values.store.existingSecret) (not .Values.valkey.enabled) -}}
-{{- fail "several replicas need a store to share limits: set store.url, store.existingSecret or valkey.enabled, or replicas: 1" -}}
-{{- end -}}
-{{- if gt (int .Values.autoscaling.minReplicas) (int .Values.autoscaling.maxReplicas) -}}
-{{- fail "autoscaling.minReplicas is more than maxReplicas" -}}
-{{- end -}}
-{{- if and (not .Values.gateway.create) (not .Values.gateway.name) -}}
-{{- fail "gateway.create is false: set gateway.name to the Gateway that there is" -}}
-{{- end -}}
-{{- if and .Values.gateway.create .Values.gateway.namespace (ne .Values.gateway.namespace .Release.Namespace) -}}
-{{- fail "gateway.namespace is of a Gateway that there is: set gateway.create to false, or leave it out" -}}
-{{- end -}}
-{{- $wait := include "gateway.messageTimeout" . | int64 -}}
-{{- if gt $wait 600000 -}}
-{{- fail "config.models.*.queue_wait and config.store.timeout: Envoy waits for the gateway's word for 600 s at most" -}}
-{{- end -}}
-{{- $least := add (include "gateway.storeTimeout" . | int64) (include "gateway.longestWait" . | int64) 1000 -}}
-{{- if le $wait $least -}}
-{{- fail (printf "gateway.messageTimeoutSeconds must be more than config.store.timeout, the longest queue_wait and 1 s together (%d ms)" $least) -}}
-{{- end -}}
+{{- define "gateway.controllerAtStart" -}}
+{{- toJson (pick (include "gateway.config" . | fromYaml) "controller" "logging") | sha256sum -}}
 {{- end -}}
 
 {{/* Pod Security "restricted", and nothing written outside of volumes. */}}
@@ -269,6 +257,6 @@ tolerations: {{- toYaml . | nindent 2 }}
 affinity: {{- toYaml . | nindent 2 }}
 {{- end }}
 {{- with .Values.priorityClassName }}
-priorityClassName: {{ . }}
+priorityClassName: {{ . | quote }}
 {{- end }}
 {{- end -}}
