@@ -40,6 +40,9 @@ READY_FOR: Final = 1.9
 SHORTEST: Final = 0.25
 #: Shortest pause in seconds between lists of one pod, however often it is suspected.
 PAUSE: Final = 0.05
+#: Seconds by which a timer is set later than what is due, which it then is for certain: uvloop's timers go by whole
+#: milliseconds, to which it rounds, and half of them would come before that.
+TICK: Final = 0.001
 #: Seconds between two looks at the metrics of a pod that has requests of ours, and that has none. The second is short
 #: of STALE by what a slow pod takes to answer.
 FAST: Final = 0.1
@@ -289,7 +292,7 @@ class _Watch:
         loop = asyncio.get_running_loop()
         self._wake.clear()
         if not self._suspected and due > loop.time():
-            alarm = loop.call_at(due, self._wake.set)
+            alarm = loop.call_at(due + TICK, self._wake.set)
             try:
                 await self._wake.wait()
             finally:

@@ -18,6 +18,7 @@ import msgspec
 import pytest
 from aiohttp import web
 
+from gateway_extproc.adapters import scrape
 from gateway_extproc.adapters.scrape import FAST, IDLE, LOOK, LOOK_BYTE, PAGE, PAUSE, READY_FOR, SHARE, Poller
 from gateway_extproc.core.fleet import TLS, Fleet, Member, PodSpec
 from gateway_extproc.core.load import Metrics
@@ -680,6 +681,27 @@ async def test_a_pod_in_use_is_looked_at_more_often_than_one_that_is_not() -> No
         polled.member(first).load.in_flight = 1
         await until(lambda: busy.asked.count(PAGES) >= 12)
         assert idle.asked.count(PAGES) <= 4
+
+
+async def test_whenever_it_wakes_something_is_due(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else it would pause anew, and what was due be late by that."""
+    monkeypatch.setattr(scrape, "PAUSE", 0.0)
+    monkeypatch.setattr(scrape, "FAST", 0.01)
+    rests = 0
+    rest = scrape._Watch._rest
+
+    async def counted(self: scrape._Watch, least: float, due: float) -> None:
+        nonlocal rests
+        rests += 1
+        await rest(self, least, due)
+
+    monkeypatch.setattr(scrape._Watch, "_rest", counted)
+    server = Server()
+    server.pages[PAGES] = RUNNING % 3
+    async with answering(server.serve) as address, polling(spec(address), period=1.0) as polled:
+        polled.member(address).load.in_flight = 1
+        await until(lambda: server.asked.count(PAGES) >= 40)
+        assert rests <= len(server.asked)
 
 
 async def test_a_pod_without_metrics_is_asked_for_them_less_and_less() -> None:
