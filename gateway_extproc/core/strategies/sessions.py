@@ -19,8 +19,8 @@ CHANCE: Final = 8
 NAME: Final = 8
 PROOF: Final = 8
 _BYTES: Final = CHANCE + NAME + PROOF
-#: Longest id in characters that is looked at: clients' own ids are UUIDs and the like.
-LONGEST: Final = 256
+#: Characters of an id; what is longer or shorter is none, and is not looked into.
+_LENGTH: Final = _BYTES * 4 // 3
 
 
 def name_of(secret: bytes, address: str) -> bytes:
@@ -36,6 +36,8 @@ def written(secret: bytes, model: str, name: bytes, chance: bytes) -> str:
 
 def read(secret: bytes, model: str, text: str) -> bytes | None:
     """The name of the pod in an id; None for what is no id of ours for this model."""
+    if len(text) != _LENGTH:
+        return None
     try:
         found = base64.b64decode(text.encode("ascii"), altchars=b"-_", validate=True)
     except (UnicodeEncodeError, binascii.Error):
