@@ -649,14 +649,15 @@ async def test_a_page_that_swells_when_it_is_unpacked_is_not_read() -> None:
 
 
 async def test_a_pod_whose_metrics_hang_is_polled_all_the_same() -> None:
-    async with serving() as client, polling(spec(client.pod.address), period=0.3, patience=1.0) as polled:
+    async with serving() as client:
         address = client.pod.address
         await client.post("/sim/fault", {"fault": "hang", "path": PAGES})
-        await until_blind(polled, address, "no answer in time")
-        await client.post("/v1/load_lora_adapter", {"lora_name": "tuned", "lora_path": "/x"})
-        await polled.until_ready(address, MODEL, "tuned")
-        await mend_list(client)
-        await until(lambda: known(polled, address) is not None)
+        async with polling(spec(address), period=0.3, patience=1.0) as polled:
+            await until_blind(polled, address, "no answer in time")
+            await client.post("/v1/load_lora_adapter", {"lora_name": "tuned", "lora_path": "/x"})
+            await polled.until_ready(address, MODEL, "tuned")
+            await mend_list(client)
+            await until(lambda: known(polled, address) is not None)
 
 
 async def test_a_pod_that_is_not_ready_is_not_asked_for_its_metrics() -> None:
