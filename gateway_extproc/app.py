@@ -18,7 +18,6 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from itertools import count
 from pathlib import Path
 from random import Random
 from typing import Any, Final
@@ -61,6 +60,7 @@ from .core.directory import Directory
 from .core.events import Outcome
 from .core.fleet import METRICS, TLS, Fleet, PodSpec
 from .core.naming import Naming
+from .core.numbered import Numbered
 from .core.price import Price, Prices, nano
 from .core.records import Records
 from .core.session import ModelPolicy, Policy, World
@@ -266,7 +266,7 @@ class Gateway:
         self._controlling: Controlling | None = None
         self._control: asyncio.Task[None] | None = None
         self._named: dict[str, list[tuple[int, PodConfig]]] = {}
-        self._numbers: dict[str, str] = {}
+        self._numbered = Numbered(lambda address: self.fleet.member(address) is not None)
         self._wake = asyncio.Event()
         self.fleet.on_change = self._wake.set
         self._tasks: list[asyncio.Task[None]] = []
@@ -494,7 +494,7 @@ class Gateway:
             target = pod.address or pod.dns
             host, port = split_address(target)
             if is_ip(host):
-                fixed.append(spec_of(pod, target, "", pod.name or self._numbered("pod", target)))
+                fixed.append(spec_of(pod, target, "", pod.name or self._numbered.name("pod", target)))
             else:
                 named.setdefault(host, []).append((port, pod))
         for host in set(self._named) - set(named):
@@ -509,7 +509,7 @@ class Gateway:
             chosen = addresses if pod.dns else addresses[:1]
             for ip in chosen:
                 address = join_address(ip, port)
-                name = self._numbered(pod.name or host, address) if pod.dns else pod.name or host
+                name = self._numbered.name(pod.name or host, address) if pod.dns else pod.name or host
                 specs.append(spec_of(pod, address, host, name))
         self.fleet.configure(f"dns {host}", specs)
 
@@ -518,15 +518,6 @@ class Gateway:
         if key is not None or tls is not None:
             pods = [msgspec.structs.replace(pod, api_key=key, tls=tls) for pod in pods]
         self.fleet.configure("kubernetes", pods, models)
-
-    def _numbered(self, base: str, address: str) -> str:
-        """A name for a pod that has none of its own: clients may see it, so it must not tell the address. It stays
-        while the pod does."""
-        names = self._numbers
-        if address not in names:
-            taken = set(names.values())
-            names[address] = next(name for n in count(1) if (name := f"{base}-{n}") not in taken)
-        return names[address]
 
     async def _follow_fleet(self) -> None:
         """Carry the fleet's changes on: to the poller and to Envoy."""
@@ -537,8 +528,7 @@ class Gateway:
             self.extproc.serve_queues()
             if self.fleet.version != version:
                 version = self.fleet.version
-                for address in [known for known in self._numbers if self.fleet.member(known) is None]:
-                    del self._numbers[address]
+                self._numbered.forget()
                 self._poller.sync()
                 self.world.strategies.keep([member.pod for member in self.fleet.members() if member.ready])
                 if self._polled:

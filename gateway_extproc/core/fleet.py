@@ -103,19 +103,36 @@ class Reach(NamedTuple):
 
 #: All of them, of whoever asks.
 ANY: Final = Reach()
+#: Subsets of models' pods that a view keeps; proxies name one, or one for each zone.
+SUBSETS: Final = 256
 
 
 class View(msgspec.Struct, frozen=True):
     """What one Envoy's requests may be given: each existing model's ready pods (none: the model is not ready), those
     among them that ``warming`` up are, and the ejected ones that are to be probed. ``by_pool``: its routes are not
     ours, and there is one for each pool. It holds ``until`` that moment, in monotonic seconds, unless it is replaced
-    before."""
+    before. ``subsets`` are its own."""
 
     models: Mapping[str, tuple[Pod, ...]]
     warming: Mapping[str, tuple[Pod, ...]] = {}
     probed: Mapping[str, tuple[Pod, ...]] = {}
     until: float = math.inf
     by_pool: bool = False
+    subsets: dict[tuple[str, frozenset[str]], Sequence[Pod]] = msgspec.field(default_factory=dict)
+
+    def pods(self, model: str, reach: Reach) -> Sequence[Pod]:
+        """The ready pods of a model that a request may be given: the same object each time, since strategies keep what
+        they make of one; empty where there is none."""
+        pods = self.models.get(model, ())
+        if reach.among is None:
+            return pods
+        subset = model, reach.among
+        found = self.subsets.get(subset)
+        if found is None:
+            if len(self.subsets) >= SUBSETS:
+                self.subsets.clear()
+            found = self.subsets[subset] = tuple(reach.of(pods))
+        return found
 
     def probe(self, model: str, now: float, among: Collection[str] | None = None) -> Pod | None:
         """The pod that the request at hand is to probe, of these addresses (None: any)."""

@@ -161,9 +161,7 @@ class World:
     def next_turn(self, model: str) -> Place | None:
         """Whose turn it is of those that wait for a pod of ``model``; None while there is room for none of them."""
         has_room = self.policy.model(model).has_room
-        return self.queues.next(
-            model, lambda reach: any(map(has_room, reach.of(self.fleet.view(reach.node).models.get(model, ()))))
-        )
+        return self.queues.next(model, lambda reach: any(map(has_room, self.fleet.view(reach.node).pods(model, reach))))
 
 
 class _State(IntEnum):  # of ints, whose hash costs nothing: the table is asked for every message
@@ -363,14 +361,13 @@ class Session:
             return self._refuse(refused.refusal)
         self._request = request
         asked = model = request.model
-        directory, models = policy.directory, world.fleet.view(self.reach.node).models
+        directory, view = policy.directory, world.fleet.view(self.reach.node)
         name = asked
         if policy.naming.any:
             name = policy.naming.resolved(asked)
             model = self._serving(name) or ""
-        pods = models.get(model)
-        if pods is None:
-            if self._picks and not any(map(self.reach.of, models.values())):  # for any model
+        if model not in view.models:
+            if self._picks and not any(view.pods(each, self.reach) for each in view.models):
                 return self._refuse(refusals.no_ready_pods(asked))
             return self._refuse(refusals.model_not_found(asked))
         self._model = model
@@ -380,7 +377,7 @@ class Session:
         if settings.locked or self._mixed is None:
             self._strategy = settings.strategy or policy.default_strategy
             self._mixed = world.strategies.named(self._strategy)
-        if not self.reach.of(pods):
+        if not view.pods(model, self.reach):
             return self._refuse(refusals.no_ready_pods(asked))
         if asked != model:
             self._name = asked
@@ -473,7 +470,7 @@ class Session:
         assert admission is not None
         # Looked up again: pods may have gone while the store was asked.
         view, now = world.fleet.view(self.reach.node), world.clock()
-        pods = self.reach.of(view.models.get(self._model, ()))
+        pods = view.pods(self._model, self.reach)
         if not pods:
             self._took = False
             return self._refuse(refusals.no_ready_pods(self._name or self._model), self._limit_headers())
@@ -530,7 +527,7 @@ class Session:
     def _on_overdue(self, event: Overdue) -> list[Action]:
         self._took = False
         asked = self._name or self._model
-        if not self.reach.of(self._world.fleet.view(self.reach.node).models.get(self._model, ())):
+        if not self._world.fleet.view(self.reach.node).pods(self._model, self.reach):
             refused = refusals.no_ready_pods(asked)  # those that it waited for have gone
         else:
             refused = refusals.saturated(asked, event.retry_after)
