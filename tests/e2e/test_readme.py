@@ -99,6 +99,10 @@ RUN_BY = {
     r"helm (install|upgrade|uninstall|test) models .*": (
         "tests/kubernetes/test_chart.py::test_a_release_is_installed_changed_and_leaves_nothing"
     ),
+    r"openssl req -x509 .*": (
+        "tests/e2e/test_endpoint_picker.py::"
+        "test_an_envoy_that_dials_what_it_is_told_needs_no_list_no_metadata_and_no_certificate_that_it_knows"
+    ),
     r"make manifests": "tests/kubernetes/test_chart.py::test_the_plain_manifests_are_the_charts_and_are_accepted",
     r"gateway-extproc \w+": "test_the_program_has_every_command_that_is_named",
     r"docker compose up --build": DOCKER + "test_the_three_curls_of_the_readme_work_as_they_are",
