@@ -32,7 +32,7 @@ from .adapters.admin_users import UserViews
 from .adapters.alarm import Alarm
 from .adapters.dns import Resolver, Watcher
 from .adapters.guarded import GuardedStore
-from .adapters.kubernetes import CannotConnect, Cluster, InferencePool, Pods
+from .adapters.kubernetes import InferencePool, Pods
 from .adapters.memory import MemoryStore
 from .adapters.metrics import Metrics, Sources
 from .adapters.records import MemoryRecords, RedisRecords
@@ -68,6 +68,7 @@ from .core.store import RENEW, Settlement, Store
 from .core.strategies import Failure, Need, Strategies
 from .core.tally import Tally, UsageLog
 from .kubernetes.command import Controlling
+from .kubernetes_client import CannotConnect, Cluster
 from .plugins import Plugins
 from .redis_address import Address
 from .services.access_log import AccessLogs

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import ssl
 from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,23 +16,33 @@ from typing import Any, Final, Literal
 
 from aiohttp import web
 
+from tests.certificates import Pair
+
 #: What a request may suffer. "cut" and "garbage" end a watch after half a line and after a line that is no event;
-#: "end" ends it at once, in good order; "hang" never answers; "silent" answers, and then says nothing at all.
-Fault = Literal["401", "403", "410", "429", "500", "cut", "end", "error 410", "error 500", "garbage", "hang", "silent"]
+#: "end" ends it at once, in good order; "hang" never answers; "silent" answers, and then says nothing at all; "html" is
+#: the page of a proxy; "none" is nothing.
+Fault = Literal[
+    "401", "403", "410", "429", "500", "cut", "end", "error 410", "error 500", "garbage", "hang", "html", "none",
+    "silent",
+]  # fmt: skip
 _ERROR: Final = "error "
 
 
 class WatchServer:
-    """An API server of one kind of object, at any path. ``async with`` runs it."""
+    """An API server of one kind of object, at any path. ``async with`` runs it. ``token``: whose requests it takes, if
+    not everybody's; ``pair``: it speaks TLS."""
 
-    def __init__(self, token: str = "") -> None:
-        self._token = token
+    def __init__(self, token: str = "", pair: Pair | None = None) -> None:
+        self.token = token
+        self.pair = pair
         self._objects: dict[str, dict[str, Any]] = {}
         self._events: list[tuple[int, bytes]] = []
         self._news = asyncio.Event()
         self._oldest = 0
         self.version = 10
         self.faults: deque[Fault] = deque()
+        #: What is said with a refusal: seconds.
+        self.retry_after = ""
         #: The query of each request, in order.
         self.asked: list[Mapping[str, str]] = []
         self._connections: set[asyncio.Task[Any]] = set()
@@ -90,7 +101,11 @@ class WatchServer:
         app.router.add_get("/{path:.*}", self._answer)
         self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.01)
         await self._runner.setup()
-        site = web.TCPSite(self._runner, "127.0.0.1", self.port, reuse_address=True)
+        context = None
+        if self.pair is not None:
+            context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+            context.load_cert_chain(*self.pair)
+        site = web.TCPSite(self._runner, "127.0.0.1", self.port, reuse_address=True, ssl_context=context)
         await site.start()
         self.port = self._runner.addresses[0][1]
 
@@ -105,7 +120,7 @@ class WatchServer:
         file = directory / "kubeconfig.json"
         file.write_text(json.dumps({
             "clusters": [{"name": "c", "cluster": {"server": f"http://127.0.0.1:{self.port}"}}],
-            "users": [{"name": "u", "user": {"token": self._token} if self._token else {}}],
+            "users": [{"name": "u", "user": {"token": self.token} if self.token else {}}],
             "contexts": [{"name": "x", "context": {"cluster": "c", "user": "u"}}],
             "current-context": "x",
         }))  # fmt: skip
@@ -113,9 +128,11 @@ class WatchServer:
 
     async def _answer(self, request: web.Request) -> web.StreamResponse:
         self.asked.append(request.query)
-        if self._token and request.headers.get("authorization") != f"Bearer {self._token}":
+        if self.token and request.headers.get("authorization") != f"Bearer {self.token}":
             return _status(401, "Unauthorized")
         fault = self.faults.popleft() if self.faults else None
+        if fault == "none":
+            fault = None
         task = asyncio.current_task()
         assert task is not None
         self._connections.add(task)
@@ -123,7 +140,9 @@ class WatchServer:
             if fault == "hang":
                 await asyncio.Event().wait()
             if fault is not None and fault.isdecimal():
-                return _status(int(fault), "told to refuse")
+                return _status(int(fault), "told to refuse", self.retry_after)
+            if fault == "html":
+                return web.Response(text="<html>Please log in</html>", content_type="text/html")
             if "watch" in request.query:
                 return await self._watch(request, fault)
             return self._list(request, fault)
@@ -167,5 +186,6 @@ class WatchServer:
             await news.wait()
 
 
-def _status(code: int, message: str) -> web.Response:
-    return web.json_response({"kind": "Status", "code": code, "message": message}, status=code)
+def _status(code: int, message: str, retry_after: str = "") -> web.Response:
+    headers = {"retry-after": retry_after} if retry_after else {}
+    return web.json_response({"kind": "Status", "code": code, "message": message}, status=code, headers=headers)

@@ -19,9 +19,9 @@ from typing import Final
 import structlog
 
 from .. import logs
-from ..adapters.kubernetes import CannotConnect, Cluster
 from ..config import Config, ConfigError, ControllerConfig, follow, load
 from ..core.session import ModelPolicy
+from ..kubernetes_client import CannotConnect, Cluster
 from .controller import Controller
 from .lease import Lease
 from .plan import Settings

@@ -27,7 +27,8 @@ from typing import Any, Final, Protocol
 import msgspec
 import structlog
 
-from ..adapters.kubernetes import FAILURES, Cluster, Reflector, Refused, content_of
+from ..adapters.kubernetes import Reflector
+from ..kubernetes_client import FAILURES, Cluster, Refused, content_of, reason
 from ..wire.kubernetes import Expired, Metadata, Reflection
 from .plan import APPLIED, GATEWAY_API, KINDS, MANAGER, Object, Observed, Place, Settings, Template, Verdict, Workload
 from .plan import plan as make_plan
@@ -415,7 +416,7 @@ def _version(there: Object) -> int:
 def _why(error: BaseException) -> str:
     if isinstance(error, Expired):
         return "what it was made from is too old"
-    return str(error) or ("no answer in time" if isinstance(error, TimeoutError) else type(error).__name__)
+    return reason(error)
 
 
 def _now() -> str:

@@ -18,7 +18,7 @@ from typing import Any, Final
 import msgspec
 import structlog
 
-from ..adapters.kubernetes import FAILURES, Cluster, Refused, content_of
+from ..kubernetes_client import FAILURES, Cluster, Refused, content_of
 
 log = structlog.get_logger(__name__)
 

@@ -12,7 +12,7 @@ https://kubernetes.io/docs/reference/using-api/api-concepts/#efficient-detection
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Final, Generic, TypeVar
+from typing import Annotated, Final, Generic, TypeVar
 
 import msgspec
 
@@ -61,8 +61,16 @@ class Status(msgspec.Struct, frozen=True):
         return self.code == _GONE or self.reason in ("Expired", "Gone")
 
 
+class _Identity(msgspec.Struct, frozen=True, rename="camel"):
+    name: Annotated[str, msgspec.Meta(min_length=1)]
+    namespace: str = ""
+    resource_version: str = ""
+
+
 class _Named(msgspec.Struct, frozen=True):
-    metadata: Metadata
+    """Which object it is, whatever else is wrong with it."""
+
+    metadata: _Identity
 
 
 class _ListMetadata(msgspec.Struct, frozen=True, rename="camel"):
@@ -115,8 +123,9 @@ class Reflection(Generic[Value]):
         self._half: dict[Key, Value] = {}
         #: Where to watch from; empty: list first.
         self.version = ""
-        #: How many objects could not be read, of all that came.
+        #: How many objects could not be read, of all that came; and the last of them, with what is wrong with it.
         self.unreadable = 0
+        self.problem = ""
 
     @property
     def objects(self) -> Mapping[Key, Value]:
@@ -133,10 +142,15 @@ class Reflection(Generic[Value]):
         Raises Broken."""
         try:
             found = _list(data)
-            for item in found.items or ():
-                self._keep(self._half, _named(item).metadata, item)
         except _UNREADABLE as error:
             raise Broken("the list cannot be read") from error
+        for item in found.items or ():
+            try:
+                metadata = _named(item).metadata
+            except _UNREADABLE as error:
+                self._complain("an object without a name", error)
+            else:
+                self._keep(self._half, metadata, item)
         if found.metadata.next:
             return found.metadata.next
         if not found.metadata.resource_version:
@@ -171,16 +185,20 @@ class Reflection(Generic[Value]):
         self._keep(self._objects, metadata, event.object)
         return self._objects.get(key) != before
 
-    def _keep(self, objects: dict[Key, Value], metadata: Metadata, item: msgspec.Raw) -> None:
+    def _keep(self, objects: dict[Key, Value], metadata: _Identity, item: msgspec.Raw) -> None:
         key = (metadata.namespace, metadata.name)
         try:
             objects[key] = self._read(bytes(item))
-        except _UNREADABLE:
+        except _UNREADABLE as error:
+            self._complain("/".join(filter(None, key)), error)
             # What it said before holds no longer, either.
-            self.unreadable += 1
             objects.pop(key, None)
         if len(objects) > OBJECTS:
             raise Broken(f"there are more than {OBJECTS} objects")
+
+    def _complain(self, which: str, error: Exception) -> None:
+        self.unreadable += 1
+        self.problem = f"{which}: {error}"
 
     def _reached(self, version: str) -> bool:
         """Whether an event of this version is new. Versions of one kind grow, so one from the past means that the

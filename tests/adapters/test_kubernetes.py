@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import builtins
-import sys
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from random import Random
-from typing import Any
 
 import pytest
 from structlog.testing import capture_logs
 
+from gateway_extproc import kubernetes_client
 from gateway_extproc.adapters import kubernetes
-from gateway_extproc.adapters.kubernetes import CannotConnect, Cluster, Pods, Refused
+from gateway_extproc.adapters.kubernetes import Pods
 from gateway_extproc.core.fleet import PodSpec
-from gateway_extproc.wire.kubernetes import Broken, Expired
+from gateway_extproc.kubernetes_client import Cluster
 from gateway_extproc.wire.kubernetes_pods import NAME
 from tests.simulator.client import until
 from tests.watch_server import Fault, WatchServer
@@ -28,7 +26,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pauses are short here, and silence is noticed soon."""
     monkeypatch.setattr(kubernetes, "FIRST", 0.01)
     monkeypatch.setattr(kubernetes, "LONGEST", 0.05)
-    monkeypatch.setattr(kubernetes, "ANSWER", 0.5)
+    monkeypatch.setattr(kubernetes_client, "ANSWER", 0.5)
 
 
 def put(server: WatchServer, name: str, ip: str, *, ready: bool = True, **metadata: object) -> None:
@@ -150,7 +148,9 @@ async def test_what_happened_while_it_could_not_be_watched_is_listed(tmp_path: P
             assert server.lists() == 2
 
 
-@pytest.mark.parametrize("fault", ["cut", "end", "error 410", "error 500", "garbage", "410", "429", "500", "401"])
+@pytest.mark.parametrize(
+    "fault", ["cut", "end", "error 410", "error 500", "garbage", "410", "429", "500", "401", "html"]
+)
 async def test_a_watch_that_ends_in_any_way_is_begun_again(tmp_path: Path, fault: Fault) -> None:
     async with WatchServer() as server:
         put(server, "a", "10.0.0.1")
@@ -167,7 +167,7 @@ async def test_a_watch_that_ends_in_any_way_is_begun_again(tmp_path: Path, fault
             assert (server.lists() > lists) == (fault not in ("cut", "end", "429"))
 
 
-@pytest.mark.parametrize("faults", [["hang"], ["500", "garbage"], ["429"], ["410"], ["silent"]])
+@pytest.mark.parametrize("faults", [["hang"], ["500", "garbage"], ["429"], ["410"], ["silent"], ["html"]])
 async def test_a_list_that_fails_in_any_way_is_asked_again(tmp_path: Path, faults: list[Fault]) -> None:
     async with WatchServer() as server:
         put(server, "a", "10.0.0.1")
@@ -177,7 +177,7 @@ async def test_a_list_that_fails_in_any_way_is_asked_again(tmp_path: Path, fault
 
 
 async def test_a_watch_that_is_silent_for_too_long_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kubernetes, "INACTIVITY", 0.2)
+    monkeypatch.setattr(kubernetes_client, "INACTIVITY", 0.2)
     async with WatchServer() as server:
         put(server, "a", "10.0.0.1")
         async with following(server, tmp_path) as seen:
@@ -212,6 +212,100 @@ async def test_bookmarks_keep_a_quiet_watch_and_tell_where_to_go_on(
             assert server.lists() == 1
 
 
+async def test_a_list_that_is_too_old_before_its_last_page_begins_anew_and_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kubernetes, "PAGE", 1)
+    async with WatchServer() as server:
+        put(server, "a", "10.0.0.1")
+        put(server, "b", "10.0.0.2")
+        server.faults.extend(["none", "410"])
+        with capture_logs() as lines:
+            async with following(server, tmp_path) as seen:
+                await seen.until_there_are("a", "b")
+                assert seen.changes == 1, "half a list is no list"
+        assert [query.get("continue") for query in server.asked[:4]] == [None, "1", None, "1"]
+        assert lines[0]["error"] == "the list was too old before it was whole"
+
+
+async def test_a_server_that_says_when_to_come_back_is_left_alone_until_then(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with WatchServer() as server:
+        put(server, "a", "10.0.0.1")
+        server.retry_after = "1"
+        server.faults.append("429")
+        began = asyncio.get_running_loop().time()
+        async with following(server, tmp_path) as seen:
+            await seen.until_there_are("a")
+            assert asyncio.get_running_loop().time() - began >= 1.0
+            # Nobody is waited for without end.
+            monkeypatch.setattr(kubernetes, "RETRY_AFTER", 0.01)
+            server.retry_after = "9" * 400
+            server.faults.append("429")
+            await server.stop()
+            await server.start()
+            put(server, "b", "10.0.0.2")
+            await seen.until_there_are("a", "b")
+
+
+async def test_a_page_of_a_proxy_is_told_as_what_it_is(tmp_path: Path) -> None:
+    async with WatchServer() as server:
+        put(server, "a", "10.0.0.1")
+        server.faults.append("html")
+        with capture_logs() as lines:
+            async with following(server, tmp_path) as seen:
+                await seen.until_there_are("a")
+        assert lines[0]["error"].startswith("answered text/html instead of JSON")
+        assert "log in" not in str(lines)
+
+
+async def test_pauses_grow_as_long_as_nothing_is_answered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kubernetes, "LONGEST", 0.3)
+    monkeypatch.setattr(kubernetes_client, "ANSWER", 0.4)
+    pauses = []
+    real = asyncio.sleep
+
+    async def sleep(seconds: float) -> None:
+        pauses.append(seconds)
+        await real(0)
+
+    async with WatchServer() as server:
+        server.faults.extend(["hang"] * 6)
+        monkeypatch.setattr(asyncio, "sleep", sleep)
+        async with following(server, tmp_path):
+            while len(pauses) < 6:
+                await real(0.01)
+    for number, pause in enumerate(pauses):
+        longest = min(0.01 * 2**number, 0.3)
+        assert longest / 2 <= pause <= longest
+
+
+async def test_a_fault_of_ours_is_told_and_what_there_is_is_listed_again(tmp_path: Path) -> None:
+    async with WatchServer() as server:
+        put(server, "a", "10.0.0.1")
+        async with following(server, tmp_path) as seen:
+            await seen.until_there_are("a")
+            found = seen.source._found
+            seen.source._found = None  # type: ignore[assignment]
+            with capture_logs() as lines:
+                put(server, "b", "10.0.0.2")
+                await until(lambda: seen.source.failures != {})
+                seen.source._found = found
+                await seen.until_there_are("a", "b")
+                await until(lambda: seen.source.failures == {})
+    (line, *_) = [line for line in lines if line["log_level"] == "error"]
+    assert line["event"] == "following Kubernetes fell over, and begins anew"
+
+
+async def test_a_hundred_namespaces_and_more_are_watched_at_once(tmp_path: Path) -> None:
+    async with WatchServer() as server:
+        put(server, "a", "10.0.0.1")
+        async with following(server, tmp_path, tuple(f"n{number}" for number in range(130))) as seen:
+            await until(lambda: server.watches() == 130)
+            assert (seen.source.listed, seen.source.failures) == (True, {})
+
+
 async def test_without_the_right_to_look_nothing_is_waited_for(tmp_path: Path) -> None:
     async with WatchServer() as server:
         server.faults.extend(["403"] * 5)
@@ -229,28 +323,6 @@ async def test_while_the_server_is_away_nothing_is_known(tmp_path: Path) -> None
             assert not seen.source.listed
             await server.start()
             await until(lambda: seen.source.listed)
-
-
-async def test_a_wrong_token_is_told(tmp_path: Path) -> None:
-    async with WatchServer(token="right") as server:
-        cluster = await Cluster.connect(server.kubeconfig(tmp_path))
-        server._token = "other"
-        with pytest.raises(Refused, match="Unauthorized") as raised:
-            await cluster.ask("GET", "/api")
-        assert raised.value.code == 401
-        await cluster.close()
-
-
-async def test_an_answer_has_a_bound(tmp_path: Path) -> None:
-    async with WatchServer() as server:
-        put(server, "a", "10.0.0.1")
-        cluster = await Cluster.connect(server.kubeconfig(tmp_path))
-        with pytest.raises(Broken, match="larger than 10 bytes"):
-            await cluster.ask("GET", "/api", {"limit": "1"}, limit=10)
-        server.faults.append("410")
-        with pytest.raises(Expired):
-            await cluster.ask("GET", "/api", {"limit": "1"})
-        await cluster.close()
 
 
 async def test_what_is_wrong_with_a_pod_is_told_once(tmp_path: Path) -> None:
@@ -278,6 +350,8 @@ async def test_what_cannot_be_read_is_told_and_left_out(tmp_path: Path) -> None:
                 await seen.until_there_are("a", "b")
         told = [line["objects"] for line in lines if line["event"] == "left out what cannot be read"]
         assert sum(told) == 2
+        (last, *_) = [line["last"] for line in lines if line["event"] == "left out what cannot be read"]
+        assert last == "n/odd: Expected `object`, got `int` - at `$.status`"
 
 
 async def test_closing_leaves_no_task_and_no_connection(tmp_path: Path) -> None:
@@ -285,41 +359,3 @@ async def test_closing_leaves_no_task_and_no_connection(tmp_path: Path) -> None:
     async with WatchServer() as server, following(server, tmp_path):
         await until(lambda: server.watches() == 1)
     await until(lambda: asyncio.all_tasks() == before)
-
-
-# --- connecting ------------------------------------------------------------------------------------------------------
-
-
-async def test_a_kubeconfig_that_is_not_there_is_told(tmp_path: Path) -> None:
-    with pytest.raises(CannotConnect, match=r"nothing\.yaml"):
-        await Cluster.connect(str(tmp_path / "nothing.yaml"))
-
-
-@pytest.mark.parametrize("text", ["", "[]", "{}", "clusters: 7", "{", "current-context: x", "\0"])
-async def test_a_file_that_is_no_kubeconfig_is_told(tmp_path: Path, text: str) -> None:
-    file = tmp_path / "kubeconfig"
-    file.write_text(text)
-    with pytest.raises(CannotConnect, match="kubeconfig"):
-        await Cluster.connect(str(file))
-
-
-async def test_a_pod_without_a_service_account_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
-    monkeypatch.setenv("KUBERNETES_SERVICE_PORT", "443")
-    with pytest.raises(CannotConnect, match="token file"):
-        await Cluster.connect()
-
-
-async def test_without_the_extra_it_is_said_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = builtins.__import__
-
-    def without(name: str, *args: Any, **more: Any) -> Any:
-        if name.startswith("kubernetes_asyncio"):
-            raise ModuleNotFoundError(name)
-        return real(name, *args, **more)
-
-    for name in [name for name in sys.modules if name.startswith("kubernetes_asyncio")]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(CannotConnect, match=r"pip install 'gateway-extproc\[kubernetes\]'"):
-        await Cluster.connect()

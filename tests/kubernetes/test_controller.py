@@ -20,12 +20,12 @@ from typing import Any, Final
 import pytest
 import yaml
 
-from gateway_extproc.adapters.kubernetes import Cluster as Connection
 from gateway_extproc.kubernetes import controller as loop
 from gateway_extproc.kubernetes.controller import CONDITION, Controller
 from gateway_extproc.kubernetes.lease import Lease
 from gateway_extproc.kubernetes.plan import GATEWAY_API, SERVICE, Observed, Settings, contains, models_of
 from gateway_extproc.kubernetes.plan import plan as make_plan
+from gateway_extproc.kubernetes_client import Cluster as Connection
 from tests.kubernetes.cluster import Api, Cluster, Refused
 from tests.kubernetes.trouble import EVENTS, REQUESTS, Trouble
 from tests.plane import until

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import yaml
 
-from gateway_extproc.adapters.kubernetes import Cluster as Connection
 from gateway_extproc.adapters.kubernetes import Pods
 from gateway_extproc.core.fleet import PodSpec
+from gateway_extproc.kubernetes_client import Cluster as Connection
 from tests.kubernetes.cluster import Api, Cluster, Network, Refused
 from tests.plane import until as eventually
 from tests.system import System, until

@@ -21,7 +21,7 @@ def reflection() -> Reflection[Any]:
     def read(data: bytes) -> Any:
         found = json.loads(data)
         if found.get("odd"):
-            raise msgspec.DecodeError
+            raise msgspec.DecodeError(found["odd"])
         return found["value"]
 
     return Reflection(read)
@@ -84,7 +84,7 @@ def test_a_list_may_be_empty_or_null() -> None:
 
 
 @pytest.mark.parametrize(
-    "data", [b"", b"[]", b"{}", b'{"metadata": {}, "items": []}', page({"no": "metadata"}), b"\xff"]
+    "data", [b"", b"[]", b"{}", b'{"metadata": {}, "items": []}', b'{"metadata": {}, "items": {}}', b"<html>", b"\xff"]
 )
 def test_a_list_that_cannot_be_read_changes_nothing(data: bytes) -> None:
     found = listed(thing("a", 1, "x"))
@@ -99,6 +99,18 @@ def test_an_object_that_cannot_be_read_harms_no_other() -> None:
     assert (values(found), found.unreadable) == ({"a": "x"}, 1)
     assert found.feed(event("MODIFIED", thing("a", 2, "z", odd=True)))
     assert values(found) == {}
+
+
+@pytest.mark.parametrize("odd", [{}, {"metadata": None}, {"metadata": {"name": 7}}, {"metadata": {"name": ""}}, [], 7])
+def test_what_has_no_name_harms_no_other(odd: object) -> None:
+    found = listed(thing("a", 1, "x"), odd, thing("b", 1, "y"))
+    assert (values(found), found.unreadable) == ({"a": "x", "b": "y"}, 1)
+    assert found.problem.startswith("an object without a name: ")
+
+
+def test_it_is_said_which_object_cannot_be_read_and_why() -> None:
+    found = listed(thing("a", 1, "x", odd="a bad thing"))
+    assert found.problem == "n/a: a bad thing"
 
 
 def test_there_is_a_bound_on_objects(monkeypatch: pytest.MonkeyPatch) -> None:
