@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
+from itertools import pairwise
 from pathlib import Path
 from random import Random
 
@@ -267,7 +269,8 @@ async def test_pauses_grow_as_long_as_nothing_is_answered(tmp_path: Path, monkey
     real = asyncio.sleep
 
     async def sleep(seconds: float) -> None:
-        pauses.append(seconds)
+        if seconds:  # aiohttp's own have none
+            pauses.append(seconds)
         await real(0)
 
     async with WatchServer() as server:
@@ -296,6 +299,33 @@ async def test_a_fault_of_ours_is_told_and_what_there_is_is_listed_again(tmp_pat
                 await until(lambda: seen.source.failures == {})
     (line, *_) = [line for line in lines if line["log_level"] == "error"]
     assert line["event"] == "following Kubernetes fell over, and begins anew"
+
+
+async def test_ten_thousand_pods_are_one_list_and_their_storms_are_gathered(tmp_path: Path) -> None:
+    async with WatchServer() as server:
+        for number in range(10_000):
+            put(server, f"p{number}", f"10.0.{number // 250}.{number % 250}")
+        server.compact()
+        async with following(server, tmp_path) as seen:
+            await until(lambda: len(seen.pods) == 10_000)
+            assert (server.lists(), len(server.asked)) == (1, 20 + server.watches())
+            moments = []
+            found = seen.source._found
+
+            def slow(pods: Iterable[PodSpec], models: Iterable[str]) -> None:
+                began = time.monotonic()
+                found(pods, models)
+                time.sleep(0.01)  # so long the loop is kept from everything else
+                moments.append((began, time.monotonic()))
+
+            seen.source._found = slow
+            for number in range(300):
+                put(server, f"p{number}", f"10.0.{number // 250}.{number % 250}", ready=False)
+                await asyncio.sleep(0.001)
+            await until(lambda: sum(bool(pod.held) for pod in seen.pods.values()) == 300)
+            assert server.lists() == 1
+    for (began, ended), (after, _) in pairwise(moments):
+        assert after - ended >= min((ended - began) / kubernetes.SHARE, kubernetes.GATHER) * 0.9
 
 
 async def test_a_hundred_namespaces_and_more_are_watched_at_once(tmp_path: Path) -> None:
