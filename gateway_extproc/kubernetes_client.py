@@ -5,7 +5,7 @@ Owns the connection: as the pod that this is, by its service account, or by a ku
 - What says how to reach it is read again every REFRESH, and where the server no longer takes our word, or we not its
   certificate: a token or certificate that is replaced on disk is used from then on, and nobody asking notices.
 - A pod needs nothing but its service account. kubernetes-asyncio reads kubeconfigs, with the programs and providers
-  that they may name; it is an extra, imported only for that, since it takes 0.6 s and 40 MB.
+  that they may name; it is an extra, imported only for that, since it takes 0.2 s and 34 MB.
 - Whatever is wrong is one of FAILURES, in words for operators, which tell no secret.
 
 Leaves out when to ask, and again (adapters/kubernetes.py, kubernetes/).

@@ -213,7 +213,8 @@ class PodTls(Part, frozen=True, kw_only=True):
 
 
 class KubernetesDiscovery(Part, frozen=True, kw_only=True):
-    """Pods that Kubernetes has. Needs the extra `gateway-extproc[kubernetes]`, and the right to list and watch pods."""
+    """Pods that Kubernetes has. Needs the right to list and watch them and, by a kubeconfig, the extra
+    `gateway-extproc[kubernetes]`."""
 
     namespaces: Annotated[
         tuple[str, ...], about("Where to look. Empty: in every namespace, which takes a ClusterRole.", NAMESPACE)
