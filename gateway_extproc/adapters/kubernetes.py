@@ -225,7 +225,7 @@ class Pods:
         return {each.path: each.failure for each in self._reflectors if each.failure}
 
     def _changed(self) -> None:
-        """Tell it, at once where it is rare."""
+        """Have it told: at once where that is rare."""
         loop = asyncio.get_running_loop()
         if not self._complete or loop.time() >= self._next:
             self._tell()
@@ -233,6 +233,7 @@ class Pods:
             self._telling = loop.call_at(self._next, self._tell)
 
     def _tell(self) -> None:
+        """Tell it now, and say how soon the next may be."""
         loop = asyncio.get_running_loop()
         if self._telling is not None:
             self._telling.cancel()

@@ -334,7 +334,6 @@ class Pod:
             "PATH": os.environ["PATH"],
             "PYTHONDONTWRITEBYTECODE": "1",
             "HOSTNAME": self.name,
-            "HOME": "/",  # runc's word for a user that /etc/passwd does not know
             "KUBERNETES_SERVICE_HOST": "127.0.0.1",
             "KUBERNETES_SERVICE_PORT": "6443",
         }

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway_extproc.wire import kubernetes
+from gateway_extproc.wire import kubernetes, kubernetes_pods
 from gateway_extproc.wire.kubernetes import Broken, Expired, Lines, Reflection, status_of
 
 NAMES = ("a", "b", "c")
@@ -106,6 +106,26 @@ def test_what_has_no_name_harms_no_other(odd: object) -> None:
     found = listed(thing("a", 1, "x"), odd, thing("b", 1, "y"))
     assert (values(found), found.unreadable) == ({"a": "x", "b": "y"}, 1)
     assert found.problem.startswith("an object without a name: ")
+
+
+#: Anything that JSON can say, with the names of an object's parts among its own.
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-1, 9) | st.text(max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["metadata", "name", "labels", "spec", "status", "podIP"]), inner, max_size=4)
+    ),
+    max_leaves=12,
+)
+
+
+@given(st.lists(JSON, max_size=5), st.integers(0, 5))
+def test_whatever_else_is_in_a_list_a_pod_in_it_is_found(others: list[object], at: int) -> None:
+    found = Reflection(kubernetes_pods.read)
+    pod = {"metadata": {"name": "a pod", "namespace": "n"}, "status": {"podIP": "10.0.0.1"}}
+    found.begin()
+    found.page(page(*others[:at], pod, *others[at:]))
+    assert found.objects["n", "a pod"].pods[0].address == "10.0.0.1:8000"
 
 
 def test_it_is_said_which_object_cannot_be_read_and_why() -> None:
