@@ -21,6 +21,8 @@ import ssl
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any, Final, NamedTuple, Protocol
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 import aiohttp
 import msgspec
@@ -57,6 +59,9 @@ READING: Final = 30.0
 WORDS: Final = 300
 _GONE: Final = 410
 _UNAUTHORIZED: Final = 401
+_NOT_FOUND: Final = 404
+#: What a URL says of a user, and his password.
+_USER: Final = re.compile(r"//[^/@\s]*@")
 #: A token, after the word that says of which kind it is, as it can stand in a header.
 _AUTHORIZATION: Final = re.compile(r"[A-Za-z]+ [\x21-\x7e]+")
 
@@ -66,13 +71,16 @@ class CannotConnect(Exception):
 
 
 class Refused(Exception):
-    """The API server answered, and not with what was asked for. ``after``: seconds that it wants to be left alone."""
+    """The answer is not what was asked for. ``after``: seconds that we are to leave it alone. ``foreign``: it is not in
+    the API server's form, but that of somebody who stands before it."""
 
-    def __init__(self, code: int, status: Status, after: float = 0.0) -> None:
-        super().__init__(_words(status.message) or f"answered {code}")
+    def __init__(self, code: int, status: Status, after: float = 0.0, foreign: bool = False) -> None:
+        who = ", and not in the API server's words: something may stand before it" if foreign else ""
+        super().__init__(_words(status.message) or f"answered {code}{who}")
         self.code = code
         self.status = status
         self.after = after
+        self.foreign = foreign
 
 
 #: What asking the API server may raise.
@@ -93,7 +101,7 @@ def content_of(answer: bytes) -> dict[str, Any]:
 
 
 def _words(text: str) -> str:
-    text = " ".join(text.split())
+    text = _USER.sub("//…@", " ".join(text.split()))
     return text if len(text) <= WORDS else f"{text[: WORDS - 1]}…"
 
 
@@ -207,13 +215,23 @@ def _exists(file: str) -> bool:
 
 
 def _sound(access: Access) -> Access:
-    """What can be asked by. Raises CannotConnect."""
+    """What can be asked by: by the proxy of the environment, where none is named. Raises CannotConnect."""
     for what, url in (("server", access.url), ("proxy-url", access.proxy)):
         if url is not None and not re.match("https?://[^/]", url):
             raise CannotConnect(f"its {what} is no URL")
+    if _USER.search(access.url):
+        raise CannotConnect("its server names a user, who stands elsewhere")
     if access.authorization and not _AUTHORIZATION.fullmatch(access.authorization):
         raise CannotConnect("its token is empty, or none")
-    return access
+    return access if access.proxy is not None else access._replace(proxy=_proxy_to(access.url))
+
+
+def _proxy_to(url: str) -> str | None:
+    """The proxy that the environment has for a URL."""
+    server = urlsplit(url)
+    proxy = getproxies().get(server.scheme, "")
+    usable = proxy.startswith(("http://", "https://")) and not proxy_bypass(server.netloc)
+    return proxy if usable else None
 
 
 def _without_secrets(error: Exception) -> str:
@@ -240,9 +258,8 @@ class Cluster:
         # As many connections as there are requests: a watch for each path that is followed, and some that write.
         connector = aiohttp.TCPConnector(limit=0)
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=ANSWER, sock_read=INACTIVITY)
-        self._session = aiohttp.ClientSession(
-            connector=connector, timeout=timeout, trust_env=True, read_bufsize=_UNREAD
-        )
+        # Without what the environment says, which is not only proxies: ~/.netrc would have us be somebody else.
+        self._session = aiohttp.ClientSession(connector=connector, timeout=timeout, read_bufsize=_UNREAD)
 
     @classmethod
     async def connect(cls, kubeconfig: str = "") -> Cluster:
@@ -346,7 +363,9 @@ class Cluster:
                 if response.status == _GONE or status.expired:
                     raise Expired(status.message)
                 after = response.headers.get("retry-after", "")
-                raise Refused(response.status, status, float(after) if after.isdecimal() else 0.0)
+                # It says in plain text that there is no such path, and all else as a Status.
+                own = status.code or (response.status == _NOT_FOUND and response.content_type == "text/plain")
+                raise Refused(response.status, status, float(after) if after.isdecimal() else 0.0, not own)
             if response.content_type != "application/json":
                 kind = quoted(response.content_type)
                 raise Broken(f"answered {kind} instead of JSON: it is no API server, or something stands before it")

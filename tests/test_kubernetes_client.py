@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import subprocess
@@ -11,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from aiohttp import ClientSSLError
+from aiohttp import ClientHttpProxyError, ClientSSLError
 from structlog.testing import capture_logs
 
 from gateway_extproc import kubernetes_client
-from gateway_extproc.kubernetes_client import CannotConnect, Cluster, Refused
+from gateway_extproc.kubernetes_client import CannotConnect, Cluster, Refused, reason
 from gateway_extproc.wire.kubernetes import Broken, Expired
 from tests.certificates import Authority
 from tests.watch_server import WatchServer
@@ -361,3 +362,76 @@ async def test_an_answer_has_a_bound(tmp_path: Path) -> None:
             await cluster.ask("GET", "/api", LIST)
         assert (raised.value.code, raised.value.after) == (429, 7.0)
         await cluster.close()
+
+
+async def test_a_refusal_says_whether_it_is_the_servers(tmp_path: Path) -> None:
+    async with WatchServer() as server:
+        cluster = await Cluster.connect(server.kubeconfig(tmp_path))
+        for fault, foreign in (("403", False), ("blocked", True)):
+            server.faults.append(fault)  # type: ignore[arg-type]
+            with pytest.raises(Refused) as raised:
+                await cluster.ask("GET", "/api", LIST)
+            assert (raised.value.code, raised.value.foreign) == (403, foreign)
+        await cluster.close()
+
+
+# --- what stands in the environment ----------------------------------------------------------------------------------
+
+
+async def test_nobody_elses_passwords_are_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    netrc = tmp_path / "netrc"
+    netrc.write_text(f"default login somebody password {SECRET}\n")
+    monkeypatch.setenv("NETRC", str(netrc))
+    async with WatchServer("mine") as server:
+        cluster = await Cluster.connect(server.kubeconfig(tmp_path))
+        assert b"resourceVersion" in await cluster.ask("GET", "/api", LIST)
+        await cluster.close()
+
+
+async def test_the_environments_proxy_is_used_but_where_it_says_not_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    async with WatchServer() as server:
+        monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{server.port}")
+        cluster = await Cluster.connect(str(kubeconfig(tmp_path, "http://api.invalid")))
+        assert b"resourceVersion" in await cluster.ask("GET", "/api", LIST)
+        await cluster.close()
+        monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
+        monkeypatch.setenv("no_proxy", "127.0.0.1")
+        cluster = await Cluster.connect(server.kubeconfig(tmp_path))
+        assert b"resourceVersion" in await cluster.ask("GET", "/api", LIST)
+        await cluster.close()
+
+
+async def test_a_proxy_that_refuses_is_told_without_its_password(tmp_path: Path) -> None:
+    async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 407 Proxy Authentication Required\r\ncontent-length: 0\r\n\r\n")
+        await writer.drain()
+        writer.close()
+        await writer.wait_closed()
+
+    server = await asyncio.start_server(refuse, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    file = kubeconfig(tmp_path, "https://api.invalid")
+    content = json.loads(file.read_text())
+    content["clusters"][0]["cluster"]["proxy-url"] = f"http://us%2Fer:{SECRET}@127.0.0.1:{port}"
+    file.write_text(json.dumps(content))
+    cluster = await Cluster.connect(str(file))
+    with pytest.raises(ClientHttpProxyError) as raised:
+        await cluster.ask("GET", "/api", LIST)
+    assert "407" in reason(raised.value)
+    assert f"127.0.0.1:{port}" in reason(raised.value)
+    assert SECRET not in reason(raised.value)
+    await cluster.close()
+    server.close()
+    await server.wait_closed()
+
+
+async def test_a_server_that_names_a_user_is_told(tmp_path: Path) -> None:
+    file = kubeconfig(tmp_path, f"https://user:{SECRET}@api.invalid", token="t")
+    with pytest.raises(CannotConnect, match="its server names a user") as raised:
+        await Cluster.connect(str(file))
+    assert SECRET not in str(raised.value)

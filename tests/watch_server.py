@@ -20,10 +20,10 @@ from tests.certificates import Pair
 
 #: What a request may suffer. "cut" and "garbage" end a watch after half a line and after a line that is no event;
 #: "end" ends it at once, in good order; "hang" never answers; "silent" answers, and then says nothing at all; "html" is
-#: the page of a proxy; "none" is nothing.
+#: the page of a proxy, "blocked" its refusal; "endless" is a list that goes on after every page; "none" is nothing.
 Fault = Literal[
-    "401", "403", "410", "429", "500", "cut", "end", "error 410", "error 500", "garbage", "hang", "html", "none",
-    "silent",
+    "401", "403", "410", "429", "500", "blocked", "cut", "end", "endless", "error 410", "error 500", "garbage", "hang",
+    "html", "none", "silent",
 ]  # fmt: skip
 _ERROR: Final = "error "
 
@@ -141,6 +141,8 @@ class WatchServer:
                 await asyncio.Event().wait()
             if fault is not None and fault.isdecimal():
                 return _status(int(fault), "told to refuse", self.retry_after)
+            if fault == "blocked":
+                return web.Response(status=403, text="<html>Blocked</html>", content_type="text/html")
             if fault == "html":
                 return web.Response(text="<html>Please log in</html>", content_type="text/html")
             if "watch" in request.query:
@@ -155,7 +157,8 @@ class WatchServer:
         begin = int(request.query.get("continue", "0"))
         end = begin + int(request.query["limit"])
         names = sorted(self._objects)
-        metadata = {"resourceVersion": str(self.version)} | ({"continue": str(end)} if end < len(names) else {})
+        goes_on = end < len(names) or fault == "endless"
+        metadata = {"resourceVersion": str(self.version)} | ({"continue": str(end)} if goes_on else {})
         return web.json_response({"metadata": metadata, "items": [self._objects[name] for name in names[begin:end]]})
 
     async def _watch(self, request: web.Request, fault: Fault | None) -> web.StreamResponse:

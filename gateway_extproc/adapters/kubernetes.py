@@ -25,7 +25,7 @@ import structlog
 from ..core.fleet import PodSpec
 from ..kubernetes_client import FAILURES, Cluster, Refused, reason
 from ..wire import kubernetes_pods, kubernetes_pool
-from ..wire.kubernetes import Broken, Expired, Lines, Reflection
+from ..wire.kubernetes import OBJECTS, Broken, Expired, Lines, Reflection
 from ..wire.kubernetes_pods import Finding
 
 log = structlog.get_logger(__name__)
@@ -40,6 +40,8 @@ WATCH: Final = (240, 290)
 PAGE: Final = 500
 #: Largest page in bytes: so many objects of 100 KB, five times what a large pod takes.
 PAGE_SIZE: Final = 50 << 20
+#: Most pages of a list: twice those that the most objects take. Who has more has no end.
+PAGES: Final = 2 * OBJECTS // PAGE
 #: Seconds before the second try, and the most there are between two.
 FIRST: Final = 0.1
 LONGEST: Final = 5.0
@@ -123,7 +125,7 @@ class Reflector(Generic[Value]):
         if error.code not in _TOO_MUCH:
             # Perhaps for what we watch from: a server that was restored does not know it.
             self.reflection.version = ""
-        if error.code in _NOT_OURS and not self.answered:
+        if error.code in _NOT_OURS and not error.foreign and not self.answered:
             self.answered = True
             self._changed()
         return min(error.after, RETRY_AFTER)
@@ -144,7 +146,7 @@ class Reflector(Generic[Value]):
     async def _list(self) -> None:
         self.reflection.begin()
         params = self._params | {"limit": str(PAGE)}
-        while True:
+        for _ in range(PAGES):
             try:
                 data = await self._cluster.ask("GET", self.path, params, limit=PAGE_SIZE)
             except Expired as error:
@@ -153,6 +155,8 @@ class Reflector(Generic[Value]):
             if not following:
                 break
             params["continue"] = following
+        else:
+            raise Broken(f"the list has more than {PAGES} pages")
         self.listed = True
         self._succeeded()
         self._complain()

@@ -18,7 +18,7 @@ from typing import Any, Final
 import msgspec
 import structlog
 
-from ..kubernetes_client import FAILURES, Cluster, Refused, content_of
+from ..kubernetes_client import FAILURES, Cluster, Refused, content_of, reason
 
 log = structlog.get_logger(__name__)
 
@@ -69,7 +69,7 @@ class Lease:
                     mine = await self._try()
             except FAILURES as error:
                 if not self._failing:
-                    log.warning("cannot ask for the controller's lease", name=self._name, error=str(error))
+                    log.warning("cannot ask for the controller's lease", name=self._name, error=reason(error))
                 self._failing = True
             else:
                 self._failing = False
@@ -90,7 +90,7 @@ class Lease:
                 if found is not None and found["spec"].get("holderIdentity") == self._identity:
                     await self._put(found, "")
         except FAILURES as error:
-            log.debug("the lease runs out by itself", error=str(error))
+            log.debug("the lease runs out by itself", error=reason(error))
 
     async def _try(self) -> bool:
         """Whether it is ours now."""

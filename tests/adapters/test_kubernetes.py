@@ -262,6 +262,30 @@ async def test_a_page_of_a_proxy_is_told_as_what_it_is(tmp_path: Path) -> None:
         assert "log in" not in str(lines)
 
 
+async def test_what_a_proxy_refuses_is_not_the_servers_word(tmp_path: Path) -> None:
+    async with WatchServer() as server:
+        put(server, "a", "10.0.0.1")
+        server.faults.extend(["blocked"] * 3)
+        with capture_logs() as lines:
+            async with following(server, tmp_path) as seen:
+                await until(lambda: any("answered 403" in why for why in seen.source.failures.values()))
+                assert (seen.source.listed, seen.changes) == (False, 0), "it is not known that there is none"
+                await seen.until_there_are("a")
+        assert "something may stand before it" in lines[0]["error"]
+
+
+async def test_a_list_without_end_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kubernetes, "PAGES", 3)
+    async with WatchServer() as server:
+        put(server, "a", "10.0.0.1")
+        server.faults.extend(["endless"] * 3)
+        with capture_logs() as lines:
+            async with following(server, tmp_path) as seen:
+                await seen.until_there_are("a")
+        assert [query.get("continue") is None for query in server.asked[:4]] == [True, False, False, True]
+        assert lines[0]["error"] == "the list has more than 3 pages"
+
+
 async def test_pauses_grow_as_long_as_nothing_is_answered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kubernetes, "LONGEST", 0.3)
     monkeypatch.setattr(kubernetes_client, "ANSWER", 0.4)
