@@ -87,6 +87,8 @@ class Reflector(Generic[Value]):
         self.answered = False
         #: Whether there was a list yet.
         self.listed = False
+        #: With what the last list was refused, where we may not have it (403) or it is not there (404); 0: it was not.
+        self.refusal = 0
         #: Why what is known may be old; empty: it is not.
         self.failure = _NOT_ASKED
 
@@ -125,9 +127,6 @@ class Reflector(Generic[Value]):
         if error.code not in _TOO_MUCH:
             # Perhaps for what we watch from: a server that was restored does not know it.
             self.reflection.version = ""
-        if error.code in _NOT_OURS and not error.foreign and not self.answered:
-            self.answered = True
-            self._changed()
         return min(error.after, RETRY_AFTER)
 
     def _succeeded(self) -> None:
@@ -151,6 +150,11 @@ class Reflector(Generic[Value]):
                 data = await self._cluster.ask("GET", self.path, params, limit=PAGE_SIZE)
             except Expired as error:
                 raise Broken("the list was too old before it was whole") from error
+            except Refused as error:
+                if error.code in _NOT_OURS and not error.foreign and error.code != self.refusal:
+                    self.refusal, self.answered = error.code, True
+                    self._changed()
+                raise
             following = self.reflection.page(data)
             if not following:
                 break
@@ -158,6 +162,7 @@ class Reflector(Generic[Value]):
         else:
             raise Broken(f"the list has more than {PAGES} pages")
         self.listed = True
+        self.refusal = 0
         self._succeeded()
         self._complain()
         self._changed()

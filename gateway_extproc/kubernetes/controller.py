@@ -5,7 +5,7 @@ and events. Promises:
 
 - Level-triggered: each round begins from what there is now, whatever was missed, killed half way or changed by others.
 - Nothing is written when nothing has to change; while nothing changes the API server is only watched.
-- Nothing is removed before every workload has been seen: not knowing is no reason to take a route away.
+- What belongs to workloads that may not be seen stays as it is, and all others go on.
 - Fields that others set stay theirs. Who keeps undoing what we do is told to the owner, and not fought.
 - A write that fails is its owner's verdict, and is tried again after a pause that grows; others are not concerned.
 
@@ -30,7 +30,21 @@ import structlog
 from ..adapters.kubernetes import Reflector
 from ..kubernetes_client import FAILURES, Cluster, Refused, content_of, reason
 from ..wire.kubernetes import Expired, Metadata, Reflection
-from .plan import APPLIED, GATEWAY_API, KINDS, MANAGER, Object, Observed, Place, Settings, Template, Verdict, Workload
+from .plan import (
+    APPLIED,
+    GATEWAY_API,
+    KINDS,
+    MANAGER,
+    OTHER_GATEWAY,
+    WORKLOADS,
+    Object,
+    Observed,
+    Place,
+    Settings,
+    Template,
+    Verdict,
+    Workload,
+)
 from .plan import plan as make_plan
 
 log = structlog.get_logger(__name__)
@@ -46,10 +60,11 @@ WRITES: Final = 5
 WITHIN: Final = 60.0
 #: Writes at once.
 AT_ONCE: Final = 16
-#: Kinds of workloads, and whether their controllers leave a condition of ours alone: the Deployments' keeps those it
-#: does not know, the StatefulSets' does not say.
-WORKLOADS: Final = {"deployments": ("Deployment", True), "statefulsets": ("StatefulSet", False)}
+#: Kinds of workloads whose controllers leave a condition of ours alone: the Deployments' keeps those that it does not
+#: know, the StatefulSets' does not say.
+_KEEP_CONDITIONS: Final = frozenset({"Deployment"})
 _APPLY: Final = "application/apply-patch+yaml"
+_FORBIDDEN: Final = 403
 _NOT_FOUND: Final = 404
 _CONFLICT: Final = 409
 
@@ -161,11 +176,13 @@ class Controller:
         self.settled = False
         self._namespaces = list(namespaces) or [""]
         spaces = [f"/namespaces/{name}" if name else "" for name in self._namespaces]
-        self._workloads: list[Reflector[Workload | None]] = [
-            Reflector(cluster, f"/apis/apps/v1{space}/{plural}", {}, Reflection(_Reader(kind)), self.wake, rng)
-            for plural, (kind, _) in WORKLOADS.items()
-            for space in spaces
-        ]
+        self._workloads: dict[str, list[Reflector[Workload | None]]] = {
+            plural: [
+                Reflector(cluster, f"/apis/apps/v1{space}/{plural}", {}, Reflection(_Reader(kind)), self.wake, rng)
+                for space in spaces
+            ]
+            for kind, plural in WORKLOADS.items()
+        }
         self._objects: dict[str, list[Reflector[Object]]] = {
             plural: [
                 Reflector(cluster, f"{_root(version)}{space}/{plural}", {}, Reflection(_object), self.wake, rng)
@@ -173,11 +190,12 @@ class Controller:
             ]
             for plural, (version, _) in KINDS.items()
         }
-        namespace, _, name = settings.gateway.partition("/")
-        self._gateway: Reflector[Object] = Reflector(
+        namespace = settings.gateway.partition("/")[0]
+        # All of them: objects may say that they are for another one, which may be gone.
+        self._gateways: Reflector[Object] = Reflector(
             cluster,
             f"/apis/{GATEWAY_API}/v1/namespaces/{namespace}/gateways",
-            {"fieldSelector": f"metadata.name={name}"},
+            {},
             Reflection(_object),
             self.wake,
             rng,
@@ -190,7 +208,9 @@ class Controller:
 
     async def run(self) -> None:
         """Follow, and keep the routes, until cancelled."""
-        followed: list[Reflector[Any]] = [*self._workloads, *chain(*self._objects.values()), self._gateway]
+        followed: list[Reflector[Any]] = [
+            *chain(*self._workloads.values()), *chain(*self._objects.values()), self._gateways,
+        ]  # fmt: skip
         async with asyncio.TaskGroup() as group:
             for each in followed:
                 group.create_task(each.run(), name=f"follow {each.path}")
@@ -205,9 +225,6 @@ class Controller:
             self._changed.clear()
             await asyncio.sleep(GATHER)
             if not all(each.answered for each in followed) or not self._turn.held:
-                continue
-            if unseen := [each.path for each in self._workloads if not each.listed]:
-                log.warning("does nothing: some workloads cannot be seen", paths=unseen)
                 continue
             self._changed.clear()
             failed = await self.round()
@@ -232,15 +249,24 @@ class Controller:
                 objects[place] = written
             else:
                 del self._written[place]
-        workloads = [each for part in self._workloads for each in part.reflection.objects.values() if each is not None]
-        absent = {
-            (plural, namespace)
-            for plural, parts in self._objects.items()
-            for namespace, part in zip(self._namespaces, parts, strict=True)
-            if not part.listed
-        }
-        gateway = bool(self._gateway.reflection.objects) or not self._gateway.listed
-        return Observed(workloads, objects, frozenset(absent), gateway)
+        workloads = [
+            each
+            for part in chain(*self._workloads.values())
+            if not part.refusal  # what was seen before is no word on what it wants now
+            for each in part.reflection.objects.values()
+            if each is not None
+        ]
+        unseen: dict[int, set[tuple[str, str]]] = {}
+        every: dict[str, Sequence[Reflector[Any]]] = {**self._objects, **self._workloads}
+        for plural, followed in every.items():
+            for namespace, each in zip(self._namespaces, followed, strict=True):
+                if each.refusal:
+                    unseen.setdefault(each.refusal, set()).add((plural, namespace))
+        gateways = None
+        if not self._gateways.refusal:
+            gateways = frozenset(name for _, name in self._gateways.reflection.objects)
+        forbidden = frozenset(unseen.get(_FORBIDDEN, ()))
+        return Observed(workloads, objects, frozenset(unseen.get(_NOT_FOUND, ())), forbidden, gateways)
 
     async def round(self) -> bool:
         """Make it so; whether something failed."""
@@ -259,6 +285,8 @@ class Controller:
                     await (self._remove(place, observed.objects[place]) if each is None else self._apply(place, each))
             except (*FAILURES, _Contested) as error:
                 failed = True
+                if each is None and isinstance(error, Refused) and error.code == _CONFLICT:
+                    return  # it has changed since: the next round looks at what it is now
                 why = _why(error)
                 log.warning("cannot write", kind=place[0], namespace=place[1], name=place[2], error=why)
                 for owner in (each or {}).get("metadata", {}).get("ownerReferences", ()):
@@ -299,9 +327,7 @@ class Controller:
         try:
             await self._cluster.ask("DELETE", _path(place), body=body)
         except Refused as error:
-            if error.code == _CONFLICT:
-                self.wake()
-            elif error.code != _NOT_FOUND:
+            if error.code != _NOT_FOUND:
                 raise
 
     async def _write(self, method: str, path: str, content: Any, *, force: bool = False) -> bytes:
@@ -314,23 +340,25 @@ class Controller:
 
     async def _tell(self, workload: Workload, verdict: Verdict | None) -> bool:
         """Tell a workload's owner what is new; whether that went well. None: it is none of ours any more."""
-        plural, keeps = next((plural, keeps) for plural, (kind, keeps) in WORKLOADS.items() if kind == workload.kind)
+        keeps = workload.kind in _KEEP_CONDITIONS
+        if verdict is not None and verdict.reason == OTHER_GATEWAY:
+            keeps = False  # the condition is the other controller's to set
         known = workload.told if keeps else self._told.get(workload.key)
         if known == verdict:
             return True
-        try:
-            if verdict is not None:
-                await self._event(workload, verdict)
-            if keeps:
-                await self._condition(workload, plural, verdict)
-        except FAILURES as error:
-            if isinstance(error, Refused) and error.code == _NOT_FOUND:
-                return True  # it is gone
-            log.warning("cannot tell", workload="/".join(workload.key), error=_why(error))
-            return False
-        if verdict is not None:
+        well = True
+        # Each by itself: where we may not create Events, there is the condition, and the other way round.
+        told = [self._event(workload, verdict)] if verdict is not None else []
+        for telling in [*told, *([self._condition(workload, verdict)] if keeps else [])]:
+            try:
+                await telling
+            except FAILURES as error:
+                if not isinstance(error, Refused) or error.code != _NOT_FOUND:  # else it is gone
+                    log.warning("cannot tell", workload="/".join(workload.key), error=_why(error))
+                    well = False
+        if verdict is not None and well:
             self._told[workload.key] = verdict
-        return True
+        return well
 
     async def _event(self, workload: Workload, verdict: Verdict) -> None:
         metadata = workload.metadata
@@ -366,7 +394,7 @@ class Controller:
             if error.code != _CONFLICT:
                 raise
 
-    async def _condition(self, workload: Workload, plural: str, verdict: Verdict | None) -> None:
+    async def _condition(self, workload: Workload, verdict: Verdict | None) -> None:
         metadata = workload.metadata
         conditions: list[Mapping[str, str]] = []
         if verdict is not None:
@@ -387,7 +415,7 @@ class Controller:
             "metadata": {"name": metadata.name, "namespace": metadata.namespace, "uid": metadata.uid},
             "status": {"conditions": conditions},
         }
-        path = f"/apis/apps/v1/namespaces/{metadata.namespace}/{plural}/{metadata.name}/status"
+        path = f"/apis/apps/v1/namespaces/{metadata.namespace}/{WORKLOADS[workload.kind]}/{metadata.name}/status"
         try:
             await self._write("PATCH", path, wanted, force=True)
         except Refused as error:

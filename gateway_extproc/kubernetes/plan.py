@@ -6,6 +6,10 @@ Owns every name, label and field that the controller writes. Pure: observed obje
 - Each model is planned by itself. What is wrong with one workload is that workload's verdict, and harms no other.
 - An object is ours if it says so and names our Gateway. What is not ours is never in the plan, neither to be changed
   nor to be removed; where it has the name that we would take, that is a verdict.
+- What an earlier Gateway's controller wrote is taken over once that Gateway is gone and ours is there: of two Gateways
+  that are there, none takes from the other.
+- Not to see something is no reason to change anything: what belongs to a workload that cannot be seen, or of which it
+  cannot be seen what it needs, stays as it is. All others go on.
 - A route that somebody wrote by hand for a model is the model's route; then there is none of ours.
 
 For each workload there is a Service (unless an annotation names one), so that workloads of one model may differ in
@@ -20,7 +24,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final, Literal
 
 import msgspec
@@ -69,6 +73,10 @@ KINDS: Final[Mapping[str, tuple[str, str]]] = {
     "backendtrafficpolicies": (f"{ENVOY_API}/v1alpha1", "BackendTrafficPolicy"),
     "httproutes": (f"{GATEWAY_API}/v1", "HTTPRoute"),
 }
+#: The kinds of workloads, and their plurals.
+WORKLOADS: Final[Mapping[str, str]] = {"Deployment": "deployments", "StatefulSet": "statefulsets"}
+#: Reason of a verdict: another Gateway's controller serves the workload, and has the word on it.
+OTHER_GATEWAY: Final = "OtherGateway"
 #: As in wire/resources.py.
 _RETRY_ON: Final = ("connect-failure", "refused-stream", "reset-before-request", "reset", "retriable-status-codes")
 #: Lists in which everybody has entries of his own; all other lists are the applier's as a whole.
@@ -127,16 +135,21 @@ class Settings(msgspec.Struct, frozen=True):
 
 
 class Observed(msgspec.Struct, frozen=True):
-    """What there is. ``absent`` are plurals of kinds that cannot be seen, each with its namespace (empty: in none); the
-    cluster may not have them. ``gateway``: ours is there."""
+    """What there is. ``absent`` are plurals of kinds that the cluster does not have, ``forbidden`` those that we may not
+    list, each with its namespace (empty: in none). ``gateways`` are the names of those in our Gateway's namespace; None:
+    that cannot be seen."""
 
     workloads: Sequence[Workload] = ()
     objects: Mapping[Place, Object] = {}
     absent: frozenset[tuple[str, str]] = frozenset()
-    gateway: bool = True
+    forbidden: frozenset[tuple[str, str]] = frozenset()
+    gateways: frozenset[str] | None = None
 
-    def sees(self, kind: Kind, namespace: str) -> bool:
-        return not self.absent & {(kind, namespace), (kind, "")}
+    def sees(self, kind: str, namespace: str) -> bool:
+        return not (self.absent | self.forbidden) & {(kind, namespace), (kind, "")}
+
+    def may_see(self, kind: str, namespace: str) -> bool:
+        return not self.forbidden & {(kind, namespace), (kind, "")}
 
 
 class Plan(msgspec.Struct, frozen=True):
@@ -164,6 +177,10 @@ class _Backend(msgspec.Struct, frozen=True):
     warning: str
 
 
+class _Unseen(_Refused):
+    """It cannot be told whether a workload can be routed, for something that it needs cannot be seen."""
+
+
 def plan(observed: Observed, settings: Settings) -> Plan:
     """What there should be."""
     wanted: dict[Place, Object] = {}
@@ -175,11 +192,25 @@ def plan(observed: Observed, settings: Settings) -> Plan:
             models.setdefault(_model(workload), []).append(workload)
         except _Refused as refused:
             verdicts[workload.key] = refused.verdict
+    backends: dict[str, list[_Backend]] = {}
+    undecided: set[str] = set()
     for model, workloads in sorted(models.items()):
-        try:
-            objects, told = _of_model(model, workloads, observed, settings)
-        except _Refused as refused:
-            objects, told = {}, {workload.key: refused.verdict for workload in workloads}
+        backends[model] = []
+        for workload in workloads:
+            try:
+                backends[model].append(_backend(workload, observed, settings))
+            except _Refused as refused:
+                verdicts[workload.key] = refused.verdict
+                if isinstance(refused, _Unseen):
+                    undecided.add(workload.metadata.uid)
+    unknown = {
+        place
+        for place, each in observed.objects.items()
+        if is_ours(each, settings.gateway) and _unknown(place, each, undecided, observed)
+    }
+    left = {place[2] for place in unknown if place[0] != "services"}
+    for model, candidates in backends.items():
+        objects, told = _of_model(model, candidates, left, observed, settings)
         wanted |= objects
         verdicts |= told
     apply = {
@@ -190,7 +221,9 @@ def plan(observed: Observed, settings: Settings) -> Plan:
         or not all(contains(there.get(part), each[part]) for part in ("metadata", "spec"))
     }
     gone = (
-        place for place, each in observed.objects.items() if place not in wanted and is_ours(each, settings.gateway)
+        place
+        for place, each in observed.objects.items()
+        if place not in wanted and place not in unknown and place[2] not in left and is_ours(each, settings.gateway)
     )
     return Plan(apply, tuple(sorted(gone)), verdicts)
 
@@ -210,12 +243,60 @@ def contains(there: Any, wanted: Any, name: str = "") -> bool:
     return bool(there == wanted)
 
 
+def _made_for(there: Object) -> str:
+    """The Gateway that a controller like this one made it for; empty: somebody else made it."""
+    metadata = there.get("metadata", {})
+    if (metadata.get("labels") or {}).get(MANAGED_BY) != MANAGER:
+        return ""
+    return str((metadata.get("annotations") or {}).get(GATEWAY, ""))
+
+
 def is_ours(there: Object, gateway: str) -> bool:
     """Whether this controller made it."""
-    metadata = there.get("metadata", {})
-    return (metadata.get("labels") or {}).get(MANAGED_BY) == MANAGER and (metadata.get("annotations") or {}).get(
-        GATEWAY
-    ) == gateway
+    return _made_for(there) == gateway
+
+
+def _check_free(kind: Kind, namespace: str, name: str, observed: Observed, settings: Settings, hint: str) -> None:
+    """Whether we may write there. Raises _Refused."""
+    there = observed.objects.get((kind, namespace, name))
+    if there is None or is_ours(there, settings.gateway):
+        return
+    shown = f"{KINDS[kind][1]} {namespace}/{name}"
+    if not (other := _made_for(there)):
+        raise _Refused("NameTaken", f"{shown} is somebody else's: {hint}")
+    (home, _, ours), (elsewhere, _, theirs) = settings.gateway.partition("/"), other.partition("/")
+    # Only who has a Gateway takes, and only from who has none: two can never take from each other.
+    if observed.gateways is not None and elsewhere == home and ours in observed.gateways:
+        if theirs not in observed.gateways:
+            return
+        what = "which is there"
+    else:
+        what = "of which we cannot see that it is gone"
+    raise _Refused(OTHER_GATEWAY, f"{shown} is for Gateway {other}, {what}: remove that Gateway, or the object")
+
+
+def _unknown(place: Place, there: Object, undecided: Container[str], observed: Observed) -> bool:
+    """Whether an object of ours is for a workload of which it is not known what it wants now."""
+    kind, namespace, _ = place
+    for owner in there["metadata"].get("ownerReferences") or ():
+        if owner["uid"] in undecided or not observed.sees(WORKLOADS.get(owner["kind"], ""), namespace):
+            return True
+    if kind == "referencegrants":
+        sources = (there.get("spec") or {}).get("from") or ()
+        return any(not observed.sees("httproutes", each.get("namespace", "")) for each in sources)
+    return kind == "httproutes" and any(not _whole(each, observed) for each, _ in _leads_to(there, namespace))
+
+
+def _whole(namespace: str, observed: Observed) -> bool:
+    """Whether all that says which Services of a namespace a route leads to can be seen."""
+    return all(observed.sees(each, namespace) for each in (*WORKLOADS.values(), "services", "httproutes"))
+
+
+def _leads_to(route: Object, namespace: str) -> Iterator[tuple[str, str]]:
+    """The Services of a route: namespace and name."""
+    for rule in (route.get("spec") or {}).get("rules") or ():
+        for ref in rule.get("backendRefs") or ():
+            yield ref.get("namespace", namespace), ref.get("name", "")
 
 
 def safe_name(text: str, suffix: str) -> str:
@@ -256,10 +337,11 @@ def _model(workload: Workload) -> str:
 
 def _backend(workload: Workload, observed: Observed, settings: Settings) -> _Backend:
     metadata, template = workload.metadata, workload.template
-    if not observed.sees("services", metadata.namespace):
-        raise _Refused("NoRights", "we may not list and watch Services: grant it to the controller's ServiceAccount")
-    if not observed.sees("httproutes", metadata.namespace):
-        raise _Refused("NoGatewayAPI", "the cluster has no HTTPRoutes, or we may not see them: install Envoy Gateway")
+    for kind in ("services", "httproutes"):
+        if not observed.may_see(kind, metadata.namespace):
+            raise _Unseen("NoRights", _grant_rights(kind, metadata.namespace))
+        if not observed.sees(kind, metadata.namespace):
+            raise _Unseen("NoGatewayAPI", f"the cluster has no {kind}: install Envoy Gateway")
     wanted, differs = said(template.metadata, PORT)
     try:
         ports = ports_of(template.spec, wanted)
@@ -279,14 +361,15 @@ def _backend(workload: Workload, observed: Observed, settings: Settings) -> _Bac
             raise _Refused("NoService", f"Service '{quoted(named)}' has no TCP port")
         matching = tuple(port for port, target in known if port in ports or target in ports)
         return _Backend(workload, service, matching or (known[0][0],), differs)
-    if there is not None and not is_ours(there, settings.gateway):
-        raise _Refused(
-            "NameTaken",
-            f"Service '{service}' is somebody else's: rename it, or name the one to use with the annotation {SERVICE}",
-        )
+    hint = f"rename it, or name the one to use with the annotation {SERVICE}"
+    _check_free("services", metadata.namespace, service, observed, settings, hint)
     if not workload.selector:
         raise _Refused("NoSelector", f"its selector has no matchLabels: name a Service with the annotation {SERVICE}")
     return _Backend(workload, service, ports, differs)
+
+
+def _grant_rights(kind: str, namespace: str) -> str:
+    return f"we may not list {kind} in namespace {namespace}: grant list and watch to the controller's ServiceAccount"
 
 
 def _ports(service: Object) -> list[tuple[int, Any]]:
@@ -301,17 +384,15 @@ def _ports(service: Object) -> list[tuple[int, Any]]:
 
 
 def _of_model(
-    model: str, workloads: Sequence[Workload], observed: Observed, settings: Settings
+    model: str, candidates: Sequence[_Backend], left: Container[str], observed: Observed, settings: Settings
 ) -> tuple[dict[Place, Object], dict[tuple[str, str, str], Verdict]]:
+    """A model's objects, and the verdicts on its workloads. ``left`` are names of routes that stay as they are."""
     verdicts: dict[tuple[str, str, str], Verdict] = {}
     backends: list[_Backend] = []
-    for workload in workloads:
-        try:
-            backend = _backend(workload, observed, settings)
-            if sum(len(each.ports) for each in backends) + len(backend.ports) > BACKENDS:
-                raise _Refused("TooMany", f"a route leads to {BACKENDS} ports of Services at most: merge workloads")
-        except _Refused as refused:
-            verdicts[workload.key] = refused.verdict
+    for backend in candidates:
+        if sum(len(each.ports) for each in backends) + len(backend.ports) > BACKENDS:
+            told = f"a route leads to {BACKENDS} ports of Services at most: merge workloads"
+            verdicts[backend.workload.key] = Verdict(False, "TooMany", told)
         else:
             backends.append(backend)
     objects: dict[Place, Object] = {}
@@ -320,17 +401,33 @@ def _of_model(
             _put(objects, "services", backend.service, [backend.workload], settings, _service(backend))
     if not backends:
         return objects, verdicts
+    if safe_name(model, "-router") in left:
+        return objects, verdicts | {each.workload.key: _as_it_is(model, each, observed, settings) for each in backends}
     routed = Verdict(True, "Routed", "")
-    if by_hand := _by_hand(model, observed, settings):
-        routed = Verdict(True, "RouteByHand", f"HTTPRoute {by_hand} routes this model, and is left alone")
-    else:
-        routed = msgspec.structs.replace(routed, message=_route(objects, model, backends, observed, settings))
-    if not observed.gateway:
+    try:
+        if by_hand := _by_hand(model, observed, settings):
+            routed = Verdict(True, "RouteByHand", f"HTTPRoute {by_hand} routes this model, and is left alone")
+        else:
+            routed = msgspec.structs.replace(routed, message=_route(objects, model, backends, observed, settings))
+    except _Refused as refused:
+        return {}, verdicts | {each.workload.key: refused.verdict for each in backends}
+    if observed.gateways is not None and settings.gateway.partition("/")[2] not in observed.gateways:
         routed = Verdict(False, "NoGateway", f"there is no Gateway {settings.gateway}: create it, or name another")
     for backend in backends:
         message = "; ".join(filter(None, (routed.message, backend.warning)))
         verdicts[backend.workload.key] = msgspec.structs.replace(routed, message=message)
     return objects, verdicts
+
+
+def _as_it_is(model: str, backend: _Backend, observed: Observed, settings: Settings) -> Verdict:
+    """The verdict on a workload whose model has a route that leads also to what cannot be seen."""
+    name, here = safe_name(model, "-router"), backend.workload.metadata.namespace
+    for (kind, namespace, named), each in sorted(observed.objects.items()):
+        if kind == "httproutes" and named == name and is_ours(each, settings.gateway):
+            routed = (here, backend.service) in _leads_to(each, namespace)
+            told = f"HTTPRoute {namespace}/{name} stays as it is: we may not list all workloads that it is for"
+            return Verdict(routed, "Routed" if routed else "NoRights", told)
+    return Verdict(False, "NoRights", "we may not list all workloads of this model")
 
 
 def _route(
@@ -343,10 +440,9 @@ def _route(
     policies = {name: _policy(name, policy)}
     if _moves_streams(policy):
         policies[safe_name(model, f"-{FIRST_BYTE}")] = _policy(name, policy, first_byte=True)
-    for kind, named in (("httproutes", name), *(("backendtrafficpolicies", named) for named in policies)):
-        there = observed.objects.get((kind, home, named))
-        if there is not None and not is_ours(there, settings.gateway):
-            raise _Refused("NameTaken", f"{KINDS[kind][1]} '{named}' is somebody else's: rename or remove it")
+    needed: list[tuple[Kind, str]] = [("httproutes", name), *(("backendtrafficpolicies", named) for named in policies)]
+    for kind, named in needed:
+        _check_free(kind, home, named, observed, settings, "rename or remove it")
     local = [each.workload for each in backends if each.workload.metadata.namespace == home]
     _put(objects, "httproutes", name, local, settings, _httproute(model, policy, backends, settings))
     told = f"HTTPRoute {home}/{name}"
@@ -360,8 +456,9 @@ def _route(
         if each.workload.metadata.namespace != home:
             away.setdefault(each.workload.metadata.namespace, []).append(each)
     for granting in away.values():
-        there = observed.objects.get(("referencegrants", granting[0].workload.metadata.namespace, name))
-        if there is None or is_ours(there, settings.gateway):
+        namespace = granting[0].workload.metadata.namespace
+        if observed.sees("referencegrants", namespace):
+            _check_free("referencegrants", namespace, name, observed, settings, "rename or remove it")
             owners = [each.workload for each in granting]
             _put(objects, "referencegrants", name, owners, settings, _grant(home, granting))
     return told

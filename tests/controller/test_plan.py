@@ -181,7 +181,27 @@ def test_an_object_for_another_gateway_is_somebody_elses() -> None:
     objects = applied(plan(Observed([workload()]), Settings("other/gateway")))
     found = planned(objects=objects)
     assert found.delete == ()
-    assert reasons(planned(workload(), objects=objects)) == {"w": (False, "NameTaken")}
+    assert reasons(planned(workload(), objects=objects)) == {"w": (False, "OtherGateway")}
+
+
+@pytest.mark.parametrize("gateways", [None, {"models", "earlier"}, set(), {"earlier"}])
+def test_what_another_gateway_has_is_not_taken_unless_ours_is_there_and_that_one_is_gone(
+    gateways: set[str] | None,
+) -> None:
+    objects = applied(plan(Observed([workload()]), Settings("system/earlier")))
+    there = None if gateways is None else frozenset(gateways)
+    found = planned(workload(), objects=objects, gateways=there)
+    assert (found.apply, found.delete, reasons(found)) == ({}, (), {"w": (False, "OtherGateway")})
+
+
+def test_what_a_gateway_that_is_gone_had_is_taken_over() -> None:
+    objects = applied(plan(Observed([workload()]), Settings("system/earlier")))
+    found = planned(workload(), objects=objects, gateways=frozenset({"models"}))
+    assert set(found.apply) == set(objects)
+    assert reasons(found) == {"w": (True, "Routed")}
+    there = applied(found, objects)
+    earlier = plan(Observed([workload()], there, gateways=frozenset({"models"})), Settings("system/earlier"))
+    assert (earlier.apply, earlier.delete) == ({}, ()), "and not given back"
 
 
 def by_hand(**more: Any) -> dict[Place, Object]:
@@ -251,14 +271,15 @@ def test_a_route_has_room_for_so_many() -> None:
 
 
 def test_without_our_gateway_all_is_made_and_it_is_told() -> None:
-    found = planned(workload(), gateway=False)
+    found = planned(workload(), gateways=frozenset())
     assert reasons(found) == {"w": (False, "NoGateway")}
     assert "httproutes/n/m-router" in places(found.apply)
 
 
-@pytest.mark.parametrize(("kind", "reason"), [("httproutes", "NoGatewayAPI"), ("services", "NoRights")])
-def test_without_a_kind_that_is_needed_nothing_is_made(kind: str, reason: str) -> None:
-    found = planned(workload(), absent=frozenset({(kind, "")}))
+@pytest.mark.parametrize(("why", "reason"), [("absent", "NoGatewayAPI"), ("forbidden", "NoRights")])
+@pytest.mark.parametrize("kind", ["httproutes", "services"])
+def test_without_a_kind_that_is_needed_nothing_is_made(kind: str, why: str, reason: str) -> None:
+    found = planned(workload(), **{why: frozenset({(kind, "")})})
     assert (found.apply, reasons(found)) == ({}, {"w": (False, reason)})
 
 
@@ -267,6 +288,24 @@ def test_what_cannot_be_seen_in_one_namespace_harms_no_other(kind: str) -> None:
     found = planned(workload("a"), workload("b", namespace="o"), absent=frozenset({(kind, "o")}))
     assert {name: routed for name, (routed, _) in reasons(found).items()} == {"a": True, "b": False}
     assert places(found.apply) == {"services/n/a-model", "httproutes/n/m-router", "backendtrafficpolicies/n/m-router"}
+
+
+@pytest.mark.parametrize("kind", ["deployments", "statefulsets", "httproutes", "services"])
+def test_not_to_see_something_takes_nothing_away(kind: str) -> None:
+    """Of what there is in one namespace; in the other one all goes on, also with what they share."""
+    a, b = workload("a", kind="StatefulSet"), workload("b", namespace="o", created="2")
+    own, alone = workload("own", "x", namespace="o"), workload("alone", "z")
+    every = (a, b, own, alone)
+    objects = applied(planned(*every))
+    hidden = {"deployments": "Deployment", "statefulsets": "StatefulSet"}.get(kind)
+    seen = [each for each in every if each.metadata.namespace == "o" or each.kind != hidden]
+    visible = {place: each for place, each in objects.items() if place[:2] != (kind, "n")}
+    more = workload("more", "y", namespace="o")
+    found = planned(*seen, more, objects=visible, forbidden=frozenset({(kind, "n")}))
+    assert found.delete == ()
+    assert places(found.apply) >= {"services/o/more-model", "httproutes/o/y-router"}
+    assert not set(found.apply) & {place for place in objects if place[1] == "n"}
+    assert reasons(found)["more"] == reasons(found)["own"] == (True, "Routed")
 
 
 def test_without_envoy_gateways_policy_there_is_a_route_and_a_word() -> None:

@@ -12,7 +12,7 @@ import sys
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 from random import Random
 from typing import Any, Final
@@ -71,10 +71,10 @@ class Models:
             f"{path}/rolebindings", {"metadata": {"name": "controller"}, "subjects": [account], "roleRef": role}
         )
 
-    def gateway(self) -> None:
+    def gateway(self, name: str = "models") -> None:
         listener = {"name": "http", "protocol": "HTTP", "port": 80}
         self.api.create(f"/apis/{GATEWAY_API}/v1/namespaces/{self.system}/gateways", {
-            "apiVersion": f"{GATEWAY_API}/v1", "kind": "Gateway", "metadata": {"name": "models"},
+            "apiVersion": f"{GATEWAY_API}/v1", "kind": "Gateway", "metadata": {"name": name},
             "spec": {"gatewayClassName": "eg", "listeners": [listener]},
         })  # fmt: skip
 
@@ -341,36 +341,118 @@ async def test_definitions_that_lack_a_field_are_told_and_the_route_is_there_all
         await until(known)
 
 
-@pytest.mark.parametrize(
-    ("resource", "verb", "told"),
-    [
-        ("httproutes", "create", ("False", "WriteFailed")),
-        ("httproutes", "list", ("False", "NoGatewayAPI")),
-        ("services", "watch", ("True", "Routed")),
-        ("events", "create", ("", "")),
-        ("deployments/status", "patch", ("", "")),
-        ("deployments", "list", ("", "")),
-    ],
-)
-async def test_one_verb_that_is_missing_harms_what_needs_it_and_nothing_else(
-    models: Models, resource: str, verb: str, told: tuple[str, str]
-) -> None:
-    rules = []
-    for rule in RULES:
+NOTHING: Final = ("", "")
+ROUTED: Final = ("True", "Routed")
+WRITE: Final = ("False", "WriteFailed")
+UNSEEN: Final = ("False", "NoRights")
+#: What the owner of a Deployment is told while we lack a right in its namespace.
+TOLD: Final = {
+    ("deployments", "list"): NOTHING,
+    ("deployments", "watch"): ROUTED,
+    ("deployments/status", "patch"): NOTHING,
+    ("statefulsets", "list"): ROUTED,
+    ("statefulsets", "watch"): ROUTED,
+    ("services", "list"): UNSEEN,
+    ("services", "watch"): ROUTED,
+    ("services", "create"): WRITE,
+    ("services", "patch"): WRITE,
+    ("services", "delete"): ROUTED,
+    ("httproutes", "list"): UNSEEN,
+    ("httproutes", "watch"): ROUTED,
+    ("httproutes", "create"): WRITE,
+    ("httproutes", "patch"): WRITE,
+    ("httproutes", "delete"): ROUTED,
+    ("backendtrafficpolicies", "list"): ROUTED,
+    ("backendtrafficpolicies", "watch"): ROUTED,
+    ("backendtrafficpolicies", "create"): WRITE,
+    ("backendtrafficpolicies", "patch"): WRITE,
+    ("backendtrafficpolicies", "delete"): ROUTED,
+    ("referencegrants", "list"): ROUTED,
+    ("referencegrants", "watch"): ROUTED,
+    ("referencegrants", "create"): ROUTED,
+    ("referencegrants", "patch"): ROUTED,
+    ("referencegrants", "delete"): ROUTED,
+    ("events", "create"): ROUTED,
+    ("deployments/finalizers", "update"): ROUTED,
+    ("statefulsets/finalizers", "update"): ROUTED,
+}
+
+
+def without(rules: list[Any], resource: str, verb: str) -> list[Any]:
+    """The same rules without one verb for one resource."""
+    less = []
+    for rule in rules:
         others = [each for each in rule["resources"] if each != resource]
         verbs = [each for each in rule["verbs"] if each != verb]
-        rules += [rule | {"resources": others}] if others else []
-        rules += [rule | {"resources": [resource], "verbs": verbs}] if resource in rule["resources"] and verbs else []
-    models.allow(models.namespace, rules, "change")
+        less += [rule | {"resources": others}] if others else []
+        less += [rule | {"resources": [resource], "verbs": verbs}] if resource in rule["resources"] and verbs else []
+    return less
+
+
+def test_every_right_that_users_are_told_to_grant_is_taken_away_below() -> None:
+    assert set(TOLD) == {(each, verb) for rule in RULES for each in rule["resources"] for verb in rule["verbs"]}
+
+
+@pytest.mark.parametrize(("resource", "verb"), TOLD)
+async def test_one_verb_that_is_missing_harms_what_needs_it_and_nothing_else(
+    models: Models, resource: str, verb: str
+) -> None:
+    models.allow(models.namespace, without(RULES, resource, verb), "change")
     path, other = models.deployment("a"), models.deployment("b", "n", namespace=models.other)
     async with models.controlled() as running:
-        if resource != "deployments":
-            await until(lambda: models.condition(other) == ("True", "Routed"))
-            await until(lambda: models.condition(path) == told)
-            assert running.rounds
+        await until(lambda: models.condition(other) == ROUTED)
+        await until(lambda: models.condition(path) == TOLD[resource, verb] and running.rounds)
+        models.api.merge(other, {"metadata": {"labels": {NAME: None}}})
+        await until(lambda: not any(f"/{models.other}/" in place for place in models.found()))
         models.allow(models.namespace, RULES, "change")
-        for each in (path, other):
-            await until(lambda each=each: models.condition(each) == ("True", "Routed"))  # type: ignore[misc]
+        await until(lambda: models.condition(path) == ROUTED and models.names() == OBJECTS)
+
+
+@pytest.mark.parametrize("resource", ["deployments", "statefulsets", "services", "httproutes"])
+async def test_what_may_not_be_seen_any_more_stays_as_it_is(models: Models, resource: str) -> None:
+    path, shared = models.deployment("a"), models.deployment("b", namespace=models.other)
+    models.deployment("s", "s", plural="statefulsets")
+    async with models.controlled() as running:
+        await until(lambda: models.condition(path) == models.condition(shared) == ROUTED and running.settled)
+    before = {place: each["metadata"]["resourceVersion"] for place, each in models.found().items()}
+    models.allow(models.namespace, without(RULES, resource, "list"), "change")
+    more = models.deployment("c", "c", namespace=models.other)
+    async with models.controlled():
+        await until(lambda: models.condition(more) == ROUTED)
+        now = {place: each["metadata"]["resourceVersion"] for place, each in models.found().items()}
+        assert {place: now.get(place) for place in before} == before
+        models.allow(models.namespace, RULES, "change")
+        models.api.delete(path)
+        await until(lambda: f"services/{models.namespace}/a-model" not in models.found())
+
+
+async def test_of_two_gateways_that_are_there_none_takes_from_the_other_and_one_that_is_gone_is_taken_over(
+    models: Models,
+) -> None:
+    path = models.deployment("a")
+    async with models.controlled():
+        await until(lambda: models.condition(path) == ROUTED)
+        before = {place: each["metadata"]["resourceVersion"] for place, each in models.found().items()}
+        gateways = f"/apis/{GATEWAY_API}/v1/namespaces/{models.system}/gateways"
+        models.gateway("renamed")
+        models.settings = Settings(f"{models.system}/renamed")
+        async with models.controlled() as renamed:
+            await until(lambda: ("Warning", "OtherGateway") in models.events("a") and renamed.settled)
+            now = {place: each["metadata"]["resourceVersion"] for place, each in models.found().items()}
+            assert now == before
+            assert models.condition(path) == ROUTED, "the condition is the other one's"
+            models.api.delete(f"{gateways}/models")
+
+            def taken() -> bool:
+                annotations = [each["metadata"]["annotations"] for each in models.found().values()]
+                return {each["gateway-extproc/gateway"] for each in annotations} == {models.settings.gateway}
+
+            await until(lambda: taken() and models.condition(path) == ROUTED and renamed.settled)
+            (parent,) = models.found()[f"httproutes/{models.namespace}/m-router"]["spec"]["parentRefs"]
+            assert parent["name"] == "renamed"
+            models.gateway()
+            await until(lambda: renamed.settled)
+            assert taken(), "nor is it given back"
 
 
 async def test_a_right_that_is_missing_is_told_and_when_it_comes_all_is_well(models: Models) -> None:
@@ -525,7 +607,7 @@ async def test_while_the_api_server_is_away_nothing_is_lost_and_afterwards_all_i
     async with models.controlled() as running:
         await until(lambda: running.rounds and running.settled and models.names() == OBJECTS)
         cluster.kill("kube-apiserver")
-        await until(lambda: all(each.failure for each in running._workloads))
+        await until(lambda: all(each.failure for each in chain(*running._workloads.values())))
         # A round of its own accord, as after any change: it has no reason to remove anything.
         rounds = running.rounds
         running.wake()
@@ -575,7 +657,7 @@ async def test_who_does_not_hold_the_lease_writes_nothing(models: Models) -> Non
     turn = Turn()
     models.deployment("a")
     async with models.controlled(turn=turn) as running:
-        await until(lambda: all(each.listed for each in running._workloads))
+        await until(lambda: all(each.listed for each in chain(*running._workloads.values())))
         running.wake()
         await asyncio.sleep(0)
         assert (running.rounds, models.names()) == (0, set())
