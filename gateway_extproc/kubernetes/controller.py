@@ -20,6 +20,7 @@ import datetime
 import hashlib
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import chain
 from random import Random
 from typing import Any, Final, Protocol
@@ -259,9 +260,9 @@ class Controller:
         unseen: dict[int, set[tuple[str, str]]] = {}
         every: dict[str, Sequence[Reflector[Any]]] = {**self._objects, **self._workloads}
         for plural, followed in every.items():
-            for namespace, each in zip(self._namespaces, followed, strict=True):
-                if each.refusal:
-                    unseen.setdefault(each.refusal, set()).add((plural, namespace))
+            for namespace, reflector in zip(self._namespaces, followed, strict=True):
+                if reflector.refusal:
+                    unseen.setdefault(reflector.refusal, set()).add((plural, namespace))
         gateways = None
         if not self._gateways.refusal:
             gateways = frozenset(name for _, name in self._gateways.reflection.objects)
@@ -348,10 +349,10 @@ class Controller:
             return True
         well = True
         # Each by itself: where we may not create Events, there is the condition, and the other way round.
-        told = [self._event(workload, verdict)] if verdict is not None else []
-        for telling in [*told, *([self._condition(workload, verdict)] if keeps else [])]:
+        ways = [partial(self._event, workload, verdict)] if verdict is not None else []
+        for tell in [*ways, *([partial(self._condition, workload, verdict)] if keeps else [])]:
             try:
-                await telling
+                await tell()
             except FAILURES as error:
                 if not isinstance(error, Refused) or error.code != _NOT_FOUND:  # else it is gone
                     log.warning("cannot tell", workload="/".join(workload.key), error=_why(error))

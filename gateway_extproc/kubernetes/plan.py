@@ -135,9 +135,9 @@ class Settings(msgspec.Struct, frozen=True):
 
 
 class Observed(msgspec.Struct, frozen=True):
-    """What there is. ``absent`` are plurals of kinds that the cluster does not have, ``forbidden`` those that we may not
-    list, each with its namespace (empty: in none). ``gateways`` are the names of those in our Gateway's namespace; None:
-    that cannot be seen."""
+    """What there is. ``absent`` are plurals of kinds that the cluster does not have, ``forbidden`` those that we may
+    not list, each with its namespace (empty: in none). ``gateways`` are the names of those in our Gateway's namespace;
+    None: that cannot be seen."""
 
     workloads: Sequence[Workload] = ()
     objects: Mapping[Place, Object] = {}

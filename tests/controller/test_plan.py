@@ -279,7 +279,8 @@ def test_without_our_gateway_all_is_made_and_it_is_told() -> None:
 @pytest.mark.parametrize(("why", "reason"), [("absent", "NoGatewayAPI"), ("forbidden", "NoRights")])
 @pytest.mark.parametrize("kind", ["httproutes", "services"])
 def test_without_a_kind_that_is_needed_nothing_is_made(kind: str, why: str, reason: str) -> None:
-    found = planned(workload(), **{why: frozenset({(kind, "")})})
+    unseen: dict[str, Any] = {why: frozenset({(kind, "")})}
+    found = planned(workload(), **unseen)
     assert (found.apply, reasons(found)) == ({}, {"w": (False, reason)})
 
 
