@@ -56,8 +56,7 @@ def test_the_log_lines_of_requests_are_those_of_the_code() -> None:
 
 
 def test_the_reasons_of_conditions_are_those_of_the_code() -> None:
-    code = inspect.getsource(plan) + inspect.getsource(controller)
-    known = set(re.findall(r'(?:_Refused\(|Verdict\((?:True|False),)\s*"(\w+)"', code))
-    known |= set(re.findall(r'"(\w+)" if isinstance\(error, _Contested\) else "\w+"', code))
-    known |= set(re.findall(r'if isinstance\(error, _Contested\) else "(\w+)"', code))
+    code = inspect.getsource(plan)
+    known = {*re.findall(r'(?:_Refused\(|_Unseen\(|Verdict\((?:True|False),)\s*"(\w+)"', code), plan.OTHER_GATEWAY}
+    known |= {*re.findall(r'"([A-Z]\w+)"', inspect.getsource(controller._reason))}
     assert {name for row in rows(KUBERNETES, "reason") for name in quoted(row)} == known

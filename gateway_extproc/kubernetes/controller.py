@@ -18,9 +18,9 @@ import asyncio
 import contextlib
 import datetime
 import hashlib
+import re
 import time
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Awaitable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from random import Random
 from typing import Any, Final, Protocol
@@ -34,6 +34,7 @@ from ..wire.kubernetes import Expired, Metadata, Reflection
 from .plan import (
     APPLIED,
     GATEWAY_API,
+    GOOD,
     KINDS,
     MANAGER,
     OTHER_GATEWAY,
@@ -66,6 +67,11 @@ AT_ONCE: Final = 16
 _KEEP_CONDITIONS: Final = frozenset({"Deployment"})
 _APPLY: Final = "application/apply-patch+yaml"
 _FORBIDDEN: Final = 403
+#: The API server's words for a right that is missing; it refuses with the same code where a quota is used up, or a
+#: namespace is being deleted (forbiddenMessage in its handlers/responsewriters).
+_LACKS: Final = re.compile(r'cannot \w+ resource "')
+#: What a route needs to be there before it leads to a workload.
+_BEFORE: Final = ("services", "referencegrants")
 _NOT_FOUND: Final = 404
 _CONFLICT: Final = 409
 
@@ -166,7 +172,7 @@ class Controller:
         self._turn: Turn = Always() if turn is None else turn
         self._rng = rng
         self._changed = asyncio.Event()
-        self._told: dict[Key, Verdict] = {}
+        self._told: dict[Key, Verdict | None] = {}
         #: What was written and not yet seen to be there.
         self._written: dict[Place, Object] = {}
         self._writes: dict[Place, tuple[str, list[float]]] = {}
@@ -273,33 +279,62 @@ class Controller:
         """Make it so; whether something failed."""
         self.rounds += 1
         observed = self.observe()
-        wanted = make_plan(observed, self.settings)
+        wanted = whole = make_plan(observed, self.settings)
         owners = {each.metadata.uid: each.key for each in observed.workloads}
-        verdicts = dict(wanted.verdicts)
+        #: What went wrong, by whom it is for.
+        failures: dict[Key, Verdict] = {}
+        lacking: set[Key] = set()
         room = asyncio.Semaphore(AT_ONCE)
         failed = False
 
         async def write(place: Place, each: Object | None) -> None:
             nonlocal failed
+            there = observed.objects.get(place)
             try:
                 async with room:
-                    await (self._remove(place, observed.objects[place]) if each is None else self._apply(place, each))
+                    if each is not None:
+                        await self._apply(place, each)
+                    elif there is not None:
+                        await self._remove(place, there)
             except (*FAILURES, _Contested) as error:
                 failed = True
                 if each is None and isinstance(error, Refused) and error.code == _CONFLICT:
                     return  # it has changed since: the next round looks at what it is now
                 why = _why(error)
                 log.warning("cannot write", kind=place[0], namespace=place[1], name=place[2], error=why)
-                for owner in (each or {}).get("metadata", {}).get("ownerReferences", ()):
-                    if (key := owners.get(owner["uid"])) is not None:
-                        reason = "Contested" if isinstance(error, _Contested) else "WriteFailed"
-                        verdicts[key] = Verdict(False, reason, f"{KINDS[place[0]][1]} {place[2]}: {why}")
+                keys = [key for uid in _owners(each or there or {}) if (key := owners.get(uid)) is not None]
+                told = f"{KINDS[place[0]][1]} {place[2]}{' is to be removed' if each is None else ''}: {why}"
+                for key in keys:
+                    if each is not None:
+                        failures[key] = Verdict(False, _reason(error), told)
+                        continue
+                    # What is there too long takes no route away.
+                    planned = whole.verdicts.get(key)
+                    routed = planned is not None and planned.routed
+                    failures.setdefault(key, Verdict(routed, _reason(error), told))
+                if there is None:
+                    lacking.update(keys)
 
-        # What a route needs comes before it, and goes after it: no request is lost between.
-        for kind in KINDS:
-            await asyncio.gather(*(write(place, each) for place, each in wanted.apply.items() if place[0] == kind))
+        async def write_all(kinds: Iterable[str]) -> None:
+            for kind in kinds:
+                await asyncio.gather(*(write(place, each) for place, each in wanted.apply.items() if place[0] == kind))
+
+        # What a route needs comes before it, and goes after it: no request is lost between. A route that led to what
+        # could not be made would answer 500 for its share, so it is made without.
+        without: set[Key] = set()
+        await write_all(_BEFORE)
+        while lacking - without:
+            without |= lacking
+            observed = self.observe()
+            rest = [each for each in observed.workloads if each.key not in without]
+            wanted = make_plan(msgspec.structs.replace(observed, workloads=rest), self.settings)
+            await write_all(_BEFORE)
+        await write_all(kind for kind in KINDS if kind not in _BEFORE)
+        # What either plan needs stays: the workloads that are left out may have had it before.
+        gone = sorted({*whole.delete} & {*wanted.delete})
         for kind in reversed(list(KINDS)):
-            await asyncio.gather(*(write(place, None) for place in wanted.delete if place[0] == kind))
+            await asyncio.gather(*(write(place, None) for place in gone if place[0] == kind))
+        verdicts = {**whole.verdicts, **wanted.verdicts, **failures}
         for each in observed.workloads:
             async with room:
                 failed |= not await self._tell(each, verdicts.get(each.key))
@@ -315,8 +350,8 @@ class Controller:
         times = [at for at in times if now - at < WITHIN] if before == mark else []
         if len(times) >= WRITES:
             raise _Contested("somebody keeps changing it back; see its managedFields for who")
-        self._writes[place] = (mark, [*times, now])
         answer = await self._write("PATCH", _path(place), wanted, force=True)
+        self._writes[place] = (mark, [*times, now])
         self._written[place] = _kept(content_of(answer))
 
     async def _remove(self, place: Place, there: Object) -> None:
@@ -341,25 +376,33 @@ class Controller:
 
     async def _tell(self, workload: Workload, verdict: Verdict | None) -> bool:
         """Tell a workload's owner what is new; whether that went well. None: it is none of ours any more."""
+        key = workload.key
         keeps = workload.kind in _KEEP_CONDITIONS
         if verdict is not None and verdict.reason == OTHER_GATEWAY:
             keeps = False  # the condition is the other controller's to set
-        known = workload.told if keeps else self._told.get(workload.key)
-        if known == verdict:
-            return True
+        # What was told by an event: where that is not known, what the condition says was.
+        heard = self._told.get(key, workload.told if keeps else None)
         well = True
         # Each by itself: where we may not create Events, there is the condition, and the other way round.
-        ways = [partial(self._event, workload, verdict)] if verdict is not None else []
-        for tell in [*ways, *([partial(self._condition, workload, verdict)] if keeps else [])]:
-            try:
-                await tell()
-            except FAILURES as error:
-                if not isinstance(error, Refused) or error.code != _NOT_FOUND:  # else it is gone
-                    log.warning("cannot tell", workload="/".join(workload.key), error=_why(error))
-                    well = False
-        if verdict is not None and well:
-            self._told[workload.key] = verdict
+        if verdict is None:
+            self._told.pop(key, None)
+        elif heard != verdict:
+            self._told[key] = heard
+            if well := await self._telling(workload, self._event(workload, verdict)):
+                self._told[key] = verdict
+        if keeps and workload.told != verdict:
+            well &= await self._telling(workload, self._condition(workload, verdict))
         return well
+
+    async def _telling(self, workload: Workload, telling: Awaitable[None]) -> bool:
+        """Whether that went well."""
+        try:
+            await telling
+        except FAILURES as error:
+            if not isinstance(error, Refused) or error.code != _NOT_FOUND:  # else it is gone
+                log.warning("cannot tell", workload="/".join(workload.key), error=_why(error))
+                return False
+        return True
 
     async def _event(self, workload: Workload, verdict: Verdict) -> None:
         metadata = workload.metadata
@@ -380,7 +423,7 @@ class Controller:
                 "name": metadata.name,
                 "uid": metadata.uid,
             },
-            "type": "Normal" if verdict.routed else "Warning",
+            "type": "Normal" if verdict.reason in GOOD else "Warning",
             "reason": verdict.reason,
             "message": verdict.message[:1024],
             "source": {"component": MANAGER},
@@ -426,6 +469,20 @@ class Controller:
 
 class _Contested(Exception):
     """Somebody undoes what we write, each time."""
+
+
+def _owners(there: Object) -> Iterator[str]:
+    """The ids of those that an object is for."""
+    for owner in there.get("metadata", {}).get("ownerReferences") or ():
+        yield owner["uid"]
+
+
+def _reason(error: BaseException) -> str:
+    """Why a write failed, as a verdict's reason."""
+    if isinstance(error, _Contested):
+        return "Contested"
+    lacks = isinstance(error, Refused) and error.code == _FORBIDDEN and _LACKS.search(error.status.message)
+    return "NoRights" if lacks else "WriteFailed"
 
 
 def _root(version: str) -> str:

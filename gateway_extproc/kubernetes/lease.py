@@ -53,7 +53,8 @@ class Lease:
         self._clock = clock
         self._until = -1.0
         self._seen: tuple[str, float] = ("", 0.0)
-        self._failing = False
+        #: Why it cannot be asked for; empty: it can.
+        self.failure = ""
 
     @property
     def held(self) -> bool:
@@ -68,11 +69,12 @@ class Lease:
                 async with asyncio.timeout(DEADLINE / 2):
                     mine = await self._try()
             except FAILURES as error:
-                if not self._failing:
-                    log.warning("cannot ask for the controller's lease", name=self._name, error=reason(error))
-                self._failing = True
+                why = reason(error)
+                if not self.failure:
+                    log.warning("cannot ask for the controller's lease", name=self._name, error=why)
+                self.failure = why
             else:
-                self._failing = False
+                self.failure = ""
                 self._until = began + DEADLINE if mine else -1.0
             if self.held != held:
                 log.info("controls" if self.held else "another one controls", lease=self._name)

@@ -25,6 +25,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any, Final, Literal
 
 import msgspec
@@ -75,6 +76,8 @@ KINDS: Final[Mapping[str, tuple[str, str]]] = {
 }
 #: The kinds of workloads, and their plurals.
 WORKLOADS: Final[Mapping[str, str]] = {"Deployment": "deployments", "StatefulSet": "statefulsets"}
+#: Reasons of a verdict that ask nothing of anybody.
+GOOD: Final = frozenset({"Routed", "RouteByHand"})
 #: Reason of a verdict: another Gateway's controller serves the workload, and has the word on it.
 OTHER_GATEWAY: Final = "OtherGateway"
 #: As in wire/resources.py.
@@ -187,18 +190,24 @@ def plan(observed: Observed, settings: Settings) -> Plan:
     verdicts: dict[tuple[str, str, str], Verdict] = {}
     models: dict[str, list[Workload]] = {}
     # The oldest first: who comes later changes as little as can be.
-    for workload in sorted(filter(_labelled, observed.workloads), key=lambda each: (each.created, each.key)):
+    for workload in sorted(filter(_labelled, observed.workloads), key=_age):
         try:
             models.setdefault(_model(workload), []).append(workload)
         except _Refused as refused:
             verdicts[workload.key] = refused.verdict
     backends: dict[str, list[_Backend]] = {}
     undecided: set[str] = set()
+    # Workloads of two kinds may have one name, and would have one Service.
+    first: dict[tuple[str, str], Workload] = {}
+    for workload in sorted(chain(*models.values()), key=_age):
+        if SERVICE not in (workload.metadata.annotations or {}):
+            first.setdefault((workload.metadata.namespace, workload.metadata.name), workload)
     for model, workloads in sorted(models.items()):
         backends[model] = []
         for workload in workloads:
             try:
-                backends[model].append(_backend(workload, observed, settings))
+                namesake = first.get((workload.metadata.namespace, workload.metadata.name), workload)
+                backends[model].append(_backend(workload, namesake, observed, settings))
             except _Refused as refused:
                 verdicts[workload.key] = refused.verdict
                 if isinstance(refused, _Unseen):
@@ -278,13 +287,26 @@ def _check_free(kind: Kind, namespace: str, name: str, observed: Observed, setti
 def _unknown(place: Place, there: Object, undecided: Container[str], observed: Observed) -> bool:
     """Whether an object of ours is for a workload of which it is not known what it wants now."""
     kind, namespace, _ = place
-    for owner in there["metadata"].get("ownerReferences") or ():
-        if owner["uid"] in undecided or not observed.sees(WORKLOADS.get(owner["kind"], ""), namespace):
-            return True
+    if _hides_an_owner(there, namespace, observed):
+        return True
+    if any(each["uid"] in undecided for each in there["metadata"].get("ownerReferences") or ()):
+        return True
     if kind == "referencegrants":
         sources = (there.get("spec") or {}).get("from") or ()
         return any(not observed.sees("httproutes", each.get("namespace", "")) for each in sources)
-    return kind == "httproutes" and any(not _whole(each, observed) for each, _ in _leads_to(there, namespace))
+    if kind != "httproutes":
+        return False
+    away = {each for each, _ in _leads_to(there, namespace)} - {namespace}
+    return not (
+        _whole(namespace, observed)
+        and all(_whole(each, observed) and observed.sees("referencegrants", each) for each in away)
+    )
+
+
+def _hides_an_owner(there: Object, namespace: str, observed: Observed) -> bool:
+    """Whether an object in a namespace is for a workload of a kind that cannot be seen there."""
+    owners = there["metadata"].get("ownerReferences") or ()
+    return any(not observed.sees(WORKLOADS.get(each["kind"], ""), namespace) for each in owners)
 
 
 def _whole(namespace: str, observed: Observed) -> bool:
@@ -318,6 +340,11 @@ def _labelled(workload: Workload) -> bool:
     return workload.labelled
 
 
+def _age(workload: Workload) -> tuple[str, tuple[str, str, str]]:
+    """The oldest first, and always the same of one age."""
+    return workload.created, workload.key
+
+
 def _model(workload: Workload) -> str:
     model, differs = said(workload.metadata, NAME)
     if differs:
@@ -335,7 +362,9 @@ def _model(workload: Workload) -> str:
     return model
 
 
-def _backend(workload: Workload, observed: Observed, settings: Settings) -> _Backend:
+def _backend(workload: Workload, namesake: Workload, observed: Observed, settings: Settings) -> _Backend:
+    """What a route needs of a workload. ``namesake`` is the oldest of its name, itself or of another kind. Raises
+    _Refused."""
     metadata, template = workload.metadata, workload.template
     for kind in ("services", "httproutes"):
         if not observed.may_see(kind, metadata.namespace):
@@ -362,7 +391,11 @@ def _backend(workload: Workload, observed: Observed, settings: Settings) -> _Bac
         matching = tuple(port for port, target in known if port in ports or target in ports)
         return _Backend(workload, service, matching or (known[0][0],), differs)
     hint = f"rename it, or name the one to use with the annotation {SERVICE}"
+    if namesake.key != workload.key:
+        raise _Refused("NameTaken", f"Service '{service}' is for the {namesake.kind} of this name: {hint}")
     _check_free("services", metadata.namespace, service, observed, settings, hint)
+    if there is not None and _hides_an_owner(there, metadata.namespace, observed):
+        raise _Unseen("NoRights", f"Service '{service}' is for another workload, which we may not list: {hint}")
     if not workload.selector:
         raise _Refused("NoSelector", f"its selector has no matchLabels: name a Service with the annotation {SERVICE}")
     return _Backend(workload, service, ports, differs)
@@ -403,20 +436,41 @@ def _of_model(
         return objects, verdicts
     if safe_name(model, "-router") in left:
         return objects, verdicts | {each.workload.key: _as_it_is(model, each, observed, settings) for each in backends}
-    routed = Verdict(True, "Routed", "")
-    try:
-        if by_hand := _by_hand(model, observed, settings):
-            routed = Verdict(True, "RouteByHand", f"HTTPRoute {by_hand} routes this model, and is left alone")
-        else:
-            routed = msgspec.structs.replace(routed, message=_route(objects, model, backends, observed, settings))
-    except _Refused as refused:
-        return {}, verdicts | {each.workload.key: refused.verdict for each in backends}
+    if by_hand := _by_hand(model, observed, settings):
+        routed = Verdict(True, "RouteByHand", f"HTTPRoute {by_hand} routes this model, and is left alone")
+    else:
+        home, granted = backends[0].workload.metadata.namespace, []
+        for backend in backends:
+            try:
+                _check_grant(model, home, backend, observed, settings)
+            except _Refused as refused:
+                verdicts[backend.workload.key] = refused.verdict
+            else:
+                granted.append(backend)
+        backends = granted
+        try:
+            routed = Verdict(True, "Routed", _route(objects, model, backends, observed, settings))
+        except _Refused as refused:
+            return {}, verdicts | {each.workload.key: refused.verdict for each in backends}
     if observed.gateways is not None and settings.gateway.partition("/")[2] not in observed.gateways:
         routed = Verdict(False, "NoGateway", f"there is no Gateway {settings.gateway}: create it, or name another")
     for backend in backends:
         message = "; ".join(filter(None, (routed.message, backend.warning)))
         verdicts[backend.workload.key] = msgspec.structs.replace(routed, message=message)
     return objects, verdicts
+
+
+def _check_grant(model: str, home: str, backend: _Backend, observed: Observed, settings: Settings) -> None:
+    """Whether a route in ``home`` may lead to a workload. What is not granted would be answered 500, and with it a
+    share of what the other workloads could answer. Raises _Refused."""
+    namespace = backend.workload.metadata.namespace
+    if namespace == home:
+        return
+    if not observed.may_see("referencegrants", namespace):
+        raise _Refused("NoRights", _grant_rights("referencegrants", namespace))
+    if not observed.sees("referencegrants", namespace):
+        raise _Refused("NoGatewayAPI", "the cluster has no referencegrants: install Envoy Gateway")
+    _check_free("referencegrants", namespace, safe_name(model, "-router"), observed, settings, "rename or remove it")
 
 
 def _as_it_is(model: str, backend: _Backend, observed: Observed, settings: Settings) -> Verdict:
@@ -456,11 +510,8 @@ def _route(
         if each.workload.metadata.namespace != home:
             away.setdefault(each.workload.metadata.namespace, []).append(each)
     for granting in away.values():
-        namespace = granting[0].workload.metadata.namespace
-        if observed.sees("referencegrants", namespace):
-            _check_free("referencegrants", namespace, name, observed, settings, "rename or remove it")
-            owners = [each.workload for each in granting]
-            _put(objects, "referencegrants", name, owners, settings, _grant(home, granting))
+        owners = [each.workload for each in granting]
+        _put(objects, "referencegrants", name, owners, settings, _grant(home, granting))
     return told
 
 

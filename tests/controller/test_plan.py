@@ -267,6 +267,51 @@ def test_a_route_has_room_for_so_many() -> None:
     assert sum(routed for routed, _ in reasons(found).values()) == BACKENDS
 
 
+@pytest.mark.parametrize("model", ["m", "other"])
+def test_of_two_kinds_of_one_name_the_older_has_the_service(model: str) -> None:
+    older, younger = workload(), workload(model=model, kind="StatefulSet", created="2", selector={"app": "younger"})
+    found = planned(younger, older)
+    assert [found.verdicts[each.key].reason for each in (older, younger)] == ["Routed", "NameTaken"]
+    assert found.apply["services", "n", "w-model"]["spec"]["selector"] == {"app": "w"}
+    named = msgspec.structs.replace(younger, metadata=msgspec.structs.replace(
+        younger.metadata, annotations={SERVICE: "mine"}
+    ))  # fmt: skip
+    there = dict([foreign("services", "mine", ports=[{"port": 8000}])])
+    assert planned(named, older, objects=there).verdicts[younger.key].routed
+
+
+def test_a_service_is_not_taken_from_a_workload_that_cannot_be_seen() -> None:
+    objects = applied(planned(workload()))
+    found = planned(
+        workload(kind="StatefulSet", selector={"app": "x"}),
+        objects=objects,
+        forbidden=frozenset({("deployments", "n")}),
+    )
+    assert (found.apply, found.delete, reasons(found)) == ({}, (), {"w": (False, "NoRights")})
+
+
+@pytest.mark.parametrize(("why", "reason"), [("absent", "NoGatewayAPI"), ("forbidden", "NoRights")])
+def test_a_route_leads_only_where_it_is_granted(why: str, reason: str) -> None:
+    a, b = workload("a"), workload("b", namespace="o", created="2")
+    hidden: dict[str, Any] = {why: frozenset({("referencegrants", "o")})}
+    found = planned(a, b, **hidden)
+    assert reasons(found) == {"a": (True, "Routed"), "b": (False, reason)}
+    (rule,) = found.apply["httproutes", "n", "m-router"]["spec"]["rules"]
+    assert [each["name"] for each in rule["backendRefs"]] == ["a-model"]
+    # What led there when it could be seen stays as it was.
+    objects = applied(planned(a, b))
+    visible = {place: each for place, each in objects.items() if place[:2] != ("referencegrants", "o")}
+    found = planned(a, b, objects=visible, **hidden)
+    assert (found.apply, found.delete) == ({}, ())
+    assert reasons(found) == {"a": (True, "Routed"), "b": (True, "Routed")}
+
+
+def test_a_grant_of_somebody_elses_is_its_namespaces_matter() -> None:
+    there = dict([foreign("referencegrants", "m-router", namespace="o")])
+    found = planned(workload("a"), workload("b", namespace="o", created="2"), objects=there)
+    assert reasons(found) == {"a": (True, "Routed"), "b": (False, "NameTaken")}
+
+
 # --- what is missing -------------------------------------------------------------------------------------------------
 
 

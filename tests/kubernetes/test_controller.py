@@ -21,6 +21,7 @@ import pytest
 import yaml
 
 from gateway_extproc.kubernetes import controller as loop
+from gateway_extproc.kubernetes.command import LEASE
 from gateway_extproc.kubernetes.controller import CONDITION, Controller
 from gateway_extproc.kubernetes.lease import Lease
 from gateway_extproc.kubernetes.plan import GATEWAY_API, SERVICE, Observed, Settings, contains, models_of
@@ -34,9 +35,11 @@ from tests.system import until as settled
 
 NAME, PORT = "model.aibrix.ai/name", "model.aibrix.ai/port"
 DOCUMENT: Final = Path(__file__).parents[2] / "docs" / "kubernetes.md"
+#: The Lease of the Gateway ``models``.
+LEASED: Final = f"{LEASE}-models"
 #: What it may do where models are, and where the Gateway is: no more than users are told to grant.
 RULES, GATEWAY_RULES = (
-    yaml.safe_load(block)
+    yaml.safe_load(block.replace(f"{LEASE}-NAME", LEASED))
     for block in re.findall(r"```yaml\n(- .*?)```", DOCUMENT.read_text(encoding="utf-8"), re.DOTALL)
 )
 KINDS: Final = {
@@ -343,8 +346,7 @@ async def test_definitions_that_lack_a_field_are_told_and_the_route_is_there_all
 
 NOTHING: Final = ("", "")
 ROUTED: Final = ("True", "Routed")
-WRITE: Final = ("False", "WriteFailed")
-UNSEEN: Final = ("False", "NoRights")
+NO_RIGHTS: Final = ("False", "NoRights")
 #: What the owner of a Deployment is told while we lack a right in its namespace.
 TOLD: Final = {
     ("deployments", "list"): NOTHING,
@@ -352,20 +354,20 @@ TOLD: Final = {
     ("deployments/status", "patch"): NOTHING,
     ("statefulsets", "list"): ROUTED,
     ("statefulsets", "watch"): ROUTED,
-    ("services", "list"): UNSEEN,
+    ("services", "list"): NO_RIGHTS,
     ("services", "watch"): ROUTED,
-    ("services", "create"): WRITE,
-    ("services", "patch"): WRITE,
+    ("services", "create"): NO_RIGHTS,
+    ("services", "patch"): NO_RIGHTS,
     ("services", "delete"): ROUTED,
-    ("httproutes", "list"): UNSEEN,
+    ("httproutes", "list"): NO_RIGHTS,
     ("httproutes", "watch"): ROUTED,
-    ("httproutes", "create"): WRITE,
-    ("httproutes", "patch"): WRITE,
+    ("httproutes", "create"): NO_RIGHTS,
+    ("httproutes", "patch"): NO_RIGHTS,
     ("httproutes", "delete"): ROUTED,
     ("backendtrafficpolicies", "list"): ROUTED,
     ("backendtrafficpolicies", "watch"): ROUTED,
-    ("backendtrafficpolicies", "create"): WRITE,
-    ("backendtrafficpolicies", "patch"): WRITE,
+    ("backendtrafficpolicies", "create"): NO_RIGHTS,
+    ("backendtrafficpolicies", "patch"): NO_RIGHTS,
     ("backendtrafficpolicies", "delete"): ROUTED,
     ("referencegrants", "list"): ROUTED,
     ("referencegrants", "watch"): ROUTED,
@@ -465,9 +467,103 @@ async def test_a_right_that_is_missing_is_told_and_when_it_comes_all_is_well(mod
     models.allow(models.namespace, [*less, weak], "change")
     path = models.deployment("a")
     async with models.controlled():
-        await until(lambda: models.condition(path) == ("False", "WriteFailed"))
+        await until(lambda: models.condition(path) == NO_RIGHTS)
+        (condition,) = (each for each in models.api.get(path)["status"]["conditions"] if each["type"] == CONDITION)
+        for word in ("services", "patch", models.namespace):
+            assert word in condition["message"]
         models.allow(models.namespace, RULES, "change")
         await until(lambda: models.condition(path) == ("True", "Routed"))
+
+
+@pytest.mark.parametrize("resource", ["services", "httproutes", "backendtrafficpolicies"])
+async def test_what_may_not_be_removed_is_told_and_takes_no_route_away(models: Models, resource: str) -> None:
+    path = models.deployment("a")
+    async with models.controlled():
+        await until(lambda: models.condition(path) == ROUTED)
+        models.allow(models.namespace, without(RULES, resource, "delete"), "change")
+        # To a Service that is named, and to another model.
+        models.api.create(f"/api/v1/namespaces/{models.namespace}/services", {
+            "metadata": {"name": "own"}, "spec": {"ports": [{"port": 8000}]},
+        })  # fmt: skip
+        pods = {"spec": {"template": {"metadata": {"labels": {NAME: "n"}}}}}
+        models.api.merge(path, {"metadata": {"labels": {NAME: "n"}, "annotations": {SERVICE: "own"}}} | pods)
+        await until(lambda: models.condition(path) == ("True", "NoRights"))
+        await until(lambda: ("Warning", "NoRights") in models.events("a"))
+        models.api.merge(path, {"metadata": {"labels": {NAME: None}}})
+        await until(lambda: models.condition(path) == NO_RIGHTS)
+        models.allow(models.namespace, RULES, "change")
+        await until(lambda: models.names() == set() and models.condition(path) == NOTHING)
+
+
+@pytest.mark.parametrize(
+    ("resource", "verb"),
+    [
+        *((kind, verb) for kind in ("services", "referencegrants") for verb in ("create", "patch")),
+        ("referencegrants", "list"),
+    ],
+)
+async def test_a_workload_whose_objects_cannot_be_made_takes_nothing_from_others_of_its_model(
+    models: Models, resource: str, verb: str
+) -> None:
+    """A route that led to it would answer 500 for its share."""
+    models.allow(models.other, without(RULES, resource, verb), "change")
+    good = models.deployment("good")
+    async with models.controlled():
+        await until(lambda: models.condition(good) == ROUTED)
+        bad = models.deployment("bad", namespace=models.other)
+        await until(lambda: models.condition(bad) == NO_RIGHTS)
+
+        def leads_to() -> set[str]:
+            routes = [each for place, each in models.found().items() if place.startswith("httproutes/")]
+            return {ref["name"] for each in routes for ref in each["spec"]["rules"][0]["backendRefs"]}
+
+        assert leads_to() == {"good-model"}
+        assert models.condition(good) == ROUTED
+        models.allow(models.other, RULES, "change")
+        await until(lambda: models.condition(bad) == ROUTED)
+        assert leads_to() == {"good-model", "bad-model"}
+
+
+async def test_events_that_may_not_be_created_are_owed_until_they_may(models: Models) -> None:
+    models.allow(models.namespace, without(RULES, "events", "create"), "change")
+    path = models.deployment("a")
+    models.deployment("s", "s", plural="statefulsets")
+    async with models.controlled():
+        await until(lambda: models.condition(path) == ROUTED)
+        assert models.events("a") == []
+        models.allow(models.namespace, RULES, "change")
+        await until(lambda: models.events("a") == models.events("s") == [("Normal", "Routed")])
+
+
+@pytest.mark.parametrize("verb", ["list", "watch"])
+async def test_without_a_word_on_gateways_models_are_routed(models: Models, verb: str) -> None:
+    models.allow(models.system, without(GATEWAY_RULES, "gateways", verb), "change")
+    path = models.deployment("a")
+    async with models.controlled() as running:
+        await until(lambda: models.condition(path) == ROUTED)
+        models.api.delete(f"/apis/{GATEWAY_API}/v1/namespaces/{models.system}/gateways/models")
+        models.allow(models.system, GATEWAY_RULES, "change")
+        await until(lambda: models.condition(path) == ("False", "NoGateway"))
+        assert running.rounds
+
+
+@pytest.mark.parametrize("verb", ["get", "create", "update"])
+async def test_without_a_right_to_the_lease_nobody_writes_and_with_it_all_is_well(models: Models, verb: str) -> None:
+    models.allow(models.system, without(GATEWAY_RULES, "leases", verb), "change")
+    models.deployment("a")
+    connection = await Connection.connect(str(models.cluster.kubeconfig(models.token)))
+    lease = Lease(connection, models.system, LEASED, "one", Random(1))
+    task = asyncio.create_task(lease.run())
+    try:
+        await until(lambda: f'cannot {verb} resource "leases"' in lease.failure)
+        models.allow(models.system, GATEWAY_RULES, "change")
+        await until(lambda: lease.held and not lease.failure)
+        assert not task.done()
+    finally:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+        await connection.close()
 
 
 async def test_without_the_gateway_it_is_told(models: Models) -> None:
@@ -630,7 +726,7 @@ async def test_while_the_api_server_is_away_nothing_is_lost_and_afterwards_all_i
 
 async def test_one_of_two_holds_the_lease_and_the_other_takes_over(models: Models) -> None:
     connection = await Connection.connect(str(models.cluster.kubeconfig(models.token)))
-    leases = [Lease(connection, models.system, "controller", name, Random(1)) for name in ("one", "two")]
+    leases = [Lease(connection, models.system, LEASED, name, Random(1)) for name in ("one", "two")]
     tasks = [asyncio.create_task(lease.run()) for lease in leases]
     try:
         await until(lambda: any(lease.held for lease in leases))
@@ -671,7 +767,7 @@ async def test_who_does_not_hold_the_lease_writes_nothing(models: Models) -> Non
 
 def holder(models: Models) -> str:
     """Who holds the lease; empty: nobody."""
-    path = f"/apis/coordination.k8s.io/v1/namespaces/{models.system}/leases/gateway-extproc-controller-models"
+    path = f"/apis/coordination.k8s.io/v1/namespaces/{models.system}/leases/{LEASED}"
     try:
         return str(models.api.get(path)["spec"].get("holderIdentity", ""))
     except Refused:
