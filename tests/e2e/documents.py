@@ -65,9 +65,9 @@ def the_command(pattern: str) -> str:
     return found
 
 
-def table(heading: str) -> list[list[str]]:
-    """The cells of README's one table whose first column has this heading."""
-    (rows,) = re.findall(rf"^\| {re.escape(heading)} \|.*\n\|[-|]+\|\n((?:\|.*\n)+)", README, re.MULTILINE)
+def table(heading: str, text: str = README) -> list[list[str]]:
+    """The cells of a document's one table whose first column has this heading."""
+    (rows,) = re.findall(rf"^\| {re.escape(heading)} \|.*\n\|[-|]+\|\n((?:\|.*\n)+)", text, re.MULTILINE)
     return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows.splitlines()]
 
 

@@ -122,7 +122,7 @@ RUN_BY = {
     r"make bench ARGS=--picker": FIRST_RUN + "test_an_endpoint_pickers_requests_are_measured",
     r"make bench ARGS=--strategies": FIRST_RUN + "test_strategies_are_compared_on_real_processes",
     r"make bench ARGS=--kubernetes": "tests/kubernetes/test_speed.py::test_how_soon_changes_are_seen_is_measured",
-    r"(kind|kubectl|helm install envoy-gateway|docker build) .*": (
+    r"(kind|kubectl (apply|wait|rollout|port-forward)|helm install envoy-gateway|docker build) .*": (
         "tests/docker/test_kind.py::test_the_quickstart_works_as_it_is_typed"
     ),
     r"make bench ARGS=--faults": FIRST_RUN + "test_pods_that_fail_cost_no_request",

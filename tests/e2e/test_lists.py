@@ -1,0 +1,172 @@
+"""What documents list is what the code has: metrics, reasons, conditions, fields of the log, settings.
+
+Each list is compared with the code's own, both ways where it claims to be whole. README's tables are compared in
+test_readme.py, where a demo runs; docs/configuration.md is made from the code (config_reference.py).
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+import yaml
+from prometheus_client import CollectorRegistry, ProcessCollector
+
+from gateway_extproc.core import account, refusal, session
+from gateway_extproc.core.events import Outcome
+from gateway_extproc.core.strategies import STRATEGIES
+from gateway_extproc.kubernetes import controller, plan
+from gateway_extproc.logs import _KINDS, request_line
+from gateway_extproc.workers.front import _own_page
+from tests.adapters.test_metrics import World
+from tests.e2e.documents import DOCUMENTS, ROOT, quoted, table
+from tests.e2e.test_readme import in_code
+
+MONITORING: Final = DOCUMENTS["docs/monitoring.md"]
+#: What begins like a metric, or like a setting, and is none.
+NO_METRICS: Final = {"gateway_extproc", "gateway_tls"}
+NO_SETTINGS: Final = {"envoy.yaml", "envoy.config.cluster.v3.Cluster"}
+
+
+def metrics() -> dict[str, set[str]]:
+    """Every metric of the page but the process's own: as Prometheus calls it, with its labels."""
+    found: dict[str, set[str]] = {}
+    for family in World().metrics.families():
+        name = f"{family.name}_total" if family.type == "counter" else family.name
+        found[name] = set(getattr(family, "_labelnames", ()))
+    return found | {name: set() for name in _own_page(1, 1, 0)}
+
+
+def test_the_table_of_metrics_is_that_of_the_page() -> None:
+    listed: dict[str, set[str]] = {}
+    for names, *_ in table("metric", MONITORING):
+        for written in quoted(names):
+            name, _, labels = written.rstrip("}").partition("{")
+            assert name not in listed
+            listed[name] = set(filter(None, labels.split(",")))
+    assert listed == metrics()
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_every_metric_that_is_named_is_there(document: str) -> None:
+    own = CollectorRegistry()
+    ProcessCollector(registry=own)
+    known = metrics().keys() | {sample.name for family in own.collect() for sample in family.samples}
+    named = set(re.findall(r"\b(?:gateway|process)_[a-z_]+\b(?!\.)", DOCUMENTS[document]))
+    assert named - NO_METRICS <= known
+
+
+def _constants(node: ast.AST) -> Iterator[str]:
+    """The texts that an expression may be: not those that it compares with."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        yield node.value
+    elif isinstance(node, ast.IfExp):
+        yield from _constants(node.body)
+        yield from _constants(node.orelse)
+    elif isinstance(node, ast.Tuple):
+        for element in node.elts:
+            yield from _constants(element)
+
+
+def _given(module: Any, calls: dict[str, int], names: tuple[str, ...] = ()) -> set[str]:
+    """The texts that a module gives to ``calls``, each with the position of the argument (-1: any), and assigns to
+    ``names``."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(Path(module.__file__).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call):
+            name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            if name in calls:
+                position = calls[name]
+                for argument in node.args if position < 0 else node.args[position : position + 1]:
+                    found.update(_constants(argument))
+        elif isinstance(node, ast.Assign):
+            targets = {each.id for target in node.targets for each in ast.walk(target) if isinstance(each, ast.Name)}
+            if targets & set(names):
+                found.update(_constants(node.value))
+        elif isinstance(node, ast.keyword) and node.arg == "reason":
+            found.update(_constants(node.value))
+    return found - {""}
+
+
+def test_the_table_of_reasons_is_that_of_the_code() -> None:
+    """With ``unseen`` a request has a reason that is no code, and so on: every one that core gives."""
+    calls = {"_outcome": -1, "_reserved": -1, "closed": -1, "internal_error": -1, "overloaded": 2}
+    given = {"ok", "cut"} | {reason for module in (session, account, refusal) for reason in _given(module, calls)}
+    given |= refusal.UNITS.keys()
+    listed = [reason for reasons, *_ in table("reason", MONITORING) for reason in quoted(reasons)]
+    assert len(listed) == len(set(listed))
+    assert set(listed) == given - {code for _, code in in_code()}
+
+
+def test_the_fields_of_a_requests_line_are_those_of_the_table() -> None:
+    outcome = Outcome(
+        model="m", strategy="random", status=503, reason="no_pod", user="alice", request_id="1", pod="pod-1",
+        prompt_tokens=1, output_tokens=1, estimated=True, detail="why",
+    )  # fmt: skip
+    line = request_line(outcome)
+    assert line is not None
+    (first, *others) = table("event", MONITORING)
+    assert set(quoted(first[2])) == line.fields.keys()
+    assert {cells[2] for cells in others} == {"the same"}
+    assert {event for event, *_ in (first, *others)} == {f"`{event}`" for _, event in _KINDS.values()}
+
+
+def test_the_reasons_of_conditions_are_those_of_the_code() -> None:
+    calls = {"_Refused": 0, "Verdict": 1}
+    given = _given(plan, calls) | _given(controller, calls, ("reason",))
+    listed = [reason for reasons, *_ in table("reason", DOCUMENTS["docs/kubernetes.md"]) for reason in quoted(reasons)]
+    assert len(listed) == len(set(listed))
+    assert set(listed) == given
+
+
+# --- settings --------------------------------------------------------------------------------------------------------
+
+
+def settings() -> set[str]:
+    """Every setting that docs/configuration.md has, as a path: ``models.NAME.timeout``, ``users[].rpm``."""
+    found: set[str] = set()
+    for section in re.split(r"^##+ ", DOCUMENTS["docs/configuration.md"], flags=re.MULTILINE)[1:]:
+        heading, _, text = section.partition("\n")
+        prefix = "" if heading == "Sections" else f"{heading}."
+        found |= {prefix + key for key in re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE)}
+    return found
+
+
+def values(content: Any, prefix: str = "") -> Iterator[str]:
+    """Every value of the chart, as a path."""
+    for name, below in content.items() if isinstance(content, dict) else ():
+        yield prefix + name
+        yield from values(below, f"{prefix}{name}.")
+
+
+def _plain(path: str) -> str:
+    """A path whatever its names and lists are written as."""
+    return re.sub(r"\[\]", "", re.sub(r"\.(NAME|\*)", ".NAME", path))
+
+
+def test_every_setting_that_is_named_is_there() -> None:
+    chart = set(values(yaml.safe_load((ROOT / "charts/gateway-extproc/values.yaml").read_text(encoding="utf-8"))))
+    known = {_plain(path) for path in settings()} | chart
+    roots = "|".join(sorted({path.partition(".")[0].removesuffix("[]") for path in known}))
+    unknown = {
+        (document, span)
+        for document, text in DOCUMENTS.items()
+        if "decisions/" not in document  # they tell of their time
+        for span in quoted(text)
+        if re.fullmatch(rf"(?:config\.)?({roots})(\[\])?(\.(\w+(\[\])?|\*))+", span)
+        and span not in NO_SETTINGS
+        and _plain(span.removeprefix("config.")) not in known
+    }
+    assert unknown == set()
+
+
+def test_strategies_of_others_that_are_the_same_are_there() -> None:
+    (names,) = (
+        names for names, here in table("AIBrix", DOCUMENTS["docs/migrating-from-aibrix.md"].partition("## Settings")[0])
+        if here.startswith("the same names")
+    )  # fmt: skip
+    assert set(quoted(names)) <= set(STRATEGIES)
