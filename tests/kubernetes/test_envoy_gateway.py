@@ -16,7 +16,7 @@ from gateway_extproc.core import refusal
 from tests.kubernetes.chart import CHART, VALUES
 from tests.kubernetes.cluster import Cluster, Network
 from tests.kubernetes.conftest import missing
-from tests.kubernetes.served import ENVOY, NAME, PORT, RELEASE, ROUTES, Served
+from tests.kubernetes.served import ENVOY, LABEL, NAME, PORT, RELEASE, ROUTES, Served
 from tests.system import request, until
 
 
@@ -63,6 +63,21 @@ def test_the_example_of_the_documents_answers_as_it_stands(served: Served) -> No
     until(lambda: not served.kubelet.of("llama"), "they have gone")
     assert len(pods) == 2
     assert served.until_chat("llama-8b", 404).error["code"] == "model_not_found"
+
+
+def test_a_model_whose_pods_have_no_route_is_answered_as_the_document_says(served: Served) -> None:
+    path = served.deployment("astray", "astray-model")
+    served.until_chat("astray-model", 200)
+    served.api.merge(path, {"metadata": {"labels": {LABEL: "another-model"}}})
+    assert served.until_chat("astray-model", 503).error["code"] == "internal_error"
+    assert served.chat("another-model").error["code"] == "model_not_found"
+
+    def told() -> bool:
+        conditions = served.api.get(path)["status"]["conditions"]
+        return any((each["type"], each["reason"]) == ("ModelRouted", "PodsNotLabelled") for each in conditions)
+
+    until(told, "the condition says what is wrong")
+    served.api.delete(path)
 
 
 def test_a_client_cannot_steer_and_limits_hold(served: Served) -> None:
