@@ -73,15 +73,26 @@ def test_a_value_that_is_taken_away_is_named() -> None:
     assert refused({name: value for name, value in VALUES.items() if name != "gateway"}) == ["$: no gateway"]
 
 
+def blocks(known: set[str]) -> Iterator[Any]:
+    """What documents write in YAML, with no keys but those that are known."""
+    for file in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        for block in re.findall(r"```yaml\n(.*?)```", file.read_text(), re.DOTALL):
+            content = yaml.safe_load(block)
+            if isinstance(content, dict) and content.keys() <= known:
+                yield content
+
+
 def examples() -> Iterator[Any]:
     """Configurations that are written somewhere."""
     yield msgspec.to_builtins(masked(Config()))
     yield yaml.safe_load((ROOT / "envoy" / "gateway.yaml").read_text())
-    for file in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
-        for block in re.findall(r"```yaml\n(.*?)```", file.read_text(), re.DOTALL):
-            content = yaml.safe_load(block)
-            if isinstance(content, dict) and content.keys() <= set(Config.__struct_fields__):
-                yield content
+    yield from blocks(set(Config.__struct_fields__))
+
+
+def test_values_that_are_documented_are_accepted() -> None:
+    found = [values for values in blocks(set(VALUES)) if "config" in values]
+    assert found
+    assert [refused(VALUES | values) for values in found] == [[]] * len(found)
 
 
 @pytest.mark.parametrize("content", [*examples()])

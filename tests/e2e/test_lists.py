@@ -16,6 +16,8 @@ import pytest
 import yaml
 from prometheus_client import CollectorRegistry, ProcessCollector
 
+from gateway_extproc import config
+from gateway_extproc.config import Config
 from gateway_extproc.core import account, refusal, session
 from gateway_extproc.core.events import Outcome
 from gateway_extproc.core.strategies import STRATEGIES
@@ -23,7 +25,8 @@ from gateway_extproc.kubernetes import controller, plan
 from gateway_extproc.logs import _KINDS, request_line
 from gateway_extproc.workers.front import _own_page
 from tests.adapters.test_metrics import World
-from tests.e2e.documents import DOCUMENTS, ROOT, quoted, table
+from tests.certificates import Authority
+from tests.e2e.documents import BLOCK, DOCUMENTS, ROOT, quoted, table
 from tests.e2e.test_readme import in_code
 
 MONITORING: Final = DOCUMENTS["docs/monitoring.md"]
@@ -162,6 +165,24 @@ def test_every_setting_that_is_named_is_there() -> None:
         and _plain(span.removeprefix("config.")) not in known
     }
     assert unknown == set()
+
+
+def configurations() -> Iterator[tuple[str, str]]:
+    """Every block that is some of a configuration, with its document; not those with a strategy of the reader's own,
+    which tests/test_plugins.py serves."""
+    for document, text in DOCUMENTS.items():
+        for language, block in BLOCK.findall(text):
+            content = yaml.safe_load(block) if language == "yaml" else None
+            if not isinstance(content, dict) or not content.keys() <= set(Config.__struct_fields__):
+                continue
+            if "strategies" not in content.get("routing", {}):
+                yield document, block
+
+
+@pytest.mark.parametrize(("document", "block"), [*configurations()])
+def test_a_configuration_in_a_document_is_accepted(document: str, block: str, tmp_path: Path) -> None:
+    pair = Authority(tmp_path).signs("gateway")
+    config.parse(block.replace("/tls/tls.crt", pair.certificate).replace("/tls/tls.key", pair.key))
 
 
 def test_strategies_of_others_that_are_the_same_are_there() -> None:
