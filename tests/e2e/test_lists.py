@@ -26,13 +26,13 @@ from gateway_extproc.logs import _KINDS, request_line
 from gateway_extproc.workers.front import _own_page
 from tests.adapters.test_metrics import World
 from tests.certificates import Authority
-from tests.e2e.documents import BLOCK, DOCUMENTS, ROOT, quoted, table
+from tests.e2e.documents import BLOCK, DOCUMENTS, ROOT, prose, quoted, table
 from tests.e2e.test_readme import in_code
 
 MONITORING: Final = DOCUMENTS["docs/monitoring.md"]
 #: What begins like a metric, or like a setting, and is none.
 NO_METRICS: Final = {"gateway_extproc", "gateway_tls"}
-NO_SETTINGS: Final = {"envoy.yaml", "envoy.config.cluster.v3.Cluster"}
+NO_SETTINGS: Final = {"envoy.config.cluster.v3.Cluster", "envoy.lb", "envoy.lb.subset_hint", "gateway.usage"}
 
 
 def metrics() -> dict[str, set[str]]:
@@ -135,6 +135,7 @@ def settings() -> set[str]:
     for section in re.split(r"^##+ ", DOCUMENTS["docs/configuration.md"], flags=re.MULTILINE)[1:]:
         heading, _, text = section.partition("\n")
         prefix = "" if heading == "Sections" else f"{heading}."
+        found.add(heading)
         found |= {prefix + key for key in re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE)}
     return found
 
@@ -159,8 +160,8 @@ def test_every_setting_that_is_named_is_there() -> None:
         (document, span)
         for document, text in DOCUMENTS.items()
         if "decisions/" not in document  # they tell of their time
-        for span in quoted(text)
-        if re.fullmatch(rf"(?:config\.)?({roots})(\[\])?(\.(\w+(\[\])?|\*))+", span)
+        for span in quoted(prose(text))
+        if re.fullmatch(rf"(?:config\.)?({roots})(\[\])?(\.(\w+(\[\])?|\*))+(?<!\.yaml)(?<!\.py)", span)
         and span not in NO_SETTINGS
         and _plain(span.removeprefix("config.")) not in known
     }
