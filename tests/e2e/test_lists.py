@@ -17,6 +17,7 @@ import yaml
 from prometheus_client import CollectorRegistry, ProcessCollector
 
 from gateway_extproc import config
+from gateway_extproc.app import AT_START, LIMITS_AT_START
 from gateway_extproc.config import Config
 from gateway_extproc.core import account, refusal, session
 from gateway_extproc.core.events import Outcome
@@ -26,7 +27,7 @@ from gateway_extproc.logs import _KINDS, request_line
 from gateway_extproc.workers.front import _own_page
 from tests.adapters.test_metrics import World
 from tests.certificates import Authority
-from tests.e2e.documents import BLOCK, DOCUMENTS, ROOT, prose, quoted, table
+from tests.e2e.documents import BLOCK, DOCUMENTS, README, ROOT, prose, quoted, table
 from tests.e2e.test_readme import in_code
 
 MONITORING: Final = DOCUMENTS["docs/monitoring.md"]
@@ -166,6 +167,11 @@ def test_every_setting_that_is_named_is_there() -> None:
         and _plain(span.removeprefix("config.")) not in known
     }
     assert unknown == set()
+
+
+def test_what_needs_a_new_start_is_told() -> None:
+    (sentence,) = re.findall(r"the old one stays\.\n(.*?) need a new start", README, re.DOTALL)
+    assert quoted(sentence) == [*AT_START, *(f"limits.{name}" for name in LIMITS_AT_START)]
 
 
 def configurations() -> Iterator[tuple[str, str]]:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 from collections.abc import Iterator
 from functools import partial
+from typing import Final
 
 import pytest
 import yaml
@@ -18,6 +19,8 @@ from tests.kubernetes.cluster import Cluster, Network
 from tests.kubernetes.conftest import missing
 from tests.kubernetes.served import ENVOY, LABEL, NAME, PORT, RELEASE, ROUTES, Served
 from tests.system import request, until
+
+DOCUMENT: Final = (CHART.parents[1] / "docs" / "kubernetes.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +112,34 @@ def test_the_pod_that_was_chosen_is_the_pod_that_answers(served: Served) -> None
         assert answer.status == 200
         # The pod says its name itself.
         assert answer.headers["target-pod"] == f"{served.namespace}/{answer.headers['x-pod-name']}"
+
+
+def test_the_route_by_hand_of_the_document_leads_to_the_chosen_pod(served: Served) -> None:
+    """Of pods whose workload has no label, as those of other kinds of workloads."""
+    path = served.deployment("llama-70b", "llama-70b", 2)
+    served.api.merge(path, {"metadata": {"labels": {LABEL: None}}})
+    served.api.create(f"/api/v1/namespaces/{served.namespace}/services", {
+        "metadata": {"name": "llama-70b"}, "spec": {"selector": {"app": "llama-70b"}, "ports": [{"port": 8000}]},
+    })  # fmt: skip
+    section = DOCUMENT.partition("\n### A route of your own\n")[2].partition("\n### ")[0]
+    route, policy = map(yaml.safe_load, re.findall(r"^```yaml\n(.*?)^```$", section, re.M | re.S))
+    (parent,) = route["spec"]["parentRefs"]
+    assert parent["name"] == NAME
+    parent |= {"name": served.name, "namespace": served.system}
+    for written, plural in (
+        (route, f"{ROUTES}/namespaces/{served.namespace}/httproutes"),
+        (policy, f"{ENVOY}/namespaces/{served.namespace}/backendtrafficpolicies"),
+    ):
+        assert written["metadata"].pop("namespace") == "models"
+        served.api.create(f"/apis/{plural}", written)
+    served.until_chat("llama-70b", 200)
+    until(lambda: served.known("llama-70b", 2))
+    seen = set()
+    for _ in range(30):
+        answer = served.chat("llama-70b", routing_strategy="random")
+        assert answer.headers["target-pod"] == f"{served.namespace}/{answer.headers['x-pod-name']}"
+        seen.add(answer.headers["x-pod-name"])
+    assert len(seen) == 2
 
 
 def test_the_tokens_of_answers_and_of_streams_are_counted(served: Served) -> None:
