@@ -23,7 +23,7 @@ import time
 from collections.abc import Awaitable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from random import Random
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, cast
 
 import msgspec
 import structlog
@@ -42,6 +42,7 @@ from .plan import (
     Object,
     Observed,
     Place,
+    Reason,
     Settings,
     Template,
     Verdict,
@@ -136,7 +137,8 @@ class _Reader:
         condition = next((each for each in found.status.conditions or () if each.type == CONDITION), None)
         told = None
         if condition is not None:
-            told = Verdict(condition.status == "True", condition.reason, condition.message)
+            # Whoever wrote the reason: it is only compared.
+            told = Verdict(condition.status == "True", cast(Reason, condition.reason), condition.message)
         made = Workload(
             kind=self._kind,
             metadata=found.metadata,
@@ -477,7 +479,7 @@ def _owners(there: Object) -> Iterator[str]:
         yield owner["uid"]
 
 
-def _reason(error: BaseException) -> str:
+def _reason(error: BaseException) -> Reason:
     """Why a write failed, as a verdict's reason."""
     if isinstance(error, _Contested):
         return "Contested"

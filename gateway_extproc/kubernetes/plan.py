@@ -26,7 +26,7 @@ import hashlib
 import re
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, TypeAlias
 
 import msgspec
 
@@ -76,7 +76,12 @@ KINDS: Final[Mapping[str, tuple[str, str]]] = {
 }
 #: The kinds of workloads, and their plurals.
 WORKLOADS: Final[Mapping[str, str]] = {"Deployment": "deployments", "StatefulSet": "statefulsets"}
-#: Reasons of a verdict that ask nothing of anybody.
+#: Why a workload's model has a route to it, or has not: docs/kubernetes.md says what to do about each.
+Reason: TypeAlias = Literal[
+    "BadModelName", "BadPort", "Contested", "LabelsDiffer", "NameTaken", "NoGateway", "NoGatewayAPI", "NoRights",
+    "NoSelector", "NoService", "OtherGateway", "PodsNotLabelled", "RouteByHand", "Routed", "TooMany", "WriteFailed",
+]  # fmt: skip
+#: Those that ask nothing of anybody.
 GOOD: Final = frozenset({"Routed", "RouteByHand"})
 #: Reason of a verdict: another Gateway's controller serves the workload, and has the word on it.
 OTHER_GATEWAY: Final = "OtherGateway"
@@ -104,7 +109,7 @@ class Verdict(msgspec.Struct, frozen=True):
     """What became of a workload: whether its model has a route to it, and why, for its owner."""
 
     routed: bool
-    reason: str
+    reason: Reason
     message: str
 
 
@@ -166,7 +171,7 @@ class Plan(msgspec.Struct, frozen=True):
 class _Refused(Exception):
     """A workload cannot be routed: reason and message."""
 
-    def __init__(self, reason: str, message: str) -> None:
+    def __init__(self, reason: Reason, message: str) -> None:
         super().__init__(message)
         self.verdict = Verdict(False, reason, message)
 
