@@ -334,14 +334,14 @@ class Cluster:
             fresh = await self._known(refused=access)
         except BaseException:
             if failed is None:
-                response.close()
+                _hang_up(response)
             raise
         if fresh == access:
             if failed is not None:
                 raise failed
             return response
         if failed is None:
-            response.close()
+            _hang_up(response)
         return await self._request(method, path, fresh, **more)
 
     @contextlib.asynccontextmanager
@@ -356,7 +356,8 @@ class Cluster:
     ) -> AsyncIterator[aiohttp.ClientResponse]:
         """Ask; what comes is read by the caller. Raises FAILURES."""
         headers = {} if body is None else {"content-type": content_type}
-        async with await self._answer(method, path, params=params, data=body, headers=headers) as response:
+        response = await self._answer(method, path, params=params, data=body, headers=headers)
+        try:
             if response.status >= 300:
                 async with asyncio.timeout(ANSWER):
                     status = status_of(await _read(response, ANSWER_SIZE))
@@ -370,6 +371,8 @@ class Cluster:
                 kind = quoted(response.content_type)
                 raise Broken(f"answered {kind} instead of JSON: it is no API server, or something stands before it")
             yield response
+        finally:
+            _hang_up(response)
 
     async def ask(
         self,
@@ -394,6 +397,15 @@ class Cluster:
             with contextlib.suppress(asyncio.CancelledError):
                 await self._reading
         await self._session.close()
+        await asyncio.sleep(0)  # what was hung up is closed in the loop's next turn, if there is one
+
+
+def _hang_up(response: aiohttp.ClientResponse) -> None:
+    """Nobody reads on; where there was more to come, the connection is of no use."""
+    connection = response.connection
+    if connection is not None and connection.transport is not None:
+        connection.transport.abort()  # TLS's goodbye would have to wait for the server's, and outlive the loop
+    response.close()
 
 
 async def _read(response: aiohttp.ClientResponse, limit: int) -> bytes:
