@@ -30,6 +30,7 @@ import structlog
 
 from .core.address import join_address
 from .core.refusal import quoted
+from .tls import client_context
 from .wire.kubernetes import Broken, Expired, Status, status_of
 
 log = structlog.get_logger(__name__)
@@ -141,14 +142,9 @@ class _Tls:
         made_of = (files, verify)
         if self._context is not None and made_of == self._made_of:
             return self._context
-        context = ssl.create_default_context(cafile=authority)
-        # Python 3.13 wants extensions that the authorities of many clusters do not have, and no other client asks for.
-        context.verify_flags &= ~ssl.VERIFY_X509_STRICT
+        context = client_context(authority, verify=verify)
         if certificate is not None:
             context.load_cert_chain(certificate, key)
-        if not verify:
-            context.check_hostname = False
-            context.verify_mode = ssl.CERT_NONE
         self._made_of, self._context = made_of, context
         return context
 

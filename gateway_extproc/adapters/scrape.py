@@ -31,6 +31,7 @@ import msgspec
 from ..core.address import split_address
 from ..core.fleet import TLS, Fleet, PodSpec
 from ..core.load import STALE
+from ..tls import client_context
 from ..wire import http1, prom
 from ..wire.http1 import Answer, BadAnswer
 
@@ -225,7 +226,7 @@ class Poller:
         """Raises OSError for files that cannot be read."""
         context = self._contexts.get(tls)
         if context is None:
-            context = await asyncio.to_thread(_make_context, tls)
+            context = await asyncio.to_thread(client_context, tls.ca_file or None, verify=tls.verify)
             self._contexts[tls] = context
         return context
 
@@ -414,11 +415,3 @@ def _reason(error: OSError) -> str:
     if isinstance(error, ssl.SSLCertVerificationError):
         return f"Certificate: {error.verify_message}"
     return type(error).__name__
-
-
-def _make_context(tls: TLS) -> ssl.SSLContext:
-    context = ssl.create_default_context(cafile=tls.ca_file or None)
-    if not tls.verify:
-        context.check_hostname = False
-        context.verify_mode = ssl.CERT_NONE
-    return context
