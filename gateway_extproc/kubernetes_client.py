@@ -17,12 +17,14 @@ import asyncio
 import contextlib
 import os
 import re
+import socket
 import ssl
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any, Final, NamedTuple, Protocol
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
+from weakref import WeakSet
 
 import aiohttp
 import msgspec
@@ -56,6 +58,8 @@ AGAIN: Final = 5.0
 #: Seconds that reading may take, which may run a program that asks somebody. It goes on after that, and is not begun
 #: a second time meanwhile.
 READING: Final = 30.0
+#: Turns of the event loop that connections get to end; they take about five.
+TURNS: Final = 100
 #: Longest complaint of others in characters, as it stands in messages.
 WORDS: Final = 300
 _GONE: Final = 410
@@ -251,8 +255,9 @@ class Cluster:
         self._access: Access | None = None
         self._read_at = 0.0
         self._reading: asyncio.Task[CannotConnect | None] | None = None
+        self._sockets: WeakSet[socket.socket] = WeakSet()
         # As many connections as there are requests: a watch for each path that is followed, and some that write.
-        connector = aiohttp.TCPConnector(limit=0)
+        connector = aiohttp.TCPConnector(limit=0, socket_factory=self._socket)
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=ANSWER, sock_read=INACTIVITY)
         # Without what the environment says, which is not only proxies: ~/.netrc would have us be somebody else.
         self._session = aiohttp.ClientSession(connector=connector, timeout=timeout, read_bufsize=_UNREAD)
@@ -393,14 +398,28 @@ class Cluster:
             with contextlib.suppress(asyncio.CancelledError):
                 await self._reading
         await self._session.close()
-        await asyncio.sleep(0)  # what was hung up is closed in the loop's next turn, if there is one
+        # It does not wait for connections whose request was given up: TLS's goodbye there takes until the server's.
+        for each in self._sockets:
+            with contextlib.suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+        for _ in range(TURNS):
+            if all(each.fileno() < 0 for each in self._sockets):
+                break
+            await asyncio.sleep(0)
+
+    def _socket(self, address: tuple[Any, ...]) -> socket.socket:
+        """What connects to an address, as getaddrinfo gives it."""
+        found = socket.socket(*address[:3])
+        found.setblocking(False)
+        self._sockets.add(found)
+        return found
 
 
 def _hang_up(response: aiohttp.ClientResponse) -> None:
     """Nobody reads on; where there was more to come, the connection is of no use."""
     connection = response.connection
     if connection is not None and connection.transport is not None:
-        connection.transport.abort()  # TLS's goodbye would have to wait for the server's, and outlive the loop
+        connection.transport.abort()  # TLS's goodbye would have to wait for the server's
     response.close()
 
 

@@ -18,10 +18,12 @@ from structlog.testing import capture_logs
 from gateway_extproc import kubernetes_client
 from gateway_extproc.kubernetes_client import CannotConnect, Cluster, Refused, reason
 from gateway_extproc.wire.kubernetes import Broken, Expired
+from tests.asking import until
 from tests.certificates import Authority
 from tests.watch_server import WatchServer
 
 SECRET = "s3cret-0123456789"
+DEADLINE = 10.0
 LIST = {"limit": "1"}
 
 
@@ -92,6 +94,23 @@ async def test_a_pod_is_let_in_by_its_service_account(
         cluster = await Cluster.connect()
         assert b"resourceVersion" in await cluster.ask("GET", "/api", LIST)
         await cluster.close()
+
+
+async def test_nothing_is_left_open_of_requests_that_were_given_up(
+    authority: Authority, in_pod: Callable[[WatchServer], None]
+) -> None:
+    async with WatchServer(pair=authority.signs("server")) as server:
+        in_pod(server)
+        cluster = await Cluster.connect()
+        server.faults.extend(["hang"] * 3)
+        asking = [asyncio.create_task(cluster.ask("GET", "/api", LIST)) for _ in range(3)]
+        await until(lambda: len(server.asked) == 3, DEADLINE)
+        sockets = list(cluster._sockets)
+        for each in asking:
+            each.cancel()
+        await asyncio.gather(*asking, return_exceptions=True)
+        await cluster.close()
+        assert [each.fileno() for each in sockets] == [-1] * 3
 
 
 @pytest.mark.usefixtures("impatient")

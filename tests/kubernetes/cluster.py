@@ -262,6 +262,8 @@ class Cluster:
             "--service-cluster-ip-range", "10.0.0.0/16", "--endpoint-reconciler-type", "none",
             # It would want a ServiceAccount, which a controller makes, in each namespace before the first pod.
             "--disable-admission-plugins", "ServiceAccount",
+            # As OpenShift has it: who owns an object is not for everybody to say.
+            "--enable-admission-plugins", "OwnerReferencesPermissionEnforcement",
         )  # fmt: skip
         self.until(lambda: self.api.get("/readyz") == "ok", "kube-apiserver")
 

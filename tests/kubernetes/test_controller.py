@@ -375,8 +375,6 @@ TOLD: Final = {
     ("referencegrants", "patch"): ROUTED,
     ("referencegrants", "delete"): ROUTED,
     ("events", "create"): ROUTED,
-    ("deployments/finalizers", "update"): ROUTED,
-    ("statefulsets/finalizers", "update"): ROUTED,
 }
 
 
