@@ -19,7 +19,7 @@ from gateway_extproc.adapters.kubernetes import Pods
 from gateway_extproc.core.fleet import PodSpec
 from gateway_extproc.kubernetes_client import Cluster
 from gateway_extproc.wire.kubernetes_pods import NAME
-from tests.simulator.client import until
+from tests.simulator.client import DEADLINE, until
 from tests.watch_server import Fault, WatchServer
 
 
@@ -352,7 +352,10 @@ async def test_ten_thousand_pods_are_one_list_and_their_storms_are_gathered(tmp_
         assert after - ended >= min((ended - began) / kubernetes.SHARE, kubernetes.GATHER) * 0.9
 
 
-async def test_a_hundred_namespaces_and_more_are_watched_at_once(tmp_path: Path) -> None:
+async def test_a_hundred_namespaces_and_more_are_watched_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kubernetes_client, "ANSWER", DEADLINE)  # all are asked for at once
     async with WatchServer() as server:
         put(server, "a", "10.0.0.1")
         async with following(server, tmp_path, tuple(f"n{number}" for number in range(130))) as seen:

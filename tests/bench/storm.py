@@ -397,13 +397,15 @@ class Storm:
 
     def _uncertain(self, one: Asked, down: float) -> bool:
         """Whether a killed gateway may have had this request, or known of its end and not told it yet."""
-        if not down or one.began > down + UNTOLD[self.source]:
+        if not down:
             return False
         if one.began <= down <= (one.answered or one.ended):  # it was being decided
             return True
         ended = self._ended.get(one.id)
         if ended is None:
-            return one.ended >= down - self._behind and one.status != 429
+            # Envoy may go on telling a gateway that has gone, for as long as it is behind.
+            after = self._behind if self.source == "access_log" else UNTOLD[self.source]
+            return down - self._behind <= one.ended and one.began <= down + after and one.status != 429
         return abs(ended.at - down) <= UNTOLD[self.source] and ended.status != 429
 
     def _charged(self, one: Asked, ended: Ended | None, down: float) -> tuple[Charge, Charge]:
