@@ -35,10 +35,13 @@ from .price import Prices
 from .store import Amount, Settlement
 from .usage import Usage, told
 
-#: Envoy's response code details for requests that it sent nowhere, which says nothing about the pods; and for those
-#: that found no connection (the first ends local_ and remote_connection_failure alike). From Envoy's
-#: response_code_details documentation; the reset reasons stand in braces behind upstream_reset_before_response_started.
-_NOT_SENT: Final = ("no_healthy_upstream", "cluster_not_found", "route_not_found", "direct_response", "overflow")
+#: Envoy's response code details where a route says itself what the answer is, or its cluster is not there.
+ASTRAY: Final = ("direct_response", "cluster_not_found")
+#: Those of all requests that it sent nowhere, which says nothing about the pods (the last are our own, of
+#: refusal.no_route); and of those that found no connection (the first ends local_ and remote_connection_failure alike).
+#: From Envoy's response_code_details documentation; the reset reasons stand in braces behind
+#: upstream_reset_before_response_started.
+_NOT_SENT: Final = ("no_healthy_upstream", "route_not_found", "overflow", *ASTRAY, "gateway_no_route")
 _NOT_CONNECTED: Final = ("connection_failure", "connection_timeout")
 #: Those that tell of a pod that broke the connection or was silent for too long, where no answer had begun.
 _POD_FAILED: Final = (

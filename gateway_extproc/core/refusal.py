@@ -205,6 +205,15 @@ def internal_error(reason: str = "") -> Refusal:
     return Refusal(status=500, type="api_error", code="internal_error", message=message, reason=reason)
 
 
+def no_route() -> Refusal:
+    """Envoy was told a pod, and has no route to it: under Envoy Gateway for as long as a new model's pods are known
+    here and not there, or where its route is missing."""
+    message = "There is no route to the model server."
+    return Refusal(
+        status=503, type="api_error", code="internal_error", message=message, retry_after=1.0, reason="no_route"
+    )
+
+
 def upstream_unavailable() -> Refusal:
     message = "The connection to the model server failed."
     return Refusal(status=502, type="api_error", code="upstream_unavailable", message=message)

@@ -17,7 +17,7 @@ from typing import Any, Final, Literal
 import msgspec
 
 from . import refusal as refusals
-from .account import CLIENT_GONE, End, Note, closed, given_back, judge, settle, topped_up, tried
+from .account import ASTRAY, CLIENT_GONE, End, Note, closed, given_back, judge, settle, topped_up, tried
 from .choose import Ended, Lease, choose
 from .directory import Directory
 from .estimate import Estimates
@@ -602,6 +602,10 @@ class Session:
         self._ended = event.end
         self._state = _State.ANSWERING
         actions = self._follow(event)
+        if self._is_astray(event):
+            actions += [self._astray(), *self._settle(self._end(whole=True))]
+            self._state = _State.OVER
+            return actions
         if not event.end and self._took and not event.blind:
             reader = self._reader = self._reader_of(headers)
             if isinstance(reader, SseUsage) and 200 <= self._status < 300:
@@ -622,7 +626,27 @@ class Session:
 
     def _on_logged_answer(self, event: ResponseHeaders) -> list[Action]:
         self._status = _status_of(dict(event.headers))
-        return [*self._follow(event), Respond(self._answer_headers(), body=False)]
+        actions = self._follow(event)
+        if self._is_astray(event):
+            actions += [self._astray(), *self._hand_over(None)]
+            self._state = _State.OVER
+            return actions
+        return [*actions, Respond(self._answer_headers(), body=False)]
+
+    def _is_astray(self, event: ResponseHeaders) -> bool:
+        """Whether Envoy had no route to a pod. What a route says of itself below 500 somebody wants said."""
+        return event.details in ASTRAY and self._status >= 500
+
+    def _astray(self) -> Refuse:
+        """In the form that clients know: what Envoy Gateway's routes say without a pod has no body, or is that the
+        gateway is away."""
+        refused = refusals.no_route()
+        self._status = refused.status
+        # What answers in the place of an answer passes no filter that would add its id.
+        headers = self._answer_headers()
+        if request_id := self._request_id():
+            headers["x-request-id"] = request_id
+        return Refuse(refused, headers, self._target.anthropic)
 
     def _answer_headers(self) -> dict[str, str]:
         """What is added to the answer's."""

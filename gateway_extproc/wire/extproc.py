@@ -347,7 +347,8 @@ class Codec:
     def _refuse(self, action: Refuse) -> Sequence[bytes]:
         refusal = action.refusal
         headers = {"content-type": "application/json", **refusal.headers(), **action.headers}
-        return self._immediate(refusal.status, headers, refusal.body(anthropic=action.anthropic), refusal.code)
+        why = refusal.reason or refusal.code
+        return self._immediate(refusal.status, headers, refusal.body(anthropic=action.anthropic), why)
 
     def _answer(self, action: Answer) -> Sequence[bytes]:
         return self._immediate(200, {"content-type": "application/json"}, action.body, "models")

@@ -35,6 +35,7 @@ from gateway_extproc.core.usage import Usage
 A, B, C = "10.0.0.1:8000", "10.0.0.2:8000", "10.0.0.3:8000"
 #: What Envoy says of pods that it could not reach, and of a client that went away (seen on 1.40).
 REFUSED = "upstream_reset_before_response_started{remote_connection_failure|delayed_connect_error:_Connection_refused}"
+OURS = "gateway_no_route"
 GONE = "downstream_remote_disconnect"
 CUT = "upstream_reset_after_response_started{protocol_error}"
 CRASHED = "upstream_reset_before_response_started{connection_termination}"
@@ -244,6 +245,8 @@ def test_what_was_reserved_and_its_correction_are_the_price_of_what_is_told(
         (B, "upstream_reset_before_response_started{connection_timeout}", None, False, (A, B, C)),
         ("", "no_healthy_upstream", None, False, ()),
         ("", "upstream_reset_before_response_started{overflow}", None, False, ()),
+        ("", "direct_response", None, False, ()),
+        ("", OURS, None, False, ()),
         (B, CRASHED, 1, True, ()),
         (B, SILENT, 1, True, ()),
         (B, CUT, 1, True, ()),

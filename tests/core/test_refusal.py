@@ -26,6 +26,7 @@ EVERY: list[tuple[Refusal, int, str, str, str | None]] = [
     (refusals.rate_limit_exceeded("rpm", "s", 1, 1, 1, 2.5), 429, "rate_limit_error", "rate_limit_exceeded", None),
     (refusals.request_exceeds_limit("tpm", "s", 1, 2), 429, "rate_limit_error", "request_exceeds_limit", None),
     (refusals.internal_error(), 500, "api_error", "internal_error", None),
+    (refusals.no_route(), 503, "api_error", "internal_error", None),
     (refusals.upstream_unavailable(), 502, "api_error", "upstream_unavailable", None),
     (refusals.upstream_timeout(), 504, "api_error", "upstream_timeout", None),
     (refusals.no_ready_pods("m"), 503, "overloaded_error", "no_ready_pods", None),

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from gateway_extproc.core import refusal as refusals
 from gateway_extproc.core.directory import Limits, Team, User
 from gateway_extproc.core.events import (
     Answer,
@@ -1309,8 +1310,8 @@ RESET = "upstream_reset_before_response_started"
         (f"{RESET}{{connection_timeout}}", True),
         (f"{RESET}{{overflow}}", False),
         ("no_healthy_upstream", False),
-        ("cluster_not_found", False),
         ("route_not_found", False),
+        ("gateway_no_route", False),
     ],
 )
 def test_a_request_that_no_pod_took_gives_back_all_it_took(details: str, suspects: bool) -> None:
@@ -1325,6 +1326,25 @@ def test_a_request_that_no_pod_took_gives_back_all_it_took(details: str, suspect
     )
     assert in_flight(play.world) == {}
     assert view_pod(play.world, "a").load.tokens.read(play.world.clock()) == pytest.approx(0)
+
+
+@pytest.mark.parametrize(
+    ("status", "details"), [(500, "direct_response"), (503, "direct_response"), (503, "cluster_not_found")]
+)
+@pytest.mark.parametrize("end", [False, True])
+def test_that_there_is_no_route_to_a_pod_is_told_in_the_documented_form(status: int, details: str, end: bool) -> None:
+    play = Playbook(one_pod()) >> headers(user="alice", x_request_id="an-id") >> body(max_tokens=4)
+    play >> admitted(LEVEL) >> answer(status, "", details=details, end=end)
+    said = Refuse(refusals.no_route(), {**UNTOUCHED, "x-request-id": "an-id"})
+    assert play << said << settled("no_pod", requests=-1, tokens=-RESERVED, status=503)
+    assert play >> Closed("reset") << NOTHING
+    assert in_flight(play.world) == {}
+
+
+def test_what_a_route_is_made_to_say_of_a_model_is_passed_on() -> None:
+    play = taken() >> answer(410, details="direct_response")
+    assert play.actions == [Respond(UNTOUCHED, body=False)]
+    assert play >> Closed("reset") << settled("no_pod", requests=-1, tokens=-RESERVED, status=410)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from gateway_extproc.core import refusal as refusals
 from gateway_extproc.core.account import Entry, Ledger, Note
 from gateway_extproc.core.directory import Limits, User
 from gateway_extproc.core.events import (
@@ -28,6 +29,7 @@ from gateway_extproc.core.events import (
 from gateway_extproc.core.price import Prices
 from gateway_extproc.core.session import World
 from gateway_extproc.core.store import Level, Settlement
+from gateway_extproc.wire.extproc import DETAILS_PREFIX
 from tests.core.playbook import (
     EXPECTED,
     NOTHING,
@@ -230,6 +232,24 @@ def test_what_no_pod_took_shows_as_given_back() -> None:
     assert isinstance(respond, Respond)
     assert respond.set["x-ratelimit-remaining-requests"] == "10"
     assert play >> Closed("reset") << Await()
+
+
+def test_that_there_is_no_route_to_a_pod_is_told_in_the_documented_form() -> None:
+    made = world()
+    play = taken(Playbook(made), user="alice")
+    carried, tokens = play.route.note, note(play).tokens
+    play >> local_reply(503, "direct_response")
+    refuse, left = play.actions
+    assert isinstance(refuse, Refuse)
+    assert left == Await()
+    assert refuse.refusal == refusals.no_route()
+    assert refuse.headers["x-ratelimit-remaining-requests"] == "10"
+    assert play >> Closed("reset") << NOTHING
+    ours = f"{DETAILS_PREFIX}{refuse.refusal.reason}"
+    ledger = Ledger(made.estimates, made.fleet, gateway="id-", clock=made.clock, prices=Prices, ended=made.ended)
+    found = ledger.settle(Entry(carried, 503, ours, "", 0, {}))
+    assert found is not None
+    assert found[0] == settled("no_pod", requests=-1, tokens=-tokens, status=503, user="alice")
 
 
 def test_the_entry_settles_what_the_session_took_and_corrects_the_pods_load() -> None:

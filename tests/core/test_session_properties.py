@@ -80,6 +80,7 @@ NOT_TAKEN: Final = (
     "upstream_reset_before_response_started{overflow}",
     "no_healthy_upstream",
     "cluster_not_found",
+    "direct_response",
 )
 TAKEN: Final = (
     "",

@@ -320,7 +320,7 @@ def test_a_refusal_answers_a_message_of_any_kind(kind: str) -> None:
         "x-ratelimit-limit-requests": "20",
     }
     assert json.loads(immediate.body)["error"]["code"] == "rate_limit_exceeded"
-    assert immediate.details == f"{extproc.DETAILS_PREFIX}rate_limit_exceeded"
+    assert immediate.details == f"{extproc.DETAILS_PREFIX}rpm"
 
 
 def test_a_refusal_takes_the_form_of_its_api() -> None:
