@@ -325,8 +325,8 @@ class Session:
             self._strategy = strategy
         self._state = _State.BODY
         adds = policy.expose or keeps_session or policy.naming.any
-        if self._logged and target.generates and not adds and not policy.directory.may_limit(user):
-            self._shown = False  # nothing is to be added to them
+        if self._logged and self.reach.node and target.generates and not adds and not policy.directory.may_limit(user):
+            self._shown = False  # nothing is to be added to them, and our bootstrap says itself where there is no route
         return [Continue(self._shown)]
 
     def _on_body(self, event: RequestBody) -> list[Action]:

@@ -53,7 +53,8 @@ from tests.core.playbook import (
 
 ALICE = User(name="alice", rpm=10)
 SPENDER = User(name="spender", tpm=1000)
-
+#: The name of an Envoy that has its routes from us.
+NODE = "envoy-1"
 
 LEVEL = Level(1, 10, 60.0, 60.0)
 
@@ -80,7 +81,7 @@ def taken(play: Playbook | None = None, user: str = "", **members: Any) -> Playb
 
 
 def test_of_an_answer_to_which_nothing_is_added_only_the_end_is_seen() -> None:
-    play = Playbook(world())
+    play = Playbook(world(), NODE)
     assert play >> headers() << Continue(answer=False)
     assert play >> body() << Like(Route)
     assert play >> Closed("reset") << Await()
@@ -98,7 +99,11 @@ def test_of_an_answer_to_which_nothing_is_added_only_the_end_is_seen() -> None:
     ids=["limited", "limited by default", "exposed", "not generating", "usage by the body"],
 )
 def test_the_answers_headers_are_asked_for_where_something_is_wanted_of_them(made: Any, request_headers: Any) -> None:
-    assert Playbook(made()) >> request_headers << Continue(answer=True)
+    assert Playbook(made(), NODE) >> request_headers << Continue(answer=True)
+
+
+def test_the_answers_headers_are_asked_for_of_an_envoy_that_does_not_say_itself_where_there_is_no_route() -> None:
+    assert Playbook(world()) >> headers() << Continue(answer=True)
 
 
 def test_what_is_shown_to_a_client_with_limits_is_in_its_answer_and_its_body_is_left_alone() -> None:
@@ -134,7 +139,7 @@ def test_the_note_says_all_that_a_settlement_takes() -> None:
 
 
 def test_the_note_of_a_request_without_limits_settles_nothing() -> None:
-    play = taken()
+    play = taken(Playbook(world(), NODE))
     assert (note(play).keys, note(play).seen) == ((), False)
 
 
@@ -299,5 +304,5 @@ def test_an_answer_that_is_to_carry_a_session_id_is_looked_at(sent: dict[str, An
 def test_the_strategy_of_the_header_decides_whether_an_answer_carries_a_session_id(
     keeps: bool, strategy: str, looked_at: bool
 ) -> None:
-    play = Playbook(world(keeps_sessions=keeps))
+    play = Playbook(world(keeps_sessions=keeps), NODE)
     assert play >> headers(routing_strategy=strategy) << Continue(answer=looked_at)
