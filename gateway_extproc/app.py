@@ -61,9 +61,9 @@ from .core.events import Outcome
 from .core.fleet import METRICS, TLS, Fleet, PodSpec
 from .core.naming import Naming
 from .core.numbered import Numbered
+from .core.policy import ModelPolicy, Policy, World
 from .core.price import Price, Prices, nano
 from .core.records import Records
-from .core.session import ModelPolicy, Policy, World
 from .core.store import RENEW, Settlement, Store
 from .core.strategies import Failure, Need, Strategies
 from .core.tally import Tally, UsageLog

@@ -15,7 +15,7 @@ from typing import Any
 from gateway_extproc import bootstrap
 from gateway_extproc.bootstrap import Bootstrap
 from gateway_extproc.core.fleet import Fleet, PodSpec
-from gateway_extproc.core.session import ModelPolicy
+from gateway_extproc.core.policy import ModelPolicy
 from gateway_extproc.services.rpc import Listener
 from gateway_extproc.services.xds import Endpoints, XdsServer
 from gateway_extproc.wire import resources

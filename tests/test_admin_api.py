@@ -28,8 +28,8 @@ from gateway_extproc.administration import KEYS, Administration
 from gateway_extproc.config import forms, parse
 from gateway_extproc.config.forms import Form
 from gateway_extproc.core.fleet import Fleet, PodSpec
+from gateway_extproc.core.policy import Policy
 from gateway_extproc.core.records import Kind, version_of
-from gateway_extproc.core.session import Policy
 from gateway_extproc.core.store import StoreUnavailable
 from gateway_extproc.core.tally import Tally
 from gateway_extproc.usage_reports import UsageReports

@@ -32,8 +32,8 @@ from .. import __version__
 from ..admin_api import Answer, Operation, document, each
 from ..core.address import split_address
 from ..core.fleet import Fleet, Member
+from ..core.policy import Policy
 from ..core.refusal import Refusal, Refused, internal_error, invalid_api_key, quoted, request_too_large, unknown_url
-from ..core.session import Policy
 
 log = structlog.get_logger(__name__)
 

@@ -11,16 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from enum import IntEnum, auto
-from random import Random
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import msgspec
 
 from . import refusal as refusals
 from .account import ASTRAY, CLIENT_GONE, End, Note, closed, given_back, judge, settle, topped_up, tried
-from .choose import Ended, Lease, choose
-from .directory import Directory
-from .estimate import Estimates
+from .choose import Lease, choose
 from .events import (
     Action,
     Answer,
@@ -56,16 +53,14 @@ from .events import (
     Turn,
     Unavailable,
 )
-from .fleet import Fleet, Pod, Reach
-from .identify import Mode, identify
+from .fleet import Reach
+from .identify import identify
 from .keys import PREFIX as KEY_PREFIX
 from .keys import Key
 from .limits_told import denial, limit_headers, relieved
-from .naming import Naming
 from .parse import Body, Kind, Piece, Request, Splice, changed, naming, parse_request, route_of
 from .parse import Route as Target
-from .price import Prices
-from .queues import Place, Queues
+from .policy import World
 from .refusal import Refusal, Refused
 from .reserve import reserve
 from .store import (
@@ -79,89 +74,10 @@ from .store import (
     with_budgets,
     with_leases,
 )
-from .strategies import Asked, Mixed, Need, Strategies, sessions
+from .strategies import Asked, Mixed, Need, sessions
 from .strategies.prefixes import blocks_of
 from .strategies.session_affinity import id_for
 from .usage import JsonUsage, SseUsage, Usage
-
-
-class ModelPolicy(msgspec.Struct, frozen=True):
-    """One model's settings. ``strategy`` None: the gateway's default; ``locked``: requests cannot choose another.
-    ``timeout`` in seconds, to the first byte and between bytes; a stream that waits for ``first_byte_timeout`` seconds
-    (None: the same) goes to another pod. A pod has room for ``saturation`` requests at once (None: for any number); for
-    up to ``queue_size`` further ones of the model, ``queue_wait`` seconds each."""
-
-    strategy: str | None = None
-    timeout: float = 300.0
-    retries: int = 2
-    first_byte_timeout: float | None = None
-    locked: bool = False
-    saturation: int | None = None
-    queue_size: int = 1000
-    queue_wait: float = 10.0
-
-    def has_room(self, pod: Pod) -> bool:
-        return self.saturation is None or pod.load.in_flight < self.saturation
-
-
-class Policy(msgspec.Struct, frozen=True, kw_only=True):
-    """What the configuration says about requests; replaced whole when it changes. ``keeps_sessions``: some strategy in
-    it gives out session ids. ``picks``: whoever asks takes us for an endpoint picker, whether it shows that or not.
-    Such a proxy is told up to ``picked`` endpoints."""
-
-    max_body_bytes: int = 32 * 1024 * 1024
-    default_strategy: str = "least-request"
-    expose: bool = False
-    reserve: Reserve = "expected"
-    unknown_price: Literal["refuse", "free"] = "refuse"
-    auth: Mode = "optional"
-    directory: Directory = Directory()
-    prices: Prices = Prices()
-    models: Mapping[str, ModelPolicy] = {}
-    keeps_sessions: bool = False
-    picks: bool = False
-    picked: int = 1
-    naming: Naming = Naming()
-
-    def model(self, name: str) -> ModelPolicy:
-        return self.models.get(name, _DEFAULT_MODEL)
-
-
-_DEFAULT_MODEL: Final = ModelPolicy()
-
-
-class World:
-    """What sessions read and learn; one for each gateway. ``clock`` gives monotonic seconds, ``now`` unix seconds,
-    ``new_id`` an id that no other admission of any gateway has. Model lists show the time it was made as ``created``.
-    ``logged``: usage comes with Envoy's access log. ``secret`` signs session ids where the gateways share none."""
-
-    __slots__ = (
-        "clock", "ended", "estimates", "fleet", "logged", "new_id", "now", "policy", "queues", "rng", "secret",
-        "started", "strategies",
-    )  # fmt: skip
-
-    def __init__(
-        self, policy: Policy, fleet: Fleet, *, clock: Callable[[], float], now: Callable[[], float], rng: Random,
-        new_id: Callable[[], str], logged: bool = False, secret: bytes = b"", strategies: Strategies | None = None,
-    ) -> None:  # fmt: skip
-        self.policy = policy
-        self.fleet = fleet
-        self.estimates = Estimates()
-        self.strategies = strategies or Strategies()
-        self.ended = Ended()
-        self.queues = Queues()
-        self.secret = secret
-        self.clock = clock
-        self.rng = rng
-        self.new_id = new_id
-        self.now = now
-        self.started = int(now())
-        self.logged = logged
-
-    def next_turn(self, model: str) -> Place | None:
-        """Whose turn it is of those that wait for a pod of ``model``; None while there is room for none of them."""
-        has_room = self.policy.model(model).has_room
-        return self.queues.next(model, lambda reach: any(map(has_room, self.fleet.view(reach.node).pods(model, reach))))
 
 
 class _State(IntEnum):  # of ints, whose hash costs nothing: the table is asked for every message

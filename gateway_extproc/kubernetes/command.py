@@ -20,7 +20,7 @@ import structlog
 
 from .. import logs
 from ..config import Config, ConfigError, ControllerConfig, follow, load
-from ..core.session import ModelPolicy
+from ..core.policy import ModelPolicy
 from ..kubernetes_client import CannotConnect, Cluster
 from .controller import Controller
 from .lease import Lease

@@ -31,8 +31,9 @@ from typing import Any, Final, Literal, TypeAlias
 import msgspec
 
 from ..core.fleet import usable_names
+from ..core.policy import ModelPolicy
 from ..core.refusal import quoted
-from ..core.session import FIRST_BYTE_HEADER, POOL_HEADER, RETRIES_HEADER, ModelPolicy
+from ..core.session import FIRST_BYTE_HEADER, POOL_HEADER, RETRIES_HEADER
 from ..wire.kubernetes import Metadata
 from ..wire.kubernetes_pods import NAME, PORT, Spec, ports_of, said
 from ..wire.resources import CONNECT_TIMEOUT, MODEL_HEADER, POD_IDLE, TARGET_HEADER

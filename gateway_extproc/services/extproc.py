@@ -45,8 +45,9 @@ from ..core.events import (
     Turn,
     Unavailable,
 )
+from ..core.policy import World
 from ..core.refusal import internal_error
-from ..core.session import Session, World
+from ..core.session import Session
 from ..core.store import Answer, Question, Settlement, Store, StoreUnavailable
 from ..wire import extproc
 from ..wire.grpc_messages import Message

@@ -18,7 +18,7 @@ from google.protobuf.message import Message
 
 from ..core.address import split_address
 from ..core.fleet import TLS, PodSpec
-from ..core.session import ModelPolicy
+from ..core.policy import ModelPolicy
 from ._pb import (
     cluster_pb2,
     core_pb2,

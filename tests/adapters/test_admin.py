@@ -31,8 +31,8 @@ from gateway_extproc.admin_api import Operation
 from gateway_extproc.administration import Administration
 from gateway_extproc.core.fleet import TLS, Fleet, PodSpec
 from gateway_extproc.core.load import Metrics
+from gateway_extproc.core.policy import ModelPolicy, Policy
 from gateway_extproc.core.records import Kind
-from gateway_extproc.core.session import ModelPolicy, Policy
 from gateway_extproc.core.tally import Tally
 from gateway_extproc.usage_reports import UsageReports
 

@@ -19,8 +19,8 @@ from gateway_extproc.adapters.memory import MemoryStore
 from gateway_extproc.core.budget import EXACT, Spending
 from gateway_extproc.core.directory import Allowance, User
 from gateway_extproc.core.events import Ask, Closed, Drain, Event, Outcome, Release, Settle, TopUp, Unavailable
+from gateway_extproc.core.policy import World
 from gateway_extproc.core.price import PER, Price, Prices
-from gateway_extproc.core.session import World
 from gateway_extproc.core.store import (
     Admission,
     Admitted,

@@ -22,7 +22,8 @@ from gateway_extproc.adapters.redis import RedisStore
 from gateway_extproc.core.directory import Directory, User
 from gateway_extproc.core.events import Action, Ask, Closed, Leave, Settle, Suspect
 from gateway_extproc.core.fleet import Fleet, PodSpec
-from gateway_extproc.core.session import Policy, Session, World
+from gateway_extproc.core.policy import Policy, World
+from gateway_extproc.core.session import Session
 from gateway_extproc.core.store import Admission, Admitted, Answer, Settlement, Store, Window
 from gateway_extproc.wire import extproc
 from gateway_extproc.wire._pb.ext_proc_pb2 import ProcessingRequest

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway_extproc.core.session import ModelPolicy
+from gateway_extproc.core.policy import ModelPolicy
 from gateway_extproc.kubernetes.plan import (
     APPLIED,
     BACKENDS,

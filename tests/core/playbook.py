@@ -33,7 +33,8 @@ from gateway_extproc.core.events import (
     TopUp,
 )
 from gateway_extproc.core.fleet import Fleet, Pod, PodSpec
-from gateway_extproc.core.session import Policy, Session, World
+from gateway_extproc.core.policy import Policy, World
+from gateway_extproc.core.session import Session
 from gateway_extproc.core.store import Admission, Admitted, Level, Settlement
 from gateway_extproc.core.strategies import Strategies
 

@@ -42,7 +42,8 @@ from gateway_extproc.core.limits_told import duration, limit_headers
 from gateway_extproc.core.load import Load
 from gateway_extproc.core.naming import Naming
 from gateway_extproc.core.outlier import FIRST, IN_A_ROW
-from gateway_extproc.core.session import ModelPolicy, ProtocolError, World
+from gateway_extproc.core.policy import ModelPolicy, World
+from gateway_extproc.core.session import ProtocolError
 from gateway_extproc.core.store import Admission, Denied, Level, Settlement, Window
 from gateway_extproc.core.strategies import STRATEGIES
 from tests.core.playbook import (

@@ -26,8 +26,8 @@ from gateway_extproc.core.events import (
     Settle,
     Suspect,
 )
+from gateway_extproc.core.policy import World
 from gateway_extproc.core.price import Prices
-from gateway_extproc.core.session import World
 from gateway_extproc.core.store import Level, Settlement
 from gateway_extproc.wire.extproc import DETAILS_PREFIX
 from tests.core.playbook import (

@@ -22,7 +22,8 @@ from gateway_extproc.core.events import (
     Route,
 )
 from gateway_extproc.core.naming import Naming
-from gateway_extproc.core.session import DESTINATION, ModelPolicy, World
+from gateway_extproc.core.policy import ModelPolicy, World
+from gateway_extproc.core.session import DESTINATION
 from tests.core.playbook import (
     Like,
     Playbook,

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from gateway_extproc.core.events import Route
-from gateway_extproc.core.session import ModelPolicy, World
+from gateway_extproc.core.policy import ModelPolicy, World
 from tests.core.playbook import Playbook, address, body, headers, make_world, pod
 
 #: Of two workloads, each named by its label; both serve "both" besides.

@@ -44,8 +44,9 @@ from gateway_extproc.core.events import (
     Unavailable,
 )
 from gateway_extproc.core.load import Load
+from gateway_extproc.core.policy import World
 from gateway_extproc.core.price import PER, Price, Prices
-from gateway_extproc.core.session import ProtocolError, World
+from gateway_extproc.core.session import ProtocolError
 from gateway_extproc.core.store import Admission, Admitted, Denied, Level, Settlement
 from tests.core.playbook import (
     DONE,

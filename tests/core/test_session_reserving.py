@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from gateway_extproc.core.account import Note
 from gateway_extproc.core.directory import Allowance, Limits, User
 from gateway_extproc.core.events import Closed, Drain, Respond
+from gateway_extproc.core.policy import World
 from gateway_extproc.core.price import Price, Prices, nano
-from gateway_extproc.core.session import TOP_UP, World
+from gateway_extproc.core.session import TOP_UP
 from gateway_extproc.core.store import Denied, Level, Settlement
 from tests.core.playbook import (
     EXPECTED,

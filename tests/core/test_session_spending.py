@@ -31,8 +31,8 @@ from gateway_extproc.core.events import (
     Settle,
     Unavailable,
 )
+from gateway_extproc.core.policy import World
 from gateway_extproc.core.price import PER, Price, Prices, nano
-from gateway_extproc.core.session import World
 from gateway_extproc.core.store import Admission, Budget, Denied, Level, Settlement, Window
 from tests.core.playbook import (
     EXPECTED,

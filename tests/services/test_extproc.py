@@ -20,7 +20,8 @@ from gateway_extproc.adapters import grpc_server, h2_server
 from gateway_extproc.adapters.memory import MemoryStore
 from gateway_extproc.core.directory import User
 from gateway_extproc.core.events import Outcome
-from gateway_extproc.core.session import Session, World
+from gateway_extproc.core.policy import World
+from gateway_extproc.core.session import Session
 from gateway_extproc.core.store import Admission, Answer, Question, Settlement, StoreUnavailable, Window
 from gateway_extproc.services import extproc as service
 from gateway_extproc.services import room as rooms

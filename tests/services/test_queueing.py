@@ -8,7 +8,8 @@ from typing import Any
 
 from gateway_extproc.core.directory import User
 from gateway_extproc.core.naming import Naming
-from gateway_extproc.core.session import DESTINATION, ModelPolicy, World
+from gateway_extproc.core.policy import ModelPolicy, World
+from gateway_extproc.core.session import DESTINATION
 from gateway_extproc.wire._pb.ext_proc_mode_pb2 import ProcessingMode
 from gateway_extproc.wire._pb.ext_proc_pb2 import ProcessingRequest
 from gateway_extproc.wire.extproc import SUBSET, SUBSET_NAMESPACE

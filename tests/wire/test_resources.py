@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway_extproc.core.fleet import TLS, PodSpec
-from gateway_extproc.core.session import ModelPolicy
+from gateway_extproc.core.policy import ModelPolicy
 from gateway_extproc.simulator import RunningPod, Settings, start_pod
 from gateway_extproc.wire._pb.cluster_pb2 import Cluster
 from gateway_extproc.wire._pb.endpoint_pb2 import ClusterLoadAssignment
