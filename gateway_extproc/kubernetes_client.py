@@ -247,6 +247,31 @@ def _without_secrets(error: Exception) -> str:
 # --- asking ----------------------------------------------------------------------------------------------------------
 
 
+class Sockets:
+    """Those of an aiohttp.ClientSession, which does not wait as it closes for connections whose request was given up:
+    TLS's goodbye there takes until the server's."""
+
+    def __init__(self) -> None:
+        self._made: WeakSet[socket.socket] = WeakSet()
+
+    def made(self, address: tuple[Any, ...]) -> socket.socket:
+        """What connects to an address, as getaddrinfo gives it; a connector's ``socket_factory``."""
+        found = socket.socket(*address[:3])
+        found.setblocking(False)
+        self._made.add(found)
+        return found
+
+    async def end(self) -> None:
+        """End them at once, and wait until they have. To be called once the session is closed."""
+        for each in self._made:
+            with contextlib.suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+        for _ in range(TURNS):
+            if all(each.fileno() < 0 for each in self._made):
+                break
+            await asyncio.sleep(0)
+
+
 class Cluster:
     """The connection to an API server. ``connect`` makes one; whoever has it closes it."""
 
@@ -255,9 +280,9 @@ class Cluster:
         self._access: Access | None = None
         self._read_at = 0.0
         self._reading: asyncio.Task[CannotConnect | None] | None = None
-        self._sockets: WeakSet[socket.socket] = WeakSet()
+        self._sockets = Sockets()
         # As many connections as there are requests: a watch for each path that is followed, and some that write.
-        connector = aiohttp.TCPConnector(limit=0, socket_factory=self._socket)
+        connector = aiohttp.TCPConnector(limit=0, socket_factory=self._sockets.made)
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=ANSWER, sock_read=INACTIVITY)
         # Without what the environment says, which is not only proxies: ~/.netrc would have us be somebody else.
         self._session = aiohttp.ClientSession(connector=connector, timeout=timeout, read_bufsize=_UNREAD)
@@ -398,21 +423,7 @@ class Cluster:
             with contextlib.suppress(asyncio.CancelledError):
                 await self._reading
         await self._session.close()
-        # It does not wait for connections whose request was given up: TLS's goodbye there takes until the server's.
-        for each in self._sockets:
-            with contextlib.suppress(OSError):
-                each.shutdown(socket.SHUT_RDWR)
-        for _ in range(TURNS):
-            if all(each.fileno() < 0 for each in self._sockets):
-                break
-            await asyncio.sleep(0)
-
-    def _socket(self, address: tuple[Any, ...]) -> socket.socket:
-        """What connects to an address, as getaddrinfo gives it."""
-        found = socket.socket(*address[:3])
-        found.setblocking(False)
-        self._sockets.add(found)
-        return found
+        await self._sockets.end()
 
 
 def _hang_up(response: aiohttp.ClientResponse) -> None:

@@ -105,7 +105,7 @@ async def test_nothing_is_left_open_of_requests_that_were_given_up(
         server.faults.extend(["hang"] * 3)
         asking = [asyncio.create_task(cluster.ask("GET", "/api", LIST)) for _ in range(3)]
         await until(lambda: len(server.asked) == 3, DEADLINE)
-        sockets = list(cluster._sockets)
+        sockets = list(cluster._sockets._made)
         for each in asking:
             each.cancel()
         await asyncio.gather(*asking, return_exceptions=True)

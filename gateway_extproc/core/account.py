@@ -35,13 +35,13 @@ from .price import Prices
 from .store import Amount, Settlement
 from .usage import Usage, told
 
-#: Envoy's response code details where a route says itself what the answer is, or its cluster is not there.
-ASTRAY: Final = ("direct_response", "cluster_not_found")
-#: Those of all requests that it sent nowhere, which says nothing about the pods (the last are our own, of
-#: refusal.no_route); and of those that found no connection (the first ends local_ and remote_connection_failure alike).
-#: From Envoy's response_code_details documentation; the reset reasons stand in braces behind
-#: upstream_reset_before_response_started.
-_NOT_SENT: Final = ("no_healthy_upstream", "route_not_found", "overflow", *ASTRAY, "gateway_no_route")
+#: Envoy's response code details of requests that had no route to a pod: a route said itself what the answer is, or its
+#: cluster is not there. The last are our own, of refusal.no_route.
+ASTRAY: Final = ("direct_response", "cluster_not_found", "route_not_found", "gateway_no_route")
+#: Those of others that it sent nowhere, which says nothing about the pods either; and of those that found no connection
+#: (the first ends local_ and remote_connection_failure alike). From Envoy's response_code_details documentation; the
+#: reset reasons stand in braces behind upstream_reset_before_response_started.
+_NOT_SENT: Final = ("no_healthy_upstream", "overflow")
 _NOT_CONNECTED: Final = ("connection_failure", "connection_timeout")
 #: Those that tell of a pod that broke the connection or was silent for too long, where no answer had begun.
 _POD_FAILED: Final = (
@@ -115,7 +115,7 @@ class End(msgspec.Struct, frozen=True, gc=False):
     """How a routed request ended. ``status`` None: no answer began. ``taken``: by some pod; ``pod`` names it.
     ``whole``: the answer was sent to its end. ``sent`` are the tokens of output that the client was sent, None where
     that can't be said (an answer that is no stream). ``odd``: the pod told something of its usage that makes no sense,
-    which was left out or cut."""
+    which was left out or cut. ``found``: there was a route to the pod."""
 
     status: int | None
     pod: str = ""
@@ -124,21 +124,24 @@ class End(msgspec.Struct, frozen=True, gc=False):
     usage: Usage | None = None
     sent: int | None = None
     odd: bool = False
+    found: bool = True
 
 
 class Tried(msgspec.Struct, frozen=True, gc=False):
     """Which of the choices served: an index (None: not known), whether any did, and those that could not be reached.
-    ``blamed``: the pod's own doing is how it ended."""
+    ``blamed``: the pod's own doing is how it ended. ``found``: there was a route to them."""
 
     served: int | None
     taken: bool = True
     suspect: Suspect | None = None
     blamed: bool = True
+    found: bool = True
 
 
 _FIRST: Final = Tried(0)
 _NOT_KNOWN: Final = Tried(None)
 _NOWHERE: Final = Tried(None, taken=False)
+_ASTRAY: Final = Tried(None, taken=False, found=False)
 
 
 def tried(choices: Sequence[str], upstream: str, details: str) -> Tried:
@@ -147,6 +150,8 @@ def tried(choices: Sequence[str], upstream: str, details: str) -> Tried:
     if details and details != VIA_UPSTREAM:
         if any(reason in details for reason in _NOT_CONNECTED):
             return Tried(None, False, Suspect(tuple(choices), details))
+        if details in ASTRAY:
+            return _ASTRAY
         if any(reason in details for reason in _NOT_SENT):
             return _NOWHERE
         # Envoy's own doing, a time-out, the client's fault, or a connection that a request itself may have ended: one
@@ -229,7 +234,7 @@ def closed(
 
 def _given_back(note: Note, end: End) -> Settle:
     settlement = given_back(note.id, note.keys, note.second, note.tokens, note.cost, note.budgets, note.shares)
-    return Settle(settlement, _outcome(note, end, Usage(0, 0), "no_pod", False))
+    return Settle(settlement, _outcome(note, end, Usage(0, 0), "no_pod" if end.found else "no_route", False))
 
 
 def given_back(
@@ -355,7 +360,7 @@ class Ledger:
         found = tried(note.pods, entry.upstream, entry.details)
         member = self._fleet.member(note.pods[found.served or 0])
         pod = member.spec.name if member is not None else ""
-        end = End(entry.status or None, pod, found.taken, whole, usage, sent, odd)
+        end = End(entry.status or None, pod, found.taken, whole, usage, sent, odd, found.found)
         settled = settle(note, end, self._estimates, self._prices())
         if whole and sent is not None and usage is not None and not odd:
             self._estimates.learn_stream(note.model, entry.sent, usage.completion)

@@ -16,7 +16,7 @@ from typing import Any, Final
 import msgspec
 
 from . import refusal as refusals
-from .account import ASTRAY, CLIENT_GONE, End, Note, closed, given_back, judge, settle, topped_up, tried
+from .account import CLIENT_GONE, End, Note, closed, given_back, judge, settle, topped_up, tried
 from .choose import Lease, choose
 from .events import (
     Action,
@@ -125,10 +125,10 @@ class Session:
     """Feed it events in order; carry out the actions in order. ``node`` names the Envoy that asks."""
 
     __slots__ = (
-        "_admission", "_admitted", "_asked", "_body", "_carry", "_ended", "_headers", "_key", "_lease", "_leaving",
-        "_mixed", "_model", "_name", "_note", "_output", "_picks", "_prompt", "_reader", "_refused", "_renaming",
-        "_request", "_reserved_output", "_shown", "_size", "_state", "_status", "_strategy", "_strip", "_target",
-        "_took", "_topped_up", "_user", "_windows", "_world", "declared_length", "reach", "running",
+        "_admission", "_admitted", "_asked", "_body", "_carry", "_ended", "_found", "_headers", "_key", "_lease",
+        "_leaving", "_mixed", "_model", "_name", "_note", "_output", "_picks", "_prompt", "_reader", "_refused",
+        "_renaming", "_request", "_reserved_output", "_shown", "_size", "_state", "_status", "_strategy", "_strip",
+        "_target", "_took", "_topped_up", "_user", "_windows", "_world", "declared_length", "reach", "running",
     )  # fmt: skip
 
     def __init__(self, world: World, node: str = "") -> None:
@@ -158,6 +158,7 @@ class Session:
         self._strip = False
         self._status = 0
         self._took = True
+        self._found = True
         self._shown = True  # the answer's headers are asked for
         self._ended = False
         self._leaving = False
@@ -518,7 +519,7 @@ class Session:
         self._ended = event.end
         self._state = _State.ANSWERING
         actions = self._follow(event)
-        if self._is_astray(event):
+        if self._is_astray():
             actions += [self._astray(), *self._settle(self._end(whole=True))]
             self._state = _State.OVER
             return actions
@@ -543,15 +544,15 @@ class Session:
     def _on_logged_answer(self, event: ResponseHeaders) -> list[Action]:
         self._status = _status_of(dict(event.headers))
         actions = self._follow(event)
-        if self._is_astray(event):
+        if self._is_astray():
             actions += [self._astray(), *self._hand_over(None)]
             self._state = _State.OVER
             return actions
         return [*actions, Respond(self._answer_headers(), body=False)]
 
-    def _is_astray(self, event: ResponseHeaders) -> bool:
+    def _is_astray(self) -> bool:
         """Whether Envoy had no route to a pod. What a route says of itself below 500 somebody wants said."""
-        return event.details in ASTRAY and self._status >= 500
+        return not self._found and self._status >= 500
 
     def _astray(self) -> Refuse:
         """In the form that clients know: what Envoy Gateway's routes say without a pod has no body, or is that the
@@ -582,7 +583,7 @@ class Session:
         assert lease is not None
         assert note is not None
         found = tried(note.pods, event.upstream, event.details)
-        self._took = found.taken
+        self._took, self._found = found.taken, found.found
         now = self._world.clock()
         if found.served:
             lease.moved(lease.pods[found.served], now)
@@ -751,7 +752,9 @@ class Session:
         """How a routed request ends here."""
         lease = self._lease
         status = self._status if self._state is not _State.ROUTED else None
-        return End(status, lease.pod.name if lease is not None else "", self._took, whole, usage, sent, odd)
+        return End(
+            status, lease.pod.name if lease is not None else "", self._took, whole, usage, sent, odd, self._found
+        )
 
     def _settle(self, end: End) -> list[Action]:
         """A routed request ends, and pays by the rules."""

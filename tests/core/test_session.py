@@ -1311,8 +1311,6 @@ RESET = "upstream_reset_before_response_started"
         (f"{RESET}{{connection_timeout}}", True),
         (f"{RESET}{{overflow}}", False),
         ("no_healthy_upstream", False),
-        ("route_not_found", False),
-        ("gateway_no_route", False),
     ],
 )
 def test_a_request_that_no_pod_took_gives_back_all_it_took(details: str, suspects: bool) -> None:
@@ -1337,7 +1335,7 @@ def test_that_there_is_no_route_to_a_pod_is_told_in_the_documented_form(status: 
     play = Playbook(one_pod()) >> headers(user="alice", x_request_id="an-id") >> body(max_tokens=4)
     play >> admitted(LEVEL) >> answer(status, "", details=details, end=end)
     said = Refuse(refusals.no_route(), {**UNTOUCHED, "x-request-id": "an-id"})
-    assert play << said << settled("no_pod", requests=-1, tokens=-RESERVED, status=503)
+    assert play << said << settled("no_route", requests=-1, tokens=-RESERVED, status=503)
     assert play >> Closed("reset") << NOTHING
     assert in_flight(play.world) == {}
 
@@ -1345,7 +1343,7 @@ def test_that_there_is_no_route_to_a_pod_is_told_in_the_documented_form(status: 
 def test_what_a_route_is_made_to_say_of_a_model_is_passed_on() -> None:
     play = taken() >> answer(410, details="direct_response")
     assert play.actions == [Respond(UNTOUCHED, body=False)]
-    assert play >> Closed("reset") << settled("no_pod", requests=-1, tokens=-RESERVED, status=410)
+    assert play >> Closed("reset") << settled("no_route", requests=-1, tokens=-RESERVED, status=410)
 
 
 @pytest.mark.parametrize(

@@ -254,7 +254,7 @@ def test_that_there_is_no_route_to_a_pod_is_told_in_the_documented_form() -> Non
     ledger = Ledger(made.estimates, made.fleet, gateway="id-", clock=made.clock, prices=Prices, ended=made.ended)
     found = ledger.settle(Entry(carried, 503, ours, "", 0, {}))
     assert found is not None
-    assert found[0] == settled("no_pod", requests=-1, tokens=-tokens, status=503, user="alice")
+    assert found[0] == settled("no_route", requests=-1, tokens=-tokens, status=503, user="alice")
 
 
 def test_the_entry_settles_what_the_session_took_and_corrects_the_pods_load() -> None:

@@ -20,6 +20,8 @@ from typing import Final
 import aiohttp
 from aiohttp import web
 
+from gateway_extproc.kubernetes_client import Sockets
+
 #: What a request meets. "lost" never arrives; "unheard" arrives, and its answer does not come back.
 REQUESTS: Final = ("409", "410", "429", "500", "lost", "unheard")
 #: What an event of a watch meets. "late" comes after the one that follows it; "expired" is the server's word that the
@@ -49,9 +51,10 @@ class Trouble:
         every: tuple[tuple[str, ...], ...] = (REQUESTS, EVENTS)
         self._next = {kinds: self._turns(kinds) for kinds in every}
         self._open: set[asyncio.Transport] = set()
+        self._sockets = Sockets()
 
     async def __aenter__(self) -> Trouble:
-        connector = aiohttp.TCPConnector(ssl=self._context, limit=0)
+        connector = aiohttp.TCPConnector(ssl=self._context, limit=0, socket_factory=self._sockets.made)
         timeout = aiohttp.ClientTimeout(total=None)
         self._session = aiohttp.ClientSession(connector=connector, timeout=timeout, auto_decompress=False)
         application = web.Application(client_max_size=8 << 20)
@@ -67,6 +70,7 @@ class Trouble:
         self.close()
         await self._runner.cleanup()
         await self._session.close()
+        await self._sockets.end()
 
     def close(self) -> None:
         """Away, from now on; whoever is under way is cut off."""
