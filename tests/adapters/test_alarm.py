@@ -19,7 +19,7 @@ from gateway_extproc.core.strategies import Asked, Failure, TooLong
 from tests.plugged import Scored, strategies
 
 #: Seconds after which the alarm rings here.
-SOON = 0.02
+SOON = 0.1
 #: Seconds after which it does not within a test.
 LONG = 1000.0
 

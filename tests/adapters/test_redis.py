@@ -274,6 +274,10 @@ async def test_a_foreign_value_fails_its_own_question_only(valkey: Valkey) -> No
             assert (await counted(store), store.pending, store.dropped) == ((1, 7), 0, 1)
 
 
+#: Seconds that a timer of uvloop may be early: its clock counts whole milliseconds, and stands while callbacks run.
+ROUNDED = 0.01
+
+
 async def test_a_store_that_stands_still_is_unavailable_in_time_and_what_it_took_late_is_given_back(
     own_valkey: Valkey,
 ) -> None:
@@ -287,7 +291,7 @@ async def test_a_store_that_stands_still_is_unavailable_in_time_and_what_it_took
         own_valkey.resume()
         assert [str(answer) for answer in answers] == ["no answer in time"] * 10
         assert all(isinstance(answer, StoreUnavailable) for answer in answers)
-        assert TIMEOUT <= took < 3 * TIMEOUT
+        assert TIMEOUT - ROUNDED <= took < 3 * TIMEOUT
         await until_counted(store, (1, 10))
         await store.flush()
         assert await counted(store) == (1, 10)

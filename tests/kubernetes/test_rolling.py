@@ -37,7 +37,9 @@ def test_a_models_deployment_is_rolled_under_load_and_no_request_fails(rolled: R
         until(partial(rolled.is_rolled, path), "the model is rolled")
         # Each old pod is there until its streams have ended.
         until(lambda: gone(old.values()), "the old pods are gone")
+        load.calm()
         load.pods.clear()
+        until(lambda: load.pods.keys() == rolled.kubelet.of("rolls").keys(), "each new pod answers, and nobody else")
         load.more(100)
     assert load.wrong == []
     assert all(finished(streams.ends()))
@@ -141,6 +143,8 @@ def test_traffic_goes_on_while_the_control_plane_is_away_and_all_converges_after
         rolled.model("new-after", 1)
         load.calm()
         load.pods.clear()
+        # Also where it is the last to be heard of by one of the gateways, or by Envoy.
+        until(lambda: load.pods.keys() == rolled.kubelet.of("goes-on").keys(), "each pod answers", RETURN)
         load.more(200)
         assert load.pods.keys() == rolled.kubelet.of("goes-on").keys()
     assert load.wrong == []
