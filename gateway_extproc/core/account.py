@@ -37,7 +37,7 @@ from .usage import Usage, told
 
 #: Envoy's response code details of requests that had no route to a pod: a route said itself what the answer is, or its
 #: cluster is not there. The last are our own, of refusal.no_route.
-ASTRAY: Final = ("direct_response", "cluster_not_found", "route_not_found", "gateway_no_route")
+_NO_ROUTE: Final = ("direct_response", "cluster_not_found", "route_not_found", "gateway_no_route")
 #: Those of others that it sent nowhere, which says nothing about the pods either; and of those that found no connection
 #: (the first ends local_ and remote_connection_failure alike). From Envoy's response_code_details documentation; the
 #: reset reasons stand in braces behind upstream_reset_before_response_started.
@@ -150,7 +150,7 @@ def tried(choices: Sequence[str], upstream: str, details: str) -> Tried:
     if details and details != VIA_UPSTREAM:
         if any(reason in details for reason in _NOT_CONNECTED):
             return Tried(None, False, Suspect(tuple(choices), details))
-        if details in ASTRAY:
+        if details in _NO_ROUTE:
             return _ASTRAY
         if any(reason in details for reason in _NOT_SENT):
             return _NOWHERE
