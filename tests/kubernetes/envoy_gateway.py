@@ -20,7 +20,7 @@ from typing import Any, Final
 from tests.envoy import BINARY
 from tests.kubernetes.cluster import Cluster, Refused
 from tests.kubernetes.programs import find
-from tests.system import Process, until
+from tests.system import Process, request, until
 
 NAMESPACE: Final = "envoy-gateway-system"
 CONTROLLER: Final = "gateway.envoyproxy.io/gatewayclass-controller"
@@ -47,6 +47,7 @@ class EnvoyGateway:
 
     def __init__(self, cluster: Cluster, directory: Path) -> None:
         self._directory = directory
+        self._admin = directory / "admin"
         self._parts = contextlib.ExitStack()
         program = find("envoy-gateway")
         assert program is not None
@@ -102,6 +103,7 @@ class EnvoyGateway:
         address = {"socket_address": {"address": "127.0.0.1", "port_value": XDS_PORT}}
         source = {"ads": {}, "initial_fetch_timeout": "0s", "resource_api_version": "V3"}
         bootstrap = {
+            "admin": {"address": {"socket_address": {"address": "127.0.0.1", "port_value": 0}}},
             "node": {"cluster": gateway, "id": "envoy-1", "locality": {"zone": "zone"}},
             "dynamic_resources": {
                 "ads_config": {
@@ -134,9 +136,15 @@ class EnvoyGateway:
         file = self._directory / "envoy.json"
         file.write_text(json.dumps(bootstrap))
         command = [BINARY, "-c", str(file), "--disable-hot-restart", "--concurrency", "1", "--log-level", "warning"]
+        command += ["--admin-address-path", str(self._admin)]
         process = self._run("envoy", command)
         self._until(lambda: _listens(port), process)
         return process
+
+    def routes(self) -> str:
+        """The routes that the Envoy goes by, as its admin side has them."""
+        port = int(self._admin.read_text().rpartition(":")[2])
+        return request(port, "GET", "/config_dump?resource=dynamic_route_configs").body.decode()
 
     def start(self) -> None:
         """Start it again after ``process`` was ended, and wait until it serves."""

@@ -108,7 +108,8 @@ def test_a_route_without_a_pod_is_answered_as_the_document_says(served: Served) 
                 }],
             },
         })  # fmt: skip
-        until(partial(served.accepted, f"{routes}/{service}"), f"{service} is a route")
+        rule = f'"httproute/{served.namespace}/{service}/'
+        until(lambda rule=rule: rule in served.eg.routes(), f"{service} is a route in Envoy")  # type: ignore[misc]
         for _ in range(20):
             astray(served.chat("routed-model"))
         asked = served.post("/v1/messages", served.body("routed-model"))
